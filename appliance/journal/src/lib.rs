@@ -1,0 +1,53 @@
+//! The journal of a protection group: every write of its volumes, in order, so that any moment can be opened as a disk.
+//!
+//! One directory on a [`durable::Disk`] per group. The caller owns threads and clocks: [`Journal`] is the single writer's
+//! handle, [`JournalReader`] is cloned to whoever reads, [`Job`]s are what the caller runs on a worker.
+//!
+//! ```text
+//! control.a control.b           twin record: group, term, incarnation, timelines, floor, cutoff    (control)
+//! seg/TIMELINE-LSN-TERM.open    the segment that takes appends, or was never sealed                 (segment, writer)
+//! seg/TIMELINE-LSN-TERM.seg     a sealed segment, ends in its own index                             (format, footer)
+//! seg/prepared-N                zero-filled ahead; never adopted after a restart                    (jobs)
+//! base/vN.img base/vN.sum       each volume at the floor, and its checksums                         (base)
+//! index/…                       where the newest version of a sector lies; disposable               (index)
+//! ```
+//!
+//! # Invariants
+//!
+//! - LSNs of a timeline are contiguous, from the floor to the last one; a branch goes on with the LSN after its branch point.
+//! - A segment file gets its name only when everything before its first LSN is durable.
+//! - `durable` advances over the contiguous prefix of finished writes only. A failed write poisons the journal.
+//! - Reads give the same answer with the index, without it, and while it is being built.
+//! - The cutoff is monotone and persisted before the base is touched; the floor is persisted before a segment is deleted.
+//!
+//! # Power loss
+//!
+//! What was reported durable is there, bit for bit; of the rest a prefix, whole batches only. Damage above the highest LSN
+//! that anything on the disk claims to be durable is a torn tail and is cut ([`RecoveryReport`]); at or below it is
+//! [`Corruption`] and stops the group. The decision is one table ([`recover`](self)), tested over every combination.
+//! A flip in the very last batches of a segment that was open when power was lost cannot be told from a torn write; a later
+//! batch, a later segment, sealing and closing all put that beyond doubt.
+//!
+//! # Limits
+//!
+//! [`MAX_RECORD_BYTES`] per record, 1 GiB per segment, [`format::MAX_SEGMENT_RECORDS`] records per segment; caches and
+//! queues are bounded where they are made.
+
+mod base;
+mod error;
+pub mod format;
+mod index;
+mod retention;
+mod types;
+
+pub use error::{
+    AppendError, BookmarkError, BranchError, ControlError, Corruption, CreateError, Damage, JobError, OpenError,
+    OpenViewError, OptionsError, ReadError, ReadViewError, ResolveError, SharedDiskError, SpecError,
+};
+pub use format::{GapState, MAX_RECORD_BYTES, SourceMark};
+pub use index::IndexError;
+pub use types::{
+    Allocation, BookmarkInfo, Cut, Gap, IndexChoice, JournalOptions, NewRecord, PointRange, Points, Progress,
+    RateBucket, RecoveryReport, ResolvedPoint, SourcePosition, TimelineInfo, VERIFY_DAMAGE_MAX, VerifyProgress,
+    VerifyReport,
+};
