@@ -1,0 +1,60 @@
+//! The rig: what black-box tests, `cargo xtask try` and `cargo xtask bench` stand on.
+//!
+//! Nothing here links a product crate. The box, the agent and the command line are started as programs and spoken to
+//! over their documented faces (control socket, NBD, TLS), by clients written here from the public protocols alone: a
+//! mistake shared by our server and our own client would otherwise pass every test.
+//!
+//! - [`process`]: programs that die with the test, a time limit on every wait;
+//! - [`tools`]: finding system tools, saying which package brings a missing one;
+//! - [`nbd`]: a small NBD client;
+//! - [`control`]: JSON over the box's control socket;
+//! - [`product`]: the three binaries, a box and an agent in a folder;
+//! - [`disk`]: loop disks with a file system and a workload, as root;
+//! - [`image`]: an ext4 image changed in rounds without root;
+//! - [`compare`]: a view against its oracle, byte by byte;
+//! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs.
+//!
+//! Tests are named by what they promise. One that cannot run here prints `SKIPPED: why` through [`skip`] and is counted
+//! by `cargo xtask test`; nothing is skipped in silence.
+
+pub mod compare;
+pub mod control;
+pub mod disk;
+pub mod guest;
+pub mod image;
+pub mod nbd;
+pub mod process;
+pub mod product;
+pub mod qmp;
+pub mod tools;
+
+/// Prints why a test did not run, in the form `cargo xtask test` counts.
+pub fn skip(why: impl std::fmt::Display) {
+    println!("SKIPPED: {why}");
+}
+
+/// A small generator: workloads must be the same for the same seed, and unguessable content defeats compression.
+#[derive(Clone, Debug)]
+pub struct Draw(u64);
+
+impl Draw {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    /// A number below `bound`, which must not be zero.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            let word = self.next().to_le_bytes();
+            chunk.copy_from_slice(&word[..chunk.len()]);
+        }
+    }
+}

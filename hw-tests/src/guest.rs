@@ -1,0 +1,374 @@
+//! QEMU guests: Debian's kernel, a busybox initramfs made here, and a shell on the second serial port.
+//!
+//! A guest is booted in software emulation (`-accel tcg`): KVM inside a virtual machine hangs on some hosts, and a test
+//! that hangs is worth nothing. It runs no service; each step of a test is a command sent by [`Guest::sh`], whose output
+//! and status come back. Everything the guest prints on its console is in the log named by [`Guest::log_path`].
+//!
+//! The kernel comes as a Debian package by `apt-get download` (no root needed) and is kept in a cache folder.
+
+use crate::{
+    process::{Program, call, run, wait_for},
+    qmp::Qmp,
+    tools,
+};
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{Read, Write},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::PermissionsExt, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// From power-on to the shell; a busy machine without KVM needs most of it.
+pub const BOOT_MAX: Duration = Duration::from_secs(240);
+const DOWNLOAD_MAX: Duration = Duration::from_secs(600);
+const UNPACK_MAX: Duration = Duration::from_secs(300);
+const TOOL_MAX: Duration = Duration::from_secs(60);
+
+/// Debian's kernel, unpacked.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    root: PathBuf,
+    pub version: String,
+}
+
+impl Kernel {
+    /// The kernel that `meta`, e.g. `linux-image-amd64`, stands for; downloaded once into `cache`.
+    pub fn debian(meta: &str, cache: &Path) -> Result<Self> {
+        fs::create_dir_all(cache)?;
+        let _lock = lock(&cache.join("lock"))?;
+        let root = cache.join(meta);
+        if !root.join("complete").exists() {
+            let package = Self::package(meta, cache)?;
+            let fresh = cache.join(format!("{meta}.unpacking"));
+            if fresh.exists() {
+                fs::remove_dir_all(&fresh)?;
+            }
+            fs::create_dir_all(&fresh)?;
+            let (deb, to) = (package.to_string_lossy(), fresh.to_string_lossy());
+            call("dpkg-deb", &["-x", &deb, &to], UNPACK_MAX)?;
+            let version = Self::version_in(&fresh)?;
+            call("depmod", &["-b", &to, &version], UNPACK_MAX)?;
+            File::create(fresh.join("complete"))?;
+            if root.exists() {
+                fs::remove_dir_all(&root)?;
+            }
+            fs::rename(&fresh, &root)?;
+        }
+        Ok(Self { version: Self::version_in(&root)?, root })
+    }
+
+    fn version_in(root: &Path) -> Result<String> {
+        let modules = root.join("lib/modules");
+        let entry = fs::read_dir(&modules)?.next().with_context(|| format!("{} is empty", modules.display()))??;
+        entry.file_name().into_string().map_err(|name| anyhow::anyhow!("kernel version {name:?}"))
+    }
+
+    /// The package file, from the cache or from Debian.
+    fn package(meta: &str, cache: &Path) -> Result<PathBuf> {
+        let kept = |dir: &Path| -> Result<Option<PathBuf>> {
+            let mut found = None;
+            for entry in fs::read_dir(dir)? {
+                let path = entry?.path();
+                if path.extension().is_some_and(|e| e == "deb") {
+                    found = Some(path);
+                }
+            }
+            Ok(found)
+        };
+        let dir = cache.join(format!("{meta}.deb"));
+        fs::create_dir_all(&dir)?;
+        if let Some(file) = kept(&dir)? {
+            return Ok(file);
+        }
+        let depends = call("apt-cache", &["depends", meta], TOOL_MAX)?;
+        let real = depends.stdout.lines().find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
+        let real = real.with_context(|| format!("apt knows no kernel behind {meta}: run apt-get update"))?;
+        let mut download = Command::new(tools::need("apt-get")?);
+        download.arg("download").arg(format!("linux-image-{real}")).current_dir(&dir);
+        run(download, DOWNLOAD_MAX)?.ok()?;
+        kept(&dir)?.with_context(|| format!("apt-get downloaded nothing for linux-image-{real}"))
+    }
+
+    fn image(&self) -> PathBuf {
+        self.root.join("boot").join(format!("vmlinuz-{}", self.version))
+    }
+
+    /// The files of a module and of what it depends on, in loading order. None for one built into the kernel.
+    fn module_files(&self, module: &str) -> Result<Vec<PathBuf>> {
+        let root = self.root.to_string_lossy();
+        let listed = call("modprobe", &["-d", &root, "-S", &self.version, "--show-depends", module], TOOL_MAX)?;
+        let insmod =
+            |l: &str| l.strip_prefix("insmod ").map(|f| PathBuf::from(f.split_whitespace().next().unwrap_or("")));
+        Ok(listed.stdout.lines().filter_map(insmod).collect())
+    }
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path)?;
+    // SAFETY: flock takes a descriptor we own for as long as `file` lives.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
+        return Err(std::io::Error::last_os_error()).with_context(|| format!("lock {}", path.display()));
+    }
+    Ok(file)
+}
+
+/// What goes into a guest's initramfs.
+#[derive(Debug, Default)]
+pub struct Initramfs {
+    files: BTreeMap<String, (u32, Vec<u8>)>,
+    modules: Vec<String>,
+}
+
+/// Loaded in every guest.
+const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4"];
+
+impl Initramfs {
+    /// Busybox and the modules every guest has.
+    pub fn new(kernel: &Kernel) -> Result<Self> {
+        let mut this = Self::default();
+        this.file("bin/busybox", 0o755, fs::read(tools::need("busybox")?)?);
+        for module in MODULES {
+            this.module(kernel, module)?;
+        }
+        Ok(this)
+    }
+    pub fn file(&mut self, path: &str, mode: u32, bytes: Vec<u8>) {
+        self.files.insert(path.to_owned(), (0o100_000 | mode, bytes));
+    }
+    pub fn module(&mut self, kernel: &Kernel, name: &str) -> Result<()> {
+        for file in kernel.module_files(name)? {
+            let base = file
+                .file_name()
+                .with_context(|| format!("module file {}", file.display()))?
+                .to_string_lossy()
+                .into_owned();
+            if !self.modules.contains(&base) {
+                self.file(&format!("modules/{base}"), 0o644, fs::read(&file)?);
+                self.modules.push(base);
+            }
+        }
+        Ok(())
+    }
+    /// A program of this machine with the libraries it is linked to.
+    pub fn program(&mut self, path: &Path) -> Result<()> {
+        let name =
+            path.file_name().with_context(|| format!("program {}", path.display()))?.to_string_lossy().into_owned();
+        self.file(&format!("bin/{name}"), 0o755, fs::read(path)?);
+        // ldd fails for a static program: then there is nothing more to take along.
+        let mut ldd = Command::new(tools::need("ldd")?);
+        ldd.arg(path);
+        let listed = run(ldd, TOOL_MAX)?;
+        for word in listed.stdout.split_whitespace().filter(|w| w.starts_with('/')) {
+            self.file(word.trim_start_matches('/'), 0o755, fs::read(word).with_context(|| format!("library {word}"))?);
+        }
+        Ok(())
+    }
+
+    /// Writes the archive the kernel unpacks (cpio, "newc").
+    pub fn write(&self, to: &Path) -> Result<()> {
+        let mut out = Vec::new();
+        let mut dirs = BTreeSet::new();
+        let fixed =
+            ["bin", "dev", "etc", "proc", "sys", "tmp", "run", "mnt", "root", "var", "modules"].map(String::from);
+        for path in self.files.keys().chain(&fixed) {
+            let parts: Vec<&str> = path.split('/').collect();
+            dirs.extend((1..parts.len()).map(|n| parts[..n].join("/")));
+        }
+        dirs.extend(fixed);
+        for dir in &dirs {
+            cpio_entry(&mut out, dir, 0o040_755, &[]);
+        }
+        for (path, (mode, bytes)) in &self.files {
+            cpio_entry(&mut out, path, *mode, bytes);
+        }
+        cpio_entry(&mut out, "init", 0o100_755, self.init().as_bytes());
+        cpio_entry(&mut out, "TRAILER!!!", 0, &[]);
+        fs::write(to, out).with_context(|| format!("write {}", to.display()))
+    }
+
+    fn init(&self) -> String {
+        let insmods: String = self.modules.iter().map(|m| format!("insmod /modules/{m}\n")).collect();
+        INIT.replace("INSMODS\n", &insmods)
+    }
+}
+
+/// Runs as process 1: file systems, modules, network, then commands from the second serial port, one per line:
+/// a number, a space, the command. The answer is its output and a line `HF-END number status`.
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
+mkdir -p /sys/fs/bpf /sys/kernel/debug
+mount -t bpf bpf /sys/fs/bpf
+mount -t debugfs debug /sys/kernel/debug
+INSMODS
+ip link set lo up
+ip link set eth0 up 2>/dev/null && ip addr add 10.0.2.15/24 dev eth0 && ip route add default via 10.0.2.2
+stty -F /dev/ttyS1 raw -echo
+exec 3<>/dev/ttyS1
+echo HF-SHELL >&3
+while read -r number line <&3; do
+	eval "$line" >/tmp/output 2>&1 </dev/null
+	status=$?
+	cat /tmp/output >&3
+	printf '\nHF-END %s %s\n' "$number" "$status" >&3
+done
+"#;
+
+/// One file of a "newc" archive.
+fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, bytes: &[u8]) {
+    let inode = out.len() as u32 + 1;
+    let fields = [inode, mode, 0, 0, 1, 0, bytes.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+    out.extend(b"070701");
+    fields.iter().for_each(|f| out.extend(format!("{f:08x}").bytes()));
+    out.extend(name.bytes().chain([0]));
+    pad(out);
+    out.extend(bytes);
+    pad(out);
+}
+
+fn pad(out: &mut Vec<u8>) {
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+/// A running guest; powered off hard when dropped.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Program,
+    shell: UnixStream,
+    pub qmp: Qmp,
+    /// What came from the shell and has not been handed out.
+    unread: String,
+    commands: u64,
+}
+
+impl Guest {
+    /// Boots with `args` added to QEMU's command line: disks and networks.
+    pub fn boot(kernel: &Kernel, initramfs: &Initramfs, dir: &Path, args: &[&str]) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let at = |name: &str| dir.join(name);
+        initramfs.write(&at("initramfs"))?;
+        fs::set_permissions(at("initramfs"), fs::Permissions::from_mode(0o600))?;
+        for socket in ["qmp", "shell"] {
+            if at(socket).exists() {
+                fs::remove_file(at(socket))?;
+            }
+        }
+        let mut command = Command::new(tools::need("qemu-system-x86_64")?);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768"]);
+        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        let socket = |name: &str| format!("socket,id={name},path={},server=on,wait=off", at(name).display());
+        command.args(["-chardev", &socket("shell"), "-serial", "chardev:shell"]);
+        command.args(["-chardev", &socket("qmp"), "-mon", "chardev=qmp,mode=control"]);
+        command.arg("-kernel").arg(kernel.image()).arg("-initrd").arg(at("initramfs"));
+        command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]);
+        command.args(args);
+        let mut qemu = Program::start("qemu", command, &at("console.log"))?;
+        let shell = wait_for("QEMU's sockets", TOOL_MAX, || {
+            qemu.expect_running()?;
+            Ok(UnixStream::connect(at("shell")).ok())
+        })?;
+        let qmp = Qmp::connect(&at("qmp"))?;
+        let mut guest = Self { qemu, shell, qmp, unread: String::new(), commands: 0 };
+        guest.until("HF-SHELL\n", BOOT_MAX).context("the guest did not come up")?;
+        Ok(guest)
+    }
+
+    pub fn log_path(&self) -> &Path {
+        self.qemu.log_path()
+    }
+
+    /// Runs a command in the guest and returns its output; fails when it fails.
+    pub fn sh(&mut self, line: &str, limit: Duration) -> Result<String> {
+        ensure!(!line.contains('\n'), "a command is one line");
+        self.commands += 1;
+        let number = self.commands;
+        self.shell.write_all(format!("{number} {line}\n").as_bytes())?;
+        let mark = format!("\nHF-END {number} ");
+        let output = self.until(&mark, limit).with_context(|| format!("in the guest: {line}"))?;
+        let status = self.until("\n", TOOL_MAX)?;
+        match status.trim() {
+            "0" => Ok(output),
+            failed => bail!("in the guest: {line}: status {failed}:\n{output}"),
+        }
+    }
+
+    /// The power goes: nothing in the guest's caches survives.
+    pub fn power_off(mut self) -> Result<()> {
+        self.qemu.kill()
+    }
+
+    /// Takes what the shell has sent up to and with `mark`; returns what was before it.
+    fn until(&mut self, mark: &str, limit: Duration) -> Result<String> {
+        let end = Instant::now() + limit;
+        self.shell.set_read_timeout(Some(Duration::from_millis(200)))?;
+        loop {
+            if let Some(at) = self.unread.find(mark) {
+                let before = self.unread[..at].to_owned();
+                self.unread.drain(..at + mark.len());
+                return Ok(before);
+            }
+            let mut buffer = [0; 4096];
+            match self.shell.read(&mut buffer) {
+                Ok(0) => bail!("the guest is gone; its console said:\n{}", self.qemu.tail()),
+                Ok(n) => self.unread += &String::from_utf8_lossy(&buffer[..n]).replace('\r', ""),
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(e) => return Err(e).context("read from the guest"),
+            }
+            if Instant::now() > end {
+                let heard = &self.unread;
+                bail!(
+                    "no answer within {} s; heard {heard:?}; its console said:\n{}",
+                    limit.as_secs(),
+                    self.qemu.tail()
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_is_one_cpio_can_list() {
+        let mut initramfs = Initramfs::default();
+        initramfs.file("a/b/deep", 0o755, b"bytes".to_vec());
+        let dir = tempfile::tempdir().unwrap();
+        let archive = dir.path().join("archive");
+        initramfs.write(&archive).unwrap();
+        let bytes = fs::read(&archive).unwrap();
+        // Walk it as the kernel does: each header names the lengths that lead to the next.
+        let (mut at, mut names) = (0, Vec::new());
+        loop {
+            assert_eq!(&bytes[at..at + 6], b"070701", "at {at}");
+            let field = |n: usize| {
+                let text = std::str::from_utf8(&bytes[at + 6 + n * 8..at + 14 + n * 8]).unwrap();
+                usize::from_str_radix(text, 16).unwrap()
+            };
+            let (size, name_len) = (field(6), field(11));
+            let name = String::from_utf8(bytes[at + 110..at + 110 + name_len - 1].to_vec()).unwrap();
+            if name == "TRAILER!!!" {
+                break;
+            }
+            names.push(name);
+            at = ((at + 110 + name_len).next_multiple_of(4) + size).next_multiple_of(4);
+        }
+        let place =
+            |n: &str| names.iter().position(|x| x == n).unwrap_or_else(|| panic!("{n} is missing in {names:?}"));
+        assert!(place("a") < place("a/b") && place("a/b") < place("a/b/deep"), "{names:?}");
+        assert!(place("init") > place("bin"));
+    }
+}

@@ -1,0 +1,396 @@
+//! The product as its user has it: three binaries, a box and an agent in folders of their own, nothing outside them.
+
+use crate::{
+    control::Control,
+    nbd,
+    process::{self, Finished, Program, wait_for},
+};
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::{
+    env, fs,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+/// From start to the READY line; a box with a long journal to recover needs some of it.
+const START_MAX: Duration = Duration::from_secs(120);
+/// From SIGTERM to the end.
+const STOP_MAX: Duration = Duration::from_secs(30);
+/// For a command of the CLI that does not move whole disks.
+const COMMAND_MAX: Duration = Duration::from_secs(60);
+
+/// Where the three programs are.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    pub holdfastd: PathBuf,
+    pub holdfast: PathBuf,
+    pub agent: PathBuf,
+}
+
+impl Binaries {
+    /// Those built together with this program: in the same target folder.
+    pub fn beside_us() -> Result<Self> {
+        let us = env::current_exe().context("find our own program")?;
+        let mut dir = us.parent().context("our own program is in no folder")?;
+        if dir.ends_with("deps") {
+            dir = dir.parent().unwrap_or(dir);
+        }
+        Self::in_dir(dir)
+    }
+
+    pub fn in_dir(dir: &Path) -> Result<Self> {
+        let built = |name: &str| -> Result<PathBuf> {
+            let file = dir.join(name);
+            if !file.is_file() {
+                bail!("{} is not built: run `cargo build --workspace` first", file.display());
+            }
+            Ok(file)
+        };
+        Ok(Self { holdfastd: built("holdfastd")?, holdfast: built("holdfast")?, agent: built("holdfast-agent")? })
+    }
+}
+
+/// A port that was free a moment ago. Kept by its user over restarts, so it cannot be left to the kernel each time.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A box in a folder, on loopback.
+#[derive(Debug)]
+pub struct Appliance {
+    bins: Binaries,
+    dir: PathBuf,
+    listen: SocketAddr,
+    nbd_listen: SocketAddr,
+    control: Control,
+    program: Option<Program>,
+}
+
+impl Appliance {
+    /// Starts a box with everything in `dir`: `box.toml`, `data/`, `box.log`.
+    pub fn start(bins: &Binaries, dir: &Path) -> Result<Self> {
+        Self::start_on(bins, dir, "127.0.0.1")
+    }
+
+    /// As [`start`](Self::start), with TLS listeners on another address, e.g. one that guests reach.
+    pub fn start_on(bins: &Binaries, dir: &Path, address: &str) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        let dir = dir.canonicalize()?;
+        let at = |port: u16| -> Result<SocketAddr> { Ok(format!("{address}:{port}").parse()?) };
+        let (listen, nbd_listen) = (at(free_port()?)?, at(free_port()?)?);
+        let data = dir.join("data");
+        let config = format!(
+            "data = {}\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n",
+            toml_text(&data),
+            free_port()?
+        );
+        fs::write(dir.join("box.toml"), config)?;
+        let control = Control::new(&data.join("run/control.sock"));
+        let mut this = Self { bins: bins.clone(), dir, listen, nbd_listen, control, program: None };
+        this.run()?;
+        Ok(this)
+    }
+
+    /// Starts the daemon again after [`kill`](Self::kill) or [`stop`](Self::stop), on the same ports and data.
+    pub fn run(&mut self) -> Result<()> {
+        let mut command = Command::new(&self.bins.holdfastd);
+        command.arg("--config").arg(self.dir.join("box.toml"));
+        let mut program = Program::start("holdfastd", command, &self.dir.join("box.log"))?;
+        program.wait_line("READY", START_MAX)?;
+        self.program = Some(program);
+        Ok(())
+    }
+
+    /// SIGKILL: what the box has not made durable is gone.
+    pub fn kill(&mut self) -> Result<()> {
+        self.program.take().map_or(Ok(()), |mut p| p.kill())
+    }
+
+    /// SIGTERM: everything durable, and a clean exit.
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut program) = self.program.take() else { return Ok(()) };
+        let status = program.stop(STOP_MAX)?;
+        if !status.success() {
+            bail!("holdfastd ended with {status}:\n{}", program.tail());
+        }
+        Ok(())
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("box.log")
+    }
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+    pub fn nbd_listen(&self) -> SocketAddr {
+        self.nbd_listen
+    }
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+    pub fn program(&mut self) -> Result<&mut Program> {
+        self.program.as_mut().context("the box is not running")
+    }
+
+    /// The command line program, pointed at this box.
+    pub fn cli(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.bins.holdfast);
+        command.arg("--socket").arg(self.control.socket()).args(args);
+        command
+    }
+    pub fn run_cli(&self, args: &[&str]) -> Result<Finished> {
+        process::run(self.cli(args), COMMAND_MAX)?.ok()
+    }
+
+    pub fn token(&self, host_name: &str) -> Result<String> {
+        let answer = self.control.post("/tokens", &json!({ "host_name": host_name }))?;
+        Ok(answer["token"].as_str().with_context(|| format!("no token in {answer}"))?.to_owned())
+    }
+
+    /// A group with no host: one ingest target per volume.
+    pub fn create_ingest(&self, name: &str, volumes: &[(&str, u64)]) -> Result<()> {
+        let volumes: Vec<Value> = volumes.iter().map(|(name, bytes)| json!({ "name": name, "bytes": bytes })).collect();
+        self.control.post("/groups", &json!({ "name": name, "volumes": volumes })).map(drop)
+    }
+
+    /// Where a group's ingest target listens.
+    pub fn ingest_target(&self, group: &str, volume: &str) -> Result<Export> {
+        let targets = self.control.get("/ingest-targets")?;
+        let list = targets.as_array().or_else(|| targets["ingest_targets"].as_array());
+        let named =
+            |t: &&Value, key: &str, id: &str, want: &str| [key, id].iter().any(|k| t[*k].as_str() == Some(want));
+        list.into_iter()
+            .flatten()
+            .find(|t| named(t, "group_name", "group", group) && named(t, "volume_name", "volume", volume))
+            .map(Export::from_json)
+            .with_context(|| format!("no ingest target for {group}/{volume} in {targets}"))?
+    }
+
+    pub fn group(&self, name: &str) -> Result<Value> {
+        self.control.get(&format!("/groups/{name}"))
+    }
+
+    /// Waits until the group's state is `state`.
+    pub fn wait_state(&self, group: &str, state: &str, limit: Duration) -> Result<Value> {
+        let mut last = Value::Null;
+        let found = wait_for(&format!("group {group} to be {state}"), limit, || {
+            last = self.group(group)?;
+            Ok((last["state"] == state).then(|| last.clone()))
+        });
+        found.with_context(|| {
+            format!("last seen: state {} reason {} sync {}", last["state"], last["reason"], last["sync"])
+        })
+    }
+
+    pub fn bookmark(&self, group: &str, name: &str) -> Result<Moment> {
+        let made = self.control.post(&format!("/groups/{group}/bookmarks"), &json!({ "name": name }))?;
+        let number = |key: &str| made[key].as_u64().with_context(|| format!("no {key} in {made}"));
+        Ok(Moment { name: name.to_owned(), lsn: number("lsn")?, time_us: number("time_us")? })
+    }
+
+    /// Opens a view; it closes with its guard.
+    pub fn view(&self, group: &str, at: &At) -> Result<View> {
+        let opened =
+            self.control.post(&format!("/groups/{group}/views"), &json!({ "at": at.to_json(), "tcp": false }))?;
+        let exports = opened["exports"].as_array().with_context(|| format!("no exports in {opened}"))?;
+        Ok(View {
+            control: self.control.clone(),
+            id: text_or_number(&opened["id"]),
+            open: true,
+            lsn: opened["lsn"].as_u64().with_context(|| format!("no lsn in {opened}"))?,
+            exports: exports.iter().map(Export::from_json).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Writes a client certificate in the layout QEMU and libnbd look for.
+    pub fn client_certificate(&self, name: &str, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir)?;
+        let made = self.control.post("/client-certs", &json!({ "name": name }))?;
+        for (key, file) in
+            [("ca_pem", "ca-cert.pem"), ("certificate_pem", "client-cert.pem"), ("key_pem", "client-key.pem")]
+        {
+            let pem = made[key].as_str().with_context(|| format!("no {key} in the answer"))?;
+            fs::write(dir.join(file), pem)?;
+        }
+        Ok(())
+    }
+}
+
+/// A recovery point as one asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum At {
+    Latest,
+    Lsn(u64),
+    Time(u64),
+    Bookmark(String),
+}
+
+impl At {
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Latest => json!("latest"),
+            Self::Lsn(lsn) => json!({ "lsn": lsn }),
+            Self::Time(us) => json!({ "time": us }),
+            Self::Bookmark(name) => json!({ "bookmark": name }),
+        }
+    }
+}
+
+impl std::fmt::Display for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Latest => f.write_str("the newest moment"),
+            Self::Lsn(lsn) => write!(f, "LSN {lsn}"),
+            Self::Time(us) => write!(f, "time {}.{:06}", us / 1_000_000, us % 1_000_000),
+            Self::Bookmark(name) => write!(f, "bookmark {name}"),
+        }
+    }
+}
+
+/// A bookmark as the box made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moment {
+    pub name: String,
+    pub lsn: u64,
+    pub time_us: u64,
+}
+
+/// One NBD export of the box.
+#[derive(Clone, Debug)]
+pub struct Export {
+    pub volume_name: String,
+    pub export_name: String,
+    pub unix_socket: PathBuf,
+}
+
+impl Export {
+    fn from_json(value: &Value) -> Result<Self> {
+        let text =
+            |key: &str| value[key].as_str().map(str::to_owned).with_context(|| format!("no {key} in export {value}"));
+        Ok(Self {
+            volume_name: text("volume_name")?,
+            export_name: text("export_name")?,
+            unix_socket: text("unix_socket")?.into(),
+        })
+    }
+    pub fn connect(&self) -> Result<nbd::Client> {
+        nbd::Client::connect(&self.unix_socket, &self.export_name)
+    }
+    /// The address in the form libnbd and QEMU read.
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///{}?socket={}", self.export_name, self.unix_socket.display())
+    }
+}
+
+/// An open view; closed when dropped.
+#[derive(Debug)]
+pub struct View {
+    control: Control,
+    id: String,
+    open: bool,
+    pub lsn: u64,
+    pub exports: Vec<Export>,
+}
+
+impl View {
+    pub fn only(&self) -> Result<&Export> {
+        match self.exports.as_slice() {
+            [one] => Ok(one),
+            more => bail!("the view has {} exports, one was expected", more.len()),
+        }
+    }
+    pub fn close(mut self) -> Result<()> {
+        self.open = false;
+        self.control.delete(&format!("/views/{}", self.id)).map(drop)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // The box may have been killed meanwhile, and the view with it: said, and no more.
+        if self.open
+            && let Err(e) = self.control.delete(&format!("/views/{}", self.id))
+        {
+            eprintln!("view {} was not closed: {e:#}", self.id);
+        }
+    }
+}
+
+/// An agent in a folder: `agent.toml`, `state/`, `agent.log`. Nothing under `/etc` or `/var` is touched.
+#[derive(Debug)]
+pub struct Agent {
+    bins: Binaries,
+    dir: PathBuf,
+    program: Option<Program>,
+}
+
+impl Agent {
+    /// Writes the configuration, enrols with the box, and starts the daemon.
+    pub fn start(bins: &Binaries, dir: &Path, appliance: &Appliance, host_name: &str) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        let dir = dir.canonicalize()?;
+        fs::write(dir.join("agent.toml"), format!("state_dir = {}\n", toml_text(&dir.join("state"))))?;
+        let mut this = Self { bins: bins.clone(), dir, program: None };
+        if !this.dir.join("state").join("enrolled").exists() {
+            let token = appliance.token(host_name)?;
+            this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
+        }
+        this.run()?;
+        Ok(this)
+    }
+
+    /// Starts the daemon again after [`kill`](Self::kill).
+    pub fn run(&mut self) -> Result<()> {
+        let program = Program::start("holdfast-agent", self.cli(&["run"]), &self.dir.join("agent.log"))?;
+        let program = self.program.insert(program);
+        let socket = self.dir.join("state/agent.sock");
+        wait_for("the agent to answer", Duration::from_secs(30), || {
+            program.expect_running()?;
+            Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok().then_some(()))
+        })
+    }
+
+    pub fn kill(&mut self) -> Result<()> {
+        self.program.take().map_or(Ok(()), |mut p| p.kill())
+    }
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut program) = self.program.take() else { return Ok(()) };
+        program.stop(STOP_MAX).map(drop)
+    }
+    pub fn program(&mut self) -> Result<&mut Program> {
+        self.program.as_mut().context("the agent is not running")
+    }
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("agent.log")
+    }
+    pub fn cli(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.bins.agent);
+        command.arg("--config").arg(self.dir.join("agent.toml")).args(args);
+        command
+    }
+    pub fn run_cli(&self, args: &[&str]) -> Result<Finished> {
+        process::run(self.cli(args), COMMAND_MAX)?.ok()
+    }
+    pub fn protect(&self, device: &Path, group: &str) -> Result<()> {
+        self.run_cli(&["protect", &device.to_string_lossy(), "--group", group]).map(drop)
+    }
+}
+
+/// A path as a TOML string.
+fn toml_text(path: &Path) -> String {
+    // JSON's escapes are a subset of a TOML basic string's.
+    Value::String(path.to_string_lossy().into_owned()).to_string()
+}
+
+fn text_or_number(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
