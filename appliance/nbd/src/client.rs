@@ -16,7 +16,7 @@
 //! TLS: [`start_tls`] on the plain stream, wrap it, then [`Client::connect_secured`].
 
 use crate::{
-    Access, Allocation, BlockSizes, Errno, ExportEntry, ExportFlags, ExportInfo, StatusExtent,
+    Access, Allocation, BlockSizes, Errno, ExportEntry, ExportFlags, ExportInfo, ReplyMode, StatusExtent,
     format::{self, *},
 };
 use model::ByteLen;
@@ -206,14 +206,20 @@ struct Pending {
 
 impl<S: Read + Write> Client<S> {
     /// Opens an export over a plain stream.
-    pub fn connect(mut stream: S, name: &str) -> Result<Self, ConnectError> {
+    pub fn connect(stream: S, name: &str) -> Result<Self, ConnectError> {
+        Self::connect_as(stream, name, ReplyMode::Structured)
+    }
+
+    /// As [`Client::connect`]; with [`ReplyMode::Simple`] nothing newer than simple replies is asked for (no holes, no
+    /// block status, no error texts), as the Linux kernel's client does it.
+    pub fn connect_as(mut stream: S, name: &str, replies: ReplyMode) -> Result<Self, ConnectError> {
         let hello = Hello::exchange(&mut stream)?;
-        Self::negotiate(stream, hello, name)
+        Self::negotiate(stream, hello, name, replies)
     }
 
     /// Opens an export over the stream that was secured after [`start_tls`].
     pub fn connect_secured(stream: S, secured: Secured, name: &str) -> Result<Self, ConnectError> {
-        Self::negotiate(stream, secured.0, name)
+        Self::negotiate(stream, secured.0, name, ReplyMode::Structured)
     }
 
     pub fn export(&self) -> &RemoteExport {
@@ -623,11 +629,15 @@ impl<S: Read + Write> Client<S> {
         self.stream.read_exact(buf).map_err(|source| ClientError::Io { during: "reading a reply", source })
     }
 
-    fn negotiate(mut stream: S, hello: Hello, name: &str) -> Result<Self, ConnectError> {
+    fn negotiate(mut stream: S, hello: Hello, name: &str, replies: ReplyMode) -> Result<Self, ConnectError> {
         if name.len() > MAX_NAME_BYTES {
             return Err(ConnectError::NameTooLong { len: name.len() });
         }
-        let structured = ask(&mut stream, opt::STRUCTURED_REPLY, &[], |_, _| Some(()))?.is_ok();
+        let structured = replies == ReplyMode::Structured
+            && match ask(&mut stream, opt::STRUCTURED_REPLY, &[], |_, _| None)? {
+                Err(refusal) if refusal.code == rep::ERR_TLS_REQD => return Err(ConnectError::TlsRequired),
+                answer => answer.is_ok(),
+            };
         let block_status = structured && choose_allocation(&mut stream, name)?;
         let info = match go(&mut stream, name)? {
             Some(info) => info,
