@@ -20,6 +20,10 @@ pub enum GapReason {
     JournalFull,
     /// A volume was added to the group, changed its size or was replaced.
     VolumeChanged,
+    /// The agent was restarted without a clean stop: what it held but had not delivered is copied again.
+    AgentRestart,
+    /// The box no longer has what the host had delivered, or has what this host never sent: everything is copied again.
+    HistoryLost,
 }
 
 impl fmt::Display for GapReason {
@@ -31,6 +35,8 @@ impl fmt::Display for GapReason {
             Self::Requested => "resync was requested",
             Self::JournalFull => "the journal was full",
             Self::VolumeChanged => "a volume was added, resized or replaced",
+            Self::AgentRestart => "the agent was restarted",
+            Self::HistoryLost => "the box and the host disagreed about what was delivered",
         })
     }
 }
