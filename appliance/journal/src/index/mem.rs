@@ -44,7 +44,9 @@ impl IndexStore for MemStore {
         let mut list: Vec<Piece> = Vec::new();
         for piece in pieces {
             let piece = piece?;
-            if piece.sectors == 0 || list.last().is_some_and(|last| (piece.volume, piece.lba) < (last.volume, last.end())) {
+            if piece.sectors == 0
+                || list.last().is_some_and(|last| (piece.volume, piece.lba) < (last.volume, last.end()))
+            {
                 return Err(IndexError::OutOfOrder { run, piece });
             }
             list.push(piece);

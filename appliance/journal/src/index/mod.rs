@@ -9,17 +9,17 @@
 //! library below: all end as [`IndexError::Unavailable`] for that generation, the reader falls back to footers, and the
 //! runs of that generation are due again ([`IndexStore::run`] answers none).
 
-// mod filter;
+mod filter;
 mod mem;
-// mod page;
+mod page;
 mod piece;
 mod run;
-// mod sled;
+mod sled;
 
 pub use mem::MemStore;
 pub use piece::{Merge, Piece, PieceKind, Version, merge, pieces_from_versions, take_missing};
 pub use run::{FANOUT, GenerationId, Inputs, MAP_SHARE, RunId, RunTask, Shape, Source};
-// pub use sled::SledStore;
+pub use sled::{SET_ASIDE_MAX, SledOptions, SledStore};
 
 use model::{Extent, VolumeId};
 
@@ -104,3 +104,6 @@ pub trait IndexStore: Send + Sync + std::fmt::Debug {
     /// After `Ok`, all runs put before survive power loss.
     fn flush(&self) -> Result<(), IndexError>;
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

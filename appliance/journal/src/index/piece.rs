@@ -153,8 +153,15 @@ pub fn pieces_from_versions(ordinal: u32, versions: impl IntoIterator<Item = Ver
                 PieceKind::Zero => 0,
             };
             let offset = if top.kind == PieceKind::Data { top.offset } else { 0 };
-            let piece =
-                Piece { volume, lba: position, sectors: (end - position) as u32, ordinal, offset, skip, kind: top.kind };
+            let piece = Piece {
+                volume,
+                lba: position,
+                sectors: (end - position) as u32,
+                ordinal,
+                offset,
+                skip,
+                kind: top.kind,
+            };
             out.extend(joiner.push(piece));
             position = end;
         }
@@ -172,10 +179,10 @@ struct Joiner {
 impl Joiner {
     /// Takes the next piece; answers the one before it when they stay apart.
     fn push(&mut self, piece: Piece) -> Option<Piece> {
-        match &mut self.held {
-            Some(held) if held.join(&piece) => None,
-            held => held.replace(piece),
+        if self.held.as_mut().is_some_and(|held| held.join(&piece)) {
+            return None;
         }
+        self.held.replace(piece)
     }
     fn finish(&mut self) -> Option<Piece> {
         self.held.take()

@@ -293,10 +293,7 @@ impl Shape {
             fresh += count;
         }
         if fresh.saturating_mul(MAP_SHARE) >= last_map {
-            RunTask {
-                run: self.map(generation),
-                inputs: Inputs::Runs { newest_first: inputs, keep_from: first_kept },
-            }
+            RunTask { run: self.map(generation), inputs: Inputs::Runs { newest_first: inputs, keep_from: first_kept } }
         } else {
             RunTask { run: top, inputs: Inputs::Runs { newest_first: own, keep_from: 0 } }
         }
