@@ -1,0 +1,109 @@
+//! `cargo xtask bench`: the figures, beside their peers, in one run.
+//!
+//! One job runs against every system in turn, in several rounds that interleave the systems, so that a machine that is
+//! slow for a while is slow for all; each cell is the median of its rounds. The semantics are the same for all: a writer
+//! has one write outstanding and goes on when that write **and a flush after it** have returned, so every counted write is
+//! durable; a "queue depth" of 16 is 16 such writers. On the raw file that is `O_DIRECT` and `fdatasync` after each write;
+//! over NBD it is a write and an NBD flush, by fio's own engine.
+
+mod fio;
+mod journal;
+mod report;
+mod systems;
+
+use crate::{
+    deps::{self, Purpose},
+    repo::Repo,
+};
+use anyhow::{Context, Result};
+use hw_tests::product::Binaries;
+use std::{collections::BTreeMap, fs};
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// One short round of everything
+    #[arg(long)]
+    quick: bool,
+    /// Only this part: ingest, view, agent, journal
+    #[arg(long)]
+    only: Option<Part>,
+    /// Keep the table of the tree as it is
+    #[arg(long)]
+    no_write: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Part {
+    /// Durable writes through NBD, beside the peers
+    Ingest,
+    /// Reading a view, beside the raw file
+    View,
+    /// A disk captured by the agent
+    Agent,
+    /// Opening moments and restarting with long histories
+    Journal,
+}
+
+/// Size of the disk written to: larger than any cache that would hide the device, small enough to be filled first.
+const DISK_BYTES: u64 = 1 << 30;
+
+/// (system, job) → one value per round.
+type Samples = BTreeMap<(String, String), Vec<f64>>;
+
+/// What a run found.
+#[derive(Default)]
+pub struct Results {
+    /// Writes or reads per second.
+    pub rates: Samples,
+    /// Single facts in the order found: (what, value).
+    pub facts: Vec<(String, String)>,
+}
+
+impl Results {
+    fn fact(&mut self, what: impl Into<String>, value: impl Into<String>) {
+        let (what, value) = (what.into(), value.into());
+        println!("  {what}: {value}");
+        self.facts.push((what, value));
+    }
+}
+
+pub fn run(repo: &Repo, options: &Options) -> Result<()> {
+    deps::install(repo, Some(Purpose::Bench))?;
+    repo.show(&mut repo.cargo(&["build", "--package", "supervisor", "--package", "ctl", "--package", "agent-linux"]))?;
+    let bins = Binaries::beside_us()?;
+    let dir = repo.target_dir()?.join("bench");
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let wanted = |part: Part| options.only.is_none_or(|only| only == part);
+    let mut results = Results::default();
+    let rounds = if options.quick { 1 } else { 3 };
+    let bench =
+        systems::Bench { bins: &bins, dir: &dir, seconds: if options.quick { 2 } else { 4 }, bytes: DISK_BYTES };
+    for round in 1..=rounds {
+        println!("round {round} of {rounds}");
+        if wanted(Part::Ingest) {
+            bench.ingest_round(&mut results, round == rounds)?;
+        }
+        if wanted(Part::View) {
+            bench.view_round(&mut results)?;
+        }
+    }
+    if wanted(Part::Agent) {
+        bench.agent(&mut results)?;
+    }
+    if wanted(Part::Journal) {
+        journal::run(repo, &dir, options.quick, &mut results)?;
+    }
+    let text = report::render(&results, &repo.commit(), rounds);
+    println!("\n{text}");
+    if options.only.is_none() && !options.no_write {
+        let file = repo.root.join("appliance/docs/measured.md");
+        fs::create_dir_all(file.parent().context("a file in a folder")?)?;
+        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+        println!("written to {}", file.display());
+    }
+    fs::remove_dir_all(&dir)?;
+    Ok(())
+}

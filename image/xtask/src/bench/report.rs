@@ -1,0 +1,123 @@
+//! The table.
+
+use super::{
+    Results,
+    fio::{Job, READS, WRITES},
+    systems::{HOLDFAST, HOLDFAST_TLS, RAW},
+};
+use std::{fs, thread::available_parallelism};
+
+/// Order of the rows.
+const SYSTEMS: &[&str] = &[RAW, "qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file", HOLDFAST, HOLDFAST_TLS];
+/// What our random writes are held against: those that offer a disk over NBD, as we do.
+const PEERS: &[&str] = &["qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file"];
+
+pub fn render(results: &Results, commit: &str, rounds: u32) -> String {
+    let mut text = format!("# Measured\n\nBy `cargo xtask bench` at commit {commit}, on {}.\n\n", machine());
+    let writes = table(results, WRITES);
+    if !writes.is_empty() {
+        text += &format!(
+            "## Durable writes\n\nPer second, median of {rounds} interleaved rounds. Every writer has one write outstanding and goes on when \
+             it and a flush after it have returned: the raw file by `O_DIRECT` and `fdatasync`, all others by an NBD write and an NBD flush. \
+             In brackets the ratio to the raw file.\n\n{writes}\n"
+        );
+        text += &verdicts(results);
+    }
+    let reads = table(results, READS);
+    if !reads.is_empty() {
+        text += &format!("## Reading a view\n\nThe newest moment, after random overwrites.\n\n{reads}\n");
+    }
+    if !results.facts.is_empty() {
+        text += "## Sizes, memory, long histories\n\n";
+        for (what, value) in &results.facts {
+            text += &format!("- {what}: {value}\n");
+        }
+    }
+    text
+}
+
+fn table(results: &Results, jobs: &[Job]) -> String {
+    let rows: Vec<&str> =
+        SYSTEMS.iter().copied().filter(|s| jobs.iter().any(|j| rate(results, s, j).is_some())).collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut text = format!(
+        "| system |{}\n|---|{}\n",
+        jobs.iter().map(|j| format!(" {} |", j.name)).collect::<String>(),
+        "---:|".repeat(jobs.len())
+    );
+    for system in rows {
+        let cells = jobs.iter().map(|job| match (rate(results, system, job), rate(results, RAW, job)) {
+            (Some(rate), Some(raw)) => format!(" {rate:.0} ({:.2}) |", rate / raw),
+            (Some(rate), None) => format!(" {rate:.0} |"),
+            _ => " – |".to_owned(),
+        });
+        text += &format!("| {system} |{}\n", cells.collect::<String>());
+    }
+    text
+}
+
+/// The two goals, and what came of them.
+fn verdicts(results: &Results) -> String {
+    let mut text = String::new();
+    for ours in [HOLDFAST, HOLDFAST_TLS] {
+        for job in WRITES {
+            let Some(rate_ours) = rate(results, ours, job) else { continue };
+            if job.pattern == "write" {
+                let Some(raw) = rate(results, RAW, job) else { continue };
+                text += &verdict(ours, job, rate_ours / raw, 0.9, "the raw file");
+            } else if let Some(best) = PEERS.iter().filter_map(|p| rate(results, p, job)).reduce(f64::max) {
+                text += &verdict(ours, job, rate_ours / best, 2.0, "the best peer");
+            }
+        }
+    }
+    text + "\n"
+}
+
+fn verdict(system: &str, job: &Job, ratio: f64, goal: f64, of: &str) -> String {
+    let met = if ratio >= goal { "met" } else { "**missed**" };
+    format!("- {system}, {}: {ratio:.2} × {of}; goal {goal} {met}\n", job.name)
+}
+
+fn rate(results: &Results, system: &str, job: &Job) -> Option<f64> {
+    let mut values = results.rates.get(&(system.to_owned(), job.name.to_owned()))?.clone();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// The class of machine, without its name.
+fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = available_parallelism().map_or(0, |n| n.get());
+    let memory: u64 =
+        read("/proc/meminfo").lines().next().and_then(|l| l.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0);
+    let kind = if read("/proc/cpuinfo").contains("hypervisor") { "a virtual machine" } else { "a machine" };
+    let kernel = read("/proc/sys/kernel/osrelease");
+    let kernel: Vec<&str> = kernel.trim().split('.').take(2).collect();
+    format!("{kind} with {cpus} CPUs and {} GiB of memory, Linux {}", memory.div_ceil(1 << 20), kernel.join("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_shows_medians_ratios_and_missed_goals() {
+        let mut results = Results::default();
+        let mut put = |system: &str, job: &Job, values: &[f64]| {
+            results.rates.insert((system.to_owned(), job.name.to_owned()), values.to_vec());
+        };
+        put(RAW, &WRITES[0], &[100.0, 1000.0, 110.0]);
+        put("nbdkit file", &WRITES[0], &[50.0]);
+        put(HOLDFAST, &WRITES[0], &[90.0]);
+        put(RAW, &WRITES[3], &[100.0]);
+        put(HOLDFAST, &WRITES[3], &[95.0]);
+        results.facts.push(("memory".into(), "64 MiB".into()));
+        let text = render(&results, "abc", 3);
+        assert!(text.contains("| raw file | 110 (1.00) |"), "{text}");
+        assert!(text.contains("1.80 × the best peer; goal 2 **missed**"), "{text}");
+        assert!(text.contains("0.95 × the raw file; goal 0.9 met"), "{text}");
+        assert!(text.contains("- memory: 64 MiB"), "{text}");
+    }
+}

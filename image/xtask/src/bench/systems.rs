@@ -1,0 +1,241 @@
+//! The systems that are measured: the raw file, the peers, and Holdfast.
+
+use super::{
+    Results,
+    fio::{self, Job, READS, Target, WRITES},
+};
+use crate::demo::size;
+use anyhow::{Context, Result};
+use hw_tests::{
+    disk::{self, LoopDisk},
+    process::{self, Program, wait_for},
+    product::{Agent, Appliance, At, Binaries, Export},
+    tools,
+};
+use std::{
+    fs,
+    io::Write,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+pub const RAW: &str = "raw file";
+pub const HOLDFAST: &str = "Holdfast, unix socket";
+pub const HOLDFAST_TLS: &str = "Holdfast, TLS";
+
+const GROUP: &str = "bench";
+const VOLUME: &str = "disk";
+const START_MAX: Duration = Duration::from_secs(30);
+const FILL_MAX: Duration = Duration::from_secs(600);
+const DRAIN_MAX: Duration = Duration::from_secs(120);
+
+pub struct Bench<'a> {
+    pub bins: &'a Binaries,
+    pub dir: &'a Path,
+    pub seconds: u32,
+    pub bytes: u64,
+}
+
+/// An NBD server of somebody else, gone with its handle.
+struct Peer {
+    name: &'static str,
+    _program: Program,
+    socket: PathBuf,
+}
+
+impl Peer {
+    fn start(name: &'static str, mut command: Command, socket: &Path, dir: &Path) -> Result<Self> {
+        if socket.exists() {
+            fs::remove_file(socket)?;
+        }
+        command.current_dir(dir);
+        let mut program = Program::start(name, command, &dir.join("peer.log"))?;
+        wait_for(name, START_MAX, || {
+            program.expect_running()?;
+            Ok(UnixStream::connect(socket).is_ok().then_some(()))
+        })?;
+        Ok(Self { name, _program: program, socket: socket.to_owned() })
+    }
+    fn target(&self) -> Target {
+        Target::Nbd { uri: format!("nbd+unix:///?socket={}", self.socket.display()), home: None }
+    }
+}
+
+impl Bench<'_> {
+    /// Durable writes against every system, once.
+    pub fn ingest_round(&self, results: &mut Results, last: bool) -> Result<()> {
+        let raw = self.filled("raw.img")?;
+        let target = Target::Direct(raw.clone());
+        self.measure(RAW, WRITES, &target, results)?;
+        for peer in [Self::qemu_nbd_raw, Self::qemu_nbd_qcow2, Self::nbdkit] {
+            let peer = peer(self, &raw)?;
+            self.measure(peer.name, WRITES, &peer.target(), results)?;
+        }
+        fs::remove_file(&raw)?;
+        self.holdfast(results, last)
+    }
+
+    fn holdfast(&self, results: &mut Results, last: bool) -> Result<()> {
+        for (name, tls) in [(HOLDFAST, false), (HOLDFAST_TLS, true)] {
+            let dir = self.dir.join("box");
+            let mut appliance = Appliance::start(self.bins, &dir)?;
+            appliance.create_ingest(GROUP, &[(VOLUME, self.bytes)])?;
+            let export = appliance.ingest_target(GROUP, VOLUME)?;
+            let target =
+                if tls { self.tls_target(&appliance, &export)? } else { Target::Nbd { uri: export.uri(), home: None } };
+            let written = self.measure(name, WRITES, &target, results)?;
+            if last {
+                let group = appliance.group(GROUP)?;
+                let per_byte = |key: &str| group[key].as_f64().unwrap_or(0.0) / written.max(1) as f64;
+                results.fact(format!("{name}: host bytes written"), size(written));
+                results
+                    .fact(format!("{name}: journal bytes per host byte"), format!("{:.4}", per_byte("journal_bytes")));
+                results.fact(format!("{name}: index bytes per host byte"), format!("{:.4}", per_byte("index_bytes")));
+                results.fact(format!("{name}: memory of the daemon"), size(appliance.program()?.rss()?));
+            }
+            appliance.stop()?;
+            fs::remove_dir_all(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// Reading a view beside reading the file it was written from.
+    pub fn view_round(&self, results: &mut Results) -> Result<()> {
+        let raw = self.filled("raw.img")?;
+        self.measure(RAW, READS, &Target::Direct(raw.clone()), results)?;
+        let peer = self.nbdkit(&raw)?;
+        self.measure(peer.name, READS, &peer.target(), results)?;
+        drop(peer);
+        let dir = self.dir.join("box");
+        let mut appliance = Appliance::start(self.bins, &dir)?;
+        appliance.create_ingest(GROUP, &[(VOLUME, self.bytes)])?;
+        let export = appliance.ingest_target(GROUP, VOLUME)?;
+        process::call("nbdcopy", &[&raw.to_string_lossy(), &export.uri()], FILL_MAX)?;
+        // A history, so that reads have versions to choose from.
+        let scatter = Job { name: "scatter", pattern: "randwrite", block: "4k", workers: 16 };
+        fio::run(
+            &scatter,
+            &Target::Nbd { uri: export.uri(), home: None },
+            self.bytes,
+            self.seconds,
+            &self.dir.join("fio.json"),
+        )?;
+        let view = appliance.view(GROUP, &At::Latest)?;
+        let target = Target::Nbd { uri: view.only()?.uri(), home: None };
+        self.measure(HOLDFAST, READS, &target, results)?;
+        view.close()?;
+        appliance.stop()?;
+        fs::remove_dir_all(&dir)?;
+        fs::remove_file(&raw)?;
+        Ok(())
+    }
+
+    /// A loop disk written to with and without the agent's capture.
+    pub fn agent(&self, results: &mut Results) -> Result<()> {
+        if let Err(why) = disk::loop_disks_work() {
+            println!("SKIPPED: the agent was not measured: {why}");
+            return Ok(());
+        }
+        let bytes = 256 << 20;
+        let disk = LoopDisk::create(&self.dir.join("loop.img"), bytes)?;
+        let target = Target::Direct(disk.device().to_owned());
+        let jobs = &WRITES[..2];
+        let run = |job: &Job| fio::run(job, &target, bytes, self.seconds, &self.dir.join("fio.json"));
+        let before: Vec<_> = jobs.iter().map(run).collect::<Result<_>>()?;
+        let dir = self.dir.join("box");
+        let mut appliance = Appliance::start(self.bins, &dir)?;
+        let mut agent = Agent::start(self.bins, &self.dir.join("agent"), &appliance, "bench")?;
+        agent.protect(disk.device(), GROUP)?;
+        appliance.wait_state(GROUP, "replicating", FILL_MAX)?;
+        for (job, alone) in jobs.iter().zip(before) {
+            let with = run(job)?;
+            let ended = Instant::now();
+            let share = with.per_second / alone.per_second;
+            let what = format!("agent: {} on a captured loop disk", job.name);
+            results.fact(
+                what,
+                format!("{:.0}/s, {share:.2} of {:.0}/s without capture", with.per_second, alone.per_second),
+            );
+            wait_for("the lag to end", DRAIN_MAX, || Ok((appliance.group(GROUP)?["lag_ms"] == 0).then_some(())))?;
+            results.fact("agent: until the box had all of it", format!("{:.2} s", ended.elapsed().as_secs_f32()));
+        }
+        results.fact("agent: its memory", size(agent.program()?.rss()?));
+        results.fact("agent: memory of the daemon", size(appliance.program()?.rss()?));
+        agent.run_cli(&["unprotect", &disk.device().to_string_lossy()])?;
+        agent.stop()?;
+        appliance.stop()?;
+        fs::remove_dir_all(&dir)?;
+        Ok(())
+    }
+
+    /// Runs the jobs; returns the bytes moved, warm-up not counted.
+    fn measure(&self, system: &str, jobs: &[Job], target: &Target, results: &mut Results) -> Result<u64> {
+        let mut bytes = 0;
+        for job in jobs {
+            let outcome = fio::run(job, target, self.bytes, self.seconds, &self.dir.join("fio.json"))
+                .with_context(|| format!("{system}: {}", job.name))?;
+            println!("  {system}: {}: {:.0}/s, 99 % within {:.0} us", job.name, outcome.per_second, outcome.p99_us);
+            results.rates.entry((system.to_owned(), job.name.to_owned())).or_default().push(outcome.per_second);
+            bytes += outcome.bytes;
+        }
+        Ok(bytes)
+    }
+
+    /// A file with every byte written: holes and unwritten extents would cost at the first write.
+    fn filled(&self, name: &str) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        let mut file = fs::File::create(&path)?;
+        let (mut block, mut draw) = (vec![0; 1 << 20], hw_tests::Draw::new(7));
+        for _ in 0..self.bytes >> 20 {
+            draw.fill(&mut block);
+            file.write_all(&block)?;
+        }
+        file.sync_all()?;
+        Ok(path)
+    }
+
+    fn qemu_nbd_raw(&self, raw: &Path) -> Result<Peer> {
+        self.qemu_nbd("qemu-nbd, raw", "raw", raw)
+    }
+    fn qemu_nbd_qcow2(&self, raw: &Path) -> Result<Peer> {
+        let path = self.dir.join("disk.qcow2");
+        process::call(
+            "qemu-img",
+            &["convert", "-f", "raw", "-O", "qcow2", &raw.to_string_lossy(), &path.to_string_lossy()],
+            FILL_MAX,
+        )?;
+        self.qemu_nbd("qemu-nbd, qcow2", "qcow2", &path)
+    }
+    fn qemu_nbd(&self, name: &'static str, format: &str, image: &Path) -> Result<Peer> {
+        let socket = self.dir.join("peer.sock");
+        let mut command = Command::new(tools::need("qemu-nbd")?);
+        // Its best for this machine: around the page cache, the kernel's own queue, as many clients as we have writers.
+        command.args([
+            "--persistent",
+            "--shared=64",
+            "--cache=none",
+            "--aio=native",
+            "--discard=unmap",
+            "--format",
+            format,
+        ]);
+        command.arg("--socket").arg(&socket).arg(image);
+        Peer::start(name, command, &socket, self.dir)
+    }
+    fn nbdkit(&self, raw: &Path) -> Result<Peer> {
+        let socket = self.dir.join("peer.sock");
+        let mut command = Command::new(tools::need("nbdkit")?);
+        command.args(["--foreground", "--unix"]).arg(&socket).arg("file").arg(raw);
+        Peer::start("nbdkit file", command, &socket, self.dir)
+    }
+
+    /// libnbd looks for certificates below HOME.
+    fn tls_target(&self, appliance: &Appliance, export: &Export) -> Result<Target> {
+        let home = self.dir.join("home");
+        appliance.client_certificate("bench", &home.join(".pki/libnbd"))?;
+        let uri = format!("nbds://{}/{}", appliance.nbd_listen(), export.export_name);
+        Ok(Target::Nbd { uri, home: Some(home) })
+    }
+}

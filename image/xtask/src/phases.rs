@@ -1,0 +1,238 @@
+//! `cargo xtask test`: every test there is, in phases, with one summary at the end.
+//!
+//! A phase that fails does not stop the others, except the build. Tests that could not run print `SKIPPED: why`; those
+//! lines are gathered and shown at the end.
+
+use crate::{
+    deps::{self, Purpose},
+    repo::Repo,
+    tidy,
+};
+use anyhow::{Context, Result, bail};
+use hw_tests::{process::command_line, tools};
+use std::{fs, path::PathBuf, process::Command, time::Instant};
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Leave out guests and the newcomer's command
+    #[arg(long)]
+    quick: bool,
+}
+
+/// What the tests of one phase came to.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    run: u64,
+    failed: u64,
+    skipped: Vec<String>,
+}
+
+impl Counts {
+    fn add(&mut self, other: Counts) {
+        self.run += other.run;
+        self.failed += other.failed;
+        self.skipped.extend(other.skipped);
+    }
+}
+
+struct Run<'a> {
+    repo: &'a Repo,
+    started: Instant,
+    counts: Counts,
+    failed: Vec<String>,
+}
+
+pub fn run(repo: &Repo, options: &Options) -> Result<()> {
+    let mut run = Run { repo, started: Instant::now(), counts: Counts::default(), failed: Vec::new() };
+    run.phase("deps", |r| {
+        let missing = deps::install(r.repo, Some(Purpose::Test))?;
+        if !missing.tools.is_empty() {
+            bail!("missing: {}", missing.tools.join(", "));
+        }
+        Ok(())
+    });
+    run.phase("build", |r| r.repo.show(&mut r.repo.cargo(&["build", "--quiet", "--workspace", "--locked"])));
+    if run.failed.iter().any(|f| f == "build") {
+        return run.finish();
+    }
+    run.phase("tidy", |r| tidy::run(r.repo));
+    run.phase("format", |r| r.repo.show(&mut r.repo.cargo(&["fmt", "--all", "--check"])));
+    run.phase("lints", |r| {
+        let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "--deny", "warnings"];
+        r.repo.show(&mut r.repo.cargo(&lints))
+    });
+    run.phase("tests", |r| r.tests(&["--workspace", "--exclude", "hw-tests"]));
+    if !options.quick {
+        run.phase("guests", |r| r.tests(&["--package", "hw-tests"]));
+        run.phase("try --check", |r| r.repo.show(Command::new(std::env::current_exe()?).args(["try", "--check"])));
+        run.phase("try --check without root", |_| without_root());
+    }
+    run.finish()
+}
+
+impl Run<'_> {
+    fn phase(&mut self, name: &str, work: impl FnOnce(&mut Self) -> Result<()>) {
+        let begun = Instant::now();
+        println!("[{:7.1} s] {name}", self.started.elapsed().as_secs_f32());
+        let done = work(self);
+        let (total, took) = (self.started.elapsed().as_secs_f32(), begun.elapsed().as_secs_f32());
+        match done {
+            Ok(()) => println!("[{total:7.1} s] {name}: ok in {took:.1} s"),
+            Err(e) => {
+                println!("[{total:7.1} s] {name}: FAILED in {took:.1} s: {e:#}");
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    /// Runs tests with nextest, or with cargo's own runner where that is all there is.
+    fn tests(&mut self, which: &[&str]) -> Result<()> {
+        let (counts, outcome) =
+            if tools::find("cargo-nextest").is_some() { self.nextest(which)? } else { self.cargo_test(which)? };
+        self.counts.add(counts);
+        outcome
+    }
+
+    fn nextest(&self, which: &[&str]) -> Result<(Counts, Result<()>)> {
+        let report = self.repo.target_dir()?.join("nextest/all/junit.xml");
+        if report.exists() {
+            fs::remove_file(&report)?;
+        }
+        let mut command = self.repo.cargo(&["nextest", "run", "--profile", "all", "--locked", "--no-tests", "pass"]);
+        let outcome = self.repo.show(command.args(which));
+        let text = if report.exists() { fs::read_to_string(&report)? } else { String::new() };
+        Ok((from_junit(&text), outcome))
+    }
+
+    fn cargo_test(&self, which: &[&str]) -> Result<(Counts, Result<()>)> {
+        println!("cargo-nextest is not installed: cargo's own runner is used");
+        let log = self.repo.target_dir()?.join("cargo-test.log");
+        let out = fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let mut command = self.repo.cargo(&["test", "--no-fail-fast", "--locked"]);
+        command.args(which).args(["--", "--show-output"]).stdout(out);
+        let outcome = self.repo.show(&mut command).with_context(|| format!("see {}", log.display()));
+        Ok((from_libtest(&fs::read_to_string(&log)?), outcome))
+    }
+
+    fn finish(self) -> Result<()> {
+        let Counts { run, failed, mut skipped } = self.counts;
+        skipped.sort();
+        skipped.iter().for_each(|s| println!("{s}"));
+        let took = self.started.elapsed().as_secs_f32();
+        let (passed, skips) = (run - failed, skipped.len());
+        let failures = if failed > 0 { format!(", {failed} failed") } else { String::new() };
+        println!("     Summary [{took:8.1}s] {run} tests run: {passed} passed{failures}, {skips} skipped");
+        if !self.failed.is_empty() {
+            bail!("failed: {}", self.failed.join(", "));
+        }
+        Ok(())
+    }
+}
+
+/// The newcomer's command as somebody who is not root. Run by root it steps down to `nobody`, with copies of the programs as
+/// built: the tree may lie where `nobody` cannot look.
+fn without_root() -> Result<()> {
+    if !tools::is_root() {
+        // The phase before was this one already.
+        return Ok(());
+    }
+    let dir = Folder::for_anyone()?;
+    let built = std::env::current_exe()?;
+    let from = built.parent().context("our own program is in no folder")?;
+    for program in ["xtask", "holdfastd", "holdfast", "holdfast-agent"] {
+        fs::copy(from.join(program), dir.0.join(program)).with_context(|| format!("copy {program}"))?;
+    }
+    let mut command = Command::new(tools::need("setpriv")?);
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]);
+    command.arg(dir.0.join("xtask")).args(["try", "--check", "--built", "--data"]).arg(dir.0.join("try"));
+    command.env("HOME", &dir.0).current_dir(&dir.0);
+    let status = command.status()?;
+    if !status.success() {
+        bail!("{} failed ({status})", command_line(&command));
+    }
+    Ok(())
+}
+
+/// A folder in the system's temporary place that another user may write to; removed when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn for_anyone() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("holdfast-nobody-{}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
+        let this = Self(path);
+        std::os::unix::fs::chown(&this.0, Some(65534), Some(65534))?;
+        Ok(this)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(e) = fs::remove_dir_all(&self.0) {
+            eprintln!("{} stays: {e}", self.0.display());
+        }
+    }
+}
+
+/// Reads nextest's JUnit report: its totals, and the skips its tests printed.
+fn from_junit(report: &str) -> Counts {
+    let head = report.split("<testsuites").nth(1).and_then(|r| r.split('>').next()).unwrap_or("");
+    let number = |key: &str| {
+        let value = head.split(&format!(" {key}=\"")).nth(1).and_then(|v| v.split('"').next());
+        value.and_then(|v| v.parse().ok()).unwrap_or(0)
+    };
+    Counts {
+        run: number("tests"),
+        failed: number("failures") + number("errors"),
+        skipped: skips(report, "testcase name=\""),
+    }
+}
+
+/// Every printed skip, with the test it stands in.
+fn skips(text: &str, test_mark: &str) -> Vec<String> {
+    let (mut found, mut test) = (Vec::new(), "");
+    for line in text.lines() {
+        if let Some(name) = line.split(test_mark).nth(1).and_then(|rest| rest.split('"').next()) {
+            test = name;
+        }
+        if let Some((_, why)) = line.split_once("SKIPPED: ") {
+            let why = why.split("</system-out>").next().unwrap_or(why).trim();
+            found.push(if test.is_empty() { format!("SKIPPED: {why}") } else { format!("SKIPPED: {test}: {why}") });
+        }
+    }
+    found
+}
+
+/// Reads what cargo's own runner prints: `test result: ok. 3 passed; 1 failed; ..` once per binary.
+fn from_libtest(log: &str) -> Counts {
+    let mut counts = Counts { skipped: skips(log, "\0"), ..Counts::default() };
+    for line in log.lines().filter(|l| l.starts_with("test result:")) {
+        let number = |what: &str| {
+            let before = line.split(what).next().filter(|b| b.len() < line.len())?;
+            before.split_whitespace().next_back()?.parse::<u64>().ok()
+        };
+        let (passed, failed) = (number(" passed").unwrap_or(0), number(" failed").unwrap_or(0));
+        counts.run += passed + failed;
+        counts.failed += failed;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_junit_report_is_counted_with_its_skips() {
+        let report = "<?xml version=\"1.0\"?>\n<testsuites name=\"all\" tests=\"12\" failures=\"1\" errors=\"0\" uuid=\"x\">\n<testcase name=\"a::b\" classname=\"c\">\n<system-out>running 1 test\nSKIPPED: needs root</system-out>\n</testcase></testsuites>";
+        let counts = from_junit(report);
+        assert_eq!(counts, Counts { run: 12, failed: 1, skipped: vec!["SKIPPED: a::b: needs root".into()] });
+        assert_eq!(from_junit(""), Counts::default());
+    }
+
+    #[test]
+    fn the_output_of_cargos_own_runner_is_counted() {
+        let log = "---- a stdout ----\nSKIPPED: no fio\ntest result: ok. 3 passed; 0 failed; 1 ignored; 0 measured\ntest result: FAILED. 2 passed; 1 failed; 0 ignored\n";
+        assert_eq!(from_libtest(log), Counts { run: 6, failed: 1, skipped: vec!["SKIPPED: no fio".into()] });
+    }
+}

@@ -1,0 +1,23 @@
+//! `cargo xtask sim`: one world of the simulator by its seed, as a failing test prints it.
+
+use crate::repo::Repo;
+use anyhow::{Context, Result};
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// The seed a failing run printed
+    #[arg(long)]
+    seed: u64,
+    /// Print every step of the world
+    #[arg(long)]
+    trace: bool,
+}
+
+pub fn run(repo: &Repo, options: &Options) -> Result<()> {
+    let seed = options.seed.to_string();
+    let mut args = vec!["run", "--quiet", "--package", "sim", "--example", "world", "--", "--seed", &seed];
+    if options.trace {
+        args.push("--trace");
+    }
+    repo.show(&mut repo.cargo(&args)).with_context(|| format!("seed {seed}"))
+}
