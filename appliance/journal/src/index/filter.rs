@@ -145,7 +145,8 @@ mod tests {
         let mut builder = FilterBuilder::default();
         (0..1000).for_each(|i| builder.add(&piece(0, i * 4096, 8)));
         let filter = builder.finish().expect("1000 regions fit");
-        let maybe = (0..10_000).filter(|i| filter.may_meet(VolumeId(0), Extent::new((i * 2 + 1) << REGION_SHIFT, 8))).count();
+        let maybe =
+            (0..10_000).filter(|i| filter.may_meet(VolumeId(0), Extent::new((i * 2 + 1) << REGION_SHIFT, 8))).count();
         assert!(maybe < 2000, "{maybe} of 10000 passed in vain");
     }
 

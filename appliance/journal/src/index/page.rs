@@ -200,7 +200,13 @@ pub(super) fn encode(owner: &Owner, stamp: u32, seq: u32, next: Option<Place>, p
         seq,
         next,
         count: u16::try_from(pieces.len()).expect("a page has at most PAGE_PIECES pieces"),
-        kinds: if zeroes == 0 { 0 } else if zeroes == pieces.len() { 1 } else { 2 },
+        kinds: if zeroes == 0 {
+            0
+        } else if zeroes == pieces.len() {
+            1
+        } else {
+            2
+        },
         gap_bits: width(gaps().max().unwrap_or(0)),
         sectors_bits: width_32(pieces.iter().map(|p| p.sectors - sectors_min)),
         ordinal_bits: width_32(pieces.iter().map(|p| p.ordinal - ordinal_min)),
@@ -234,7 +240,12 @@ pub(super) fn decode(owner: &Owner, at: Place, bytes: &[u8]) -> Result<Page, &'s
     let body = owner.unseal(&page_key(owner.run, at), bytes).ok_or("a page does not match its checksum")?;
     let (head, packed): (PageHead, _) = postcard::take_from_bytes(body).map_err(|_| "a page has no readable head")?;
     let narrow = [head.sectors_bits, head.ordinal_bits, head.offset_bits, head.skip_bits];
-    if head.gap_bits > 64 || narrow.iter().any(|bits| *bits > 32) || head.kinds > 2 || head.offset_shift > 31 || head.count == 0 {
+    if head.gap_bits > 64
+        || narrow.iter().any(|bits| *bits > 32)
+        || head.kinds > 2
+        || head.offset_shift > 31
+        || head.count == 0
+    {
         return Err("a page's head is out of range");
     }
     const CUT: &str = "a page is cut short";
@@ -337,7 +348,7 @@ impl<'a> BitReader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::index::tests::rng;
+    use crate::index::tests::{below_bits, rng};
     use model::TimelineId;
 
     fn owner() -> Owner {
@@ -345,17 +356,17 @@ mod tests {
     }
 
     fn pieces(draw: &mut impl FnMut(u64) -> u64) -> Vec<Piece> {
-        let mut lba = draw(1 << draw(50));
+        let mut lba = below_bits(draw, 50);
         let (wide, zero_share) = (draw(33), draw(3));
         (0..1 + draw(PAGE_PIECES as u64))
             .map(|_| {
-                lba += draw(1 << draw(30));
+                lba += below_bits(draw, 30);
                 let kind = if draw(2) < zero_share { PieceKind::Zero } else { PieceKind::Data };
                 let is_data = u32::from(kind == PieceKind::Data);
                 let piece = Piece {
                     volume: VolumeId(9),
                     lba,
-                    sectors: 1 + draw(1 << draw(32)) as u32,
+                    sectors: 1 + below_bits(draw, 32) as u32,
                     ordinal: draw(1 << wide) as u32,
                     offset: (draw(1 << 28) as u32 & !63) * is_data,
                     skip: draw(200) as u32 * is_data,

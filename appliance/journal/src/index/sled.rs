@@ -47,6 +47,9 @@ pub const SET_ASIDE_MAX: u32 = 8;
 
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
+/// Pages held back while a run is written, so that their keys go first: about 350 KiB.
+const WINDOW: usize = 256;
+
 /// sled puts a value of a quarter of its segment (128 KiB) into a file of its own; a page is far below.
 const BLOB_LIMIT: usize = 64 * 1024;
 
@@ -188,7 +191,8 @@ impl Opened {
 
     /// Reads and checks one page of a finished run.
     fn page(&self, run: RunId, record: &RunRecord, at: Place, seq: u32) -> Result<Page, Damage> {
-        let bytes = guarded(|| self.db().get(page::page_key(run, at)))?.ok_or(content("a page of a finished run is missing"))?;
+        let bytes = guarded(|| self.db().get(page::page_key(run, at)))?
+            .ok_or(content("a page of a finished run is missing"))?;
         self.checked(run, record, at, seq, &bytes)
     }
 
@@ -208,7 +212,8 @@ impl Opened {
         // The smallest key above the place's own.
         let mut above = page::page_key(run, place).to_vec();
         above.push(0);
-        let (key, bytes) = guarded(|| self.db().get_lt(&above))?.ok_or(content("the first page of a finished run is missing"))?;
+        let (key, bytes) =
+            guarded(|| self.db().get_lt(&above))?.ok_or(content("the first page of a finished run is missing"))?;
         let at = page::parse_page_key(run, &key).ok_or(content("the first page of a finished run is missing"))?;
         let owner = self.owner(run);
         let seq = page::decode(&owner, at, &bytes).map_err(content)?.seq;
@@ -249,8 +254,9 @@ impl Opened {
         let owner = self.owner(RunId::new(self.id.timeline, u8::MAX, self.id.number));
         match guarded(|| self.db().get(page::STORE_KEY))? {
             Some(bytes) => {
-                let found: StoreRecord =
-                    owner.unseal_record(&page::STORE_KEY, &bytes).ok_or(content("the store's record is damaged or of another journal"))?;
+                let found: StoreRecord = owner
+                    .unseal_record(&page::STORE_KEY, &bytes)
+                    .ok_or(content("the store's record is damaged or of another journal"))?;
                 if found != mine {
                     return Err(content("the store was written for another generation, shape or format"));
                 }
@@ -479,17 +485,30 @@ impl SledStore {
         let mut record = RunRecord { stamp, pieces: 0, pages: 0, bytes: 0, tag, ends: None, filter: None };
         let mut filter = FilterBuilder::default();
         let mut full: Vec<Piece> = Vec::with_capacity(page::PAGE_PIECES);
+        let mut window: Vec<([u8; 18], Vec<u8>)> = Vec::with_capacity(WINDOW);
         let mut write = |full: &mut Vec<Piece>, next: Option<Place>| -> Result<(), IndexError> {
-            let Some(first) = full.first() else { return Ok(()) };
-            let at = (first.volume, first.lba);
-            let bytes = page::encode(&owner, stamp, record.pages, next, full);
-            debug_assert!(bytes.len() < BLOB_LIMIT, "a page must not become a file of its own");
-            record.pieces += full.len() as u64;
-            record.bytes += bytes.len() as u64;
-            record.pages += 1;
-            record.ends = Some((record.ends.map_or(at, |(head, _)| head), at));
-            full.clear();
-            open.call(|db| db.insert(page::page_key(run, at), bytes)).map(drop)
+            if let Some(first) = full.first() {
+                let at = (first.volume, first.lba);
+                let bytes = page::encode(&owner, stamp, record.pages, next, full);
+                debug_assert!(bytes.len() < BLOB_LIMIT, "a page must not become a file of its own");
+                record.pieces += full.len() as u64;
+                record.bytes += bytes.len() as u64;
+                record.pages += 1;
+                record.ends = Some((record.ends.map_or(at, |(head, _)| head), at));
+                full.clear();
+                window.push((page::page_key(run, at), bytes));
+            }
+            if window.len() == WINDOW || next.is_none() {
+                // Keys first, then what belongs to them: sled splits a leaf at 16 keys and writes it anew each time, which
+                // with the values in it more than doubles what lies on the disk.
+                for (key, _) in &window {
+                    open.call(|db| db.insert(key, &[]))?;
+                }
+                for (key, bytes) in window.drain(..) {
+                    open.call(|db| db.insert(key, bytes))?;
+                }
+            }
+            Ok(())
         };
         let mut last: Option<Place> = None;
         for piece in pieces {
@@ -525,7 +544,9 @@ impl SledStore {
         let before = before.and_then(|bytes| bytes.as_ref().try_into().ok()).map_or(0, u32::from_be_bytes);
         if before > 0 {
             loop {
-                let left = open.call(|db| db.scan_prefix(page::page_prefix(run)).keys().take(256).collect::<Result<Vec<_>, _>>())?;
+                let left = open.call(|db| {
+                    db.scan_prefix(page::page_prefix(run)).keys().take(256).collect::<Result<Vec<_>, _>>()
+                })?;
                 if left.is_empty() {
                     break;
                 }

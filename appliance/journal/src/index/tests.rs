@@ -18,6 +18,12 @@ pub(crate) fn rng(seed: u64) -> impl FnMut(u64) -> u64 {
     }
 }
 
+/// A number of fewer than `bits` bits, each width as likely as the others.
+pub(crate) fn below_bits(draw: &mut impl FnMut(u64) -> u64, bits: u64) -> u64 {
+    let wide = draw(bits);
+    draw(1 << wide)
+}
+
 const SECTORS: u64 = 160;
 const VOLUMES: u32 = 3;
 const TIMELINE: TimelineId = TimelineId(4);
@@ -128,7 +134,12 @@ fn pieces_agree_with_one_cell_per_sector() {
 #[test]
 fn extents_at_the_end_of_the_address_space_are_kept() {
     let at = |lba, sectors, lsn| Version {
-        volume: VolumeId(0), lba, sectors, lsn: Lsn(lsn), offset: 4096, kind: PieceKind::Data,
+        volume: VolumeId(0),
+        lba,
+        sectors,
+        lsn: Lsn(lsn),
+        offset: 4096,
+        kind: PieceKind::Data,
     };
     let pieces = pieces_from_versions(0, [at(u64::MAX - 10, 10, 1), at(u64::MAX - 5, 2, 2), at(u64::MAX, 9, 3)]);
     let ends: Vec<(u64, u64)> = pieces.iter().map(|p| (p.lba, p.end())).collect();
@@ -138,9 +149,8 @@ fn extents_at_the_end_of_the_address_space_are_kept() {
 
 #[test]
 fn zeroes_longer_than_a_piece_stay_apart() {
-    let zero = |lba| Version {
-        volume: VolumeId(0), lba, sectors: u32::MAX, lsn: Lsn(1), offset: 0, kind: PieceKind::Zero,
-    };
+    let zero =
+        |lba| Version { volume: VolumeId(0), lba, sectors: u32::MAX, lsn: Lsn(1), offset: 0, kind: PieceKind::Zero };
     let pieces = pieces_from_versions(0, [zero(0), zero(u64::from(u32::MAX))]);
     assert_eq!(pieces.iter().map(|p| p.extent().sectors.0).sum::<u64>(), 2 * u64::from(u32::MAX));
 }
@@ -160,13 +170,15 @@ fn a_merge_hides_the_older_and_keeps_the_rest() {
         }
         let keep_from = draw(runs.len() as u64 + 1) as u32;
         runs.reverse();
-        let merged: Vec<Piece> =
-            merge(runs.iter().map(|run| ok(run)), 0).map(|p| p.unwrap_or_else(|e| panic!("seed {seed}: {e}"))).collect();
+        let merged: Vec<Piece> = merge(runs.iter().map(|run| ok(run)), 0)
+            .map(|p| p.unwrap_or_else(|e| panic!("seed {seed}: {e}")))
+            .collect();
         assert_canonical(&merged, seed);
         assert!(same(&cells_of(&merged), &want), "seed {seed}");
 
-        let pruned: Vec<Piece> =
-            merge(runs.iter().map(|run| ok(run)), keep_from).map(|p| p.unwrap_or_else(|e| panic!("seed {seed}: {e}"))).collect();
+        let pruned: Vec<Piece> = merge(runs.iter().map(|run| ok(run)), keep_from)
+            .map(|p| p.unwrap_or_else(|e| panic!("seed {seed}: {e}")))
+            .collect();
         let kept: Cells = want.iter().filter(|(_, cell)| cell.ordinal >= keep_from).map(|(k, c)| (*k, *c)).collect();
         assert!(same(&cells_of(&pruned), &kept), "seed {seed}: keep from {keep_from}");
     }
@@ -174,7 +186,8 @@ fn a_merge_hides_the_older_and_keeps_the_rest() {
 
 #[test]
 fn a_merge_ends_with_the_error_of_its_input() {
-    let piece = Piece { volume: VolumeId(0), lba: 5, sectors: 1, ordinal: 0, offset: 4096, skip: 0, kind: PieceKind::Data };
+    let piece =
+        Piece { volume: VolumeId(0), lba: 5, sectors: 1, ordinal: 0, offset: 4096, skip: 0, kind: PieceKind::Data };
     let far = Piece { lba: 50, ..piece };
     let run = RunId::new(TIMELINE, 0, 0);
     let bad = vec![Ok(piece), Err(IndexError::NoRun(run)), Ok(far)];
@@ -314,7 +327,9 @@ impl World {
             Inputs::Runs { newest_first, keep_from } => {
                 let inputs: Vec<RunIter<'_>> = newest_first
                     .iter()
-                    .map(|run| store.run_iter(*run).unwrap_or_else(|e| panic!("seed {seed}: {} from {run}: {e}", task.run)))
+                    .map(|run| {
+                        store.run_iter(*run).unwrap_or_else(|e| panic!("seed {seed}: {} from {run}: {e}", task.run))
+                    })
                     .collect();
                 let mut merged = merge(inputs, *keep_from);
                 store.put_run(task.run, 9, &mut merged).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
@@ -359,7 +374,10 @@ impl World {
                     (Some(want), Some(got)) => got == want,
                     (None, Some(_)) => false,
                 };
-                assert!(right, "seed {seed}: view of segments below {end}, volume {volume} sector {lba}: {got:?}, not {want:?}");
+                assert!(
+                    right,
+                    "seed {seed}: view of segments below {end}, volume {volume} sector {lba}: {got:?}, not {want:?}"
+                );
             }
         }
         sources.len()
@@ -387,7 +405,9 @@ fn live_in_a_world(store: &dyn IndexStore, shape: Shape, steps: u64, seed: u64) 
             18 => {
                 let all = store.generations();
                 if draw(4) == 0 && !all.is_empty() {
-                    store.drop_generation(all[draw(all.len() as u64) as usize]).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+                    store
+                        .drop_generation(all[draw(all.len() as u64) as usize])
+                        .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
                 }
             }
             _ => {
@@ -457,7 +477,7 @@ fn many_pieces(draw: &mut impl FnMut(u64) -> u64, volumes: u32, per_volume: u64)
     for volume in 0..volumes {
         let mut lba = draw(1000);
         for _ in 0..per_volume {
-            lba += draw(1 << draw(14));
+            lba += below_bits(draw, 14);
             let kind = if draw(8) == 0 { PieceKind::Zero } else { PieceKind::Data };
             let is_data = u32::from(kind == PieceKind::Data);
             let piece = Piece {
@@ -579,7 +599,8 @@ fn a_run_cut_short_is_not_seen_and_can_be_written_again() {
 fn a_run_out_of_order_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shape = Shape::new(8).expect("a power of eight");
-    let piece = Piece { volume: VolumeId(1), lba: 10, sectors: 5, ordinal: 0, offset: 64, skip: 0, kind: PieceKind::Data };
+    let piece =
+        Piece { volume: VolumeId(1), lba: 10, sectors: 5, ordinal: 0, offset: 64, skip: 0, kind: PieceKind::Data };
     let bad = [
         vec![piece, Piece { lba: 14, ..piece }],
         vec![piece, Piece { volume: VolumeId(0), ..piece }],
@@ -611,7 +632,9 @@ fn another_journals_index_is_not_believed() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shape = Shape::new(8).expect("a power of eight");
     let run = RunId::new(TIMELINE, 0, 0);
-    sled_at(dir.path(), shape).put_run(run, 0, &mut ok(&many_pieces(&mut rng(3), 1, 50))).expect("an undamaged store takes runs");
+    sled_at(dir.path(), shape)
+        .put_run(run, 0, &mut ok(&many_pieces(&mut rng(3), 1, 50)))
+        .expect("an undamaged store takes runs");
     let other = SledStore::open(dir.path(), [7; 16], shape, SledOptions::default()).expect("the directory is there");
     assert!(!other.has_run(run));
     assert_eq!(other.damaged(), 1);
@@ -725,7 +748,11 @@ fn damage_at_rest_never_gives_a_wrong_answer() {
                     let (volume, extent) = probe(&mut draw, pieces);
                     let mut got = Vec::new();
                     match store.lookup(*run, volume, extent, &mut got) {
-                        Ok(()) => assert_eq!(got, slow_lookup(pieces, volume, extent), "seed {seed}: a wrong answer from {run}"),
+                        Ok(()) => assert_eq!(
+                            got,
+                            slow_lookup(pieces, volume, extent),
+                            "seed {seed}: a wrong answer from {run}"
+                        ),
                         Err(_) => {
                             errors += 1;
                             assert!(got.is_empty(), "seed {seed}: pieces beside an error");
@@ -747,11 +774,17 @@ fn damage_at_rest_never_gives_a_wrong_answer() {
             }
         }
         for (run, pieces) in &lists {
-            let back: Vec<Piece> =
-                store.run_iter(*run).and_then(Iterator::collect).unwrap_or_else(|e| panic!("seed {seed}: {run} after the rebuild: {e}"));
+            let back: Vec<Piece> = store
+                .run_iter(*run)
+                .and_then(Iterator::collect)
+                .unwrap_or_else(|e| panic!("seed {seed}: {run} after the rebuild: {e}"));
             assert_eq!(&back, pieces, "seed {seed}: {run} after the rebuild");
         }
-        if errors > 0 { noticed += 1 } else { harmless += 1 }
+        if errors > 0 {
+            noticed += 1
+        } else {
+            harmless += 1
+        }
         drop(store);
         std::fs::remove_dir_all(&dir).expect("a folder can be removed");
     }
@@ -803,7 +836,8 @@ fn bytes_per_record_stay_below_the_goal() {
     // writer lays them: 96 bytes of header and the payload, batches of 1 MiB.
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shape = Shape::new(64).expect("a power of eight");
-    let store = SledStore::open(dir.path(), [1; 16], shape, SledOptions::default()).expect("a directory of ours can be made");
+    let store =
+        SledStore::open(dir.path(), [1; 16], shape, SledOptions::default()).expect("a directory of ours can be made");
     let mut draw = rng(11);
     let per_segment = 4000;
     let mut footers = BTreeMap::new();
