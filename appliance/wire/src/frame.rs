@@ -212,8 +212,8 @@ impl FrameHeader {
     }
 }
 
-/// See [`FrameHeader::charge`]; for a sender that has not built the header yet.
-pub(crate) fn charge(kind: FrameKind, extent: Extent, payload_len: u32) -> u64 {
+/// See [`FrameHeader::charge`]; for who has not built the header yet.
+pub fn charge(kind: FrameKind, extent: Extent, payload_len: u32) -> u64 {
     HEADER_LEN as u64
         + match kind {
             FrameKind::Record(RecordKind::Write) => extent.sectors.0 * SECTOR,

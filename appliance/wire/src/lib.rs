@@ -57,7 +57,8 @@ pub use format::{
     MAX_RECORD_BYTES, PROTOCOL_VERSIONS,
 };
 pub use frame::{
-    FrameError, FrameHeader, FrameKind, PayloadError, crc32, decode_header, encode_header, encode_mark, encode_message,
+    FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,
+    encode_message,
 };
 pub use message::{
     AgentStatus, Command, CommandResult, GroupAgentState, GroupAgentStatus, Message, MessageError, Purpose, Refusal,
