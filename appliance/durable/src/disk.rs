@@ -1,7 +1,11 @@
 //! The seam between the engine and a disk.
 
 use model::ByteLen;
-use std::{fmt, io, path::{Path, PathBuf}, sync::Arc};
+use std::{
+    fmt, io,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
 
 /// Alignment of offsets, lengths and memory of queued writes: 4 KiB, the largest physical block in common use, so that a
 /// torn write can never damage a neighbour that was durable before.
@@ -15,10 +19,30 @@ pub enum DiskErrorKind {
     NotFound,
     Exists,
     /// Fewer bytes than asked for are in the file.
-    ShortRead { wanted: u64, had: u64 },
+    ShortRead {
+        wanted: u64,
+        had: u64,
+    },
     /// An earlier flush or durable write of this handle failed; nothing is accepted until the file is reopened and recovered.
     Poisoned,
     Io(io::Error),
+}
+
+/// Names a disk keeps for files that are still being made. [`Disk::list`] hides them, [`Disk::cleanup`] removes them, and no
+/// caller may use them.
+pub const TEMP_PREFIX: &str = ".new-";
+
+/// The path below a disk's root, with `.` taken out. Refuses what could leave the root and the names of temporary files.
+pub(crate) fn inside(op: &'static str, path: &Path) -> Result<PathBuf, DiskError> {
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::Normal(name) if !name.as_encoded_bytes().starts_with(TEMP_PREFIX.as_bytes()) => clean.push(name),
+            _ => return Err(DiskError::invalid(op, path, "not a path below the disk's root")),
+        }
+    }
+    Ok(clean)
 }
 
 /// A failed disk operation: what, on which file, why.
@@ -56,6 +80,9 @@ impl DiskError {
             _ => DiskErrorKind::Io(e),
         };
         Self::new(op, path, kind)
+    }
+    pub(crate) fn invalid(op: &'static str, path: &Path, why: &'static str) -> Self {
+        Self::new(op, path, DiskErrorKind::Io(io::Error::new(io::ErrorKind::InvalidInput, why)))
     }
     pub fn is_full(&self) -> bool {
         matches!(self.kind, DiskErrorKind::Full)
@@ -96,13 +123,35 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn write_queue(&self, path: &Path, depth: usize) -> Result<Box<dyn WriteQueue>, DiskError>;
     /// Replaces `to` by `from` and flushes the directories: after `Ok` the new name survives power loss.
     fn rename(&self, from: &Path, to: &Path) -> Result<(), DiskError>;
-    /// Removes a file and flushes its directory. A file that is not there is an error ([`DiskErrorKind::NotFound`]).
+    /// Removes a file, or a directory that is empty, and flushes the directory it was in. One that is not there is an error
+    /// ([`DiskErrorKind::NotFound`]).
     fn remove(&self, path: &Path) -> Result<(), DiskError>;
     /// Makes a directory and its parents and flushes them; one that exists is fine.
     fn create_dir(&self, path: &Path) -> Result<(), DiskError>;
     /// What a directory holds, sorted by name. A directory that is not there is an error.
     fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, DiskError>;
     fn space(&self) -> Result<Space, DiskError>;
+    /// Puts `data` at `path` in one step, whether or not a file is there: after `Ok` all of it survives power loss; before,
+    /// and after a failure, the file is either the old one or the new one, never a mixture.
+    fn replace(&self, path: &Path, data: &[u8]) -> Result<(), DiskError> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".replacing");
+        let temp = path.with_file_name(name);
+        match self.remove(&temp) {
+            Err(e) if !e.is_not_found() => return Err(e),
+            _ => {}
+        }
+        let file = self.create_sparse(&temp, ByteLen(0))?;
+        file.write_at(0, data)?;
+        file.flush()?;
+        self.rename(&temp, path)
+    }
+    /// Removes what interrupted creations left in `dir` and flushes the directory, so that the names it shows survive power
+    /// loss even if the process that made them died before it could flush them. Returns how many leftovers went. Call it
+    /// before anything is created there. A disk whose creations leave nothing behind has nothing to do.
+    fn cleanup(&self, dir: &Path) -> Result<usize, DiskError> {
+        self.list(dir).map(|_| 0)
+    }
 }
 
 /// An open file. Reads and writes go anywhere, at once from several threads.
@@ -131,6 +180,10 @@ pub trait WriteQueue: Send {
     fn depth(&self) -> usize;
     /// Collects what has completed. With `wait` and something in flight, blocks until at least one has.
     fn complete(&mut self, wait: bool) -> Vec<Completion>;
+    /// How the writes are done, for the log, e.g. `io_uring, direct`.
+    fn backend(&self) -> &'static str {
+        "unnamed"
+    }
 }
 
 /// One finished durable write; the buffer comes back for reuse.
