@@ -1,0 +1,412 @@
+//! From chunks to requests.
+//!
+//! Chunks of requests that run on several CPUs at once lie interleaved in the ring. A request is handed out whole, at the
+//! place of its last chunk: the driver got it only after that, so nothing that depends on it can have come before.
+//! Completions are matched here too; what does not match is a loss.
+//!
+//! ```text
+//!   FIRST … LAST ──► handed out, in flight ──► COMPLETE (all bytes) ──► Done
+//!     │ no LAST                                COMPLETE with an error ─► Lost(WriteError) + Done
+//!     └► COMPLETE or FIRST again ─► Lost       COMPLETE of nothing ────► Lost(Unmatched)
+//! ```
+//!
+//! Bounds: [`PENDING_BYTES_MAX`] of unfinished requests and [`IN_FLIGHT_MAX`] requests in flight. Past a bound the oldest are given up
+//! as lost, never kept silently.
+
+use super::bpf::layout::{
+    E_COMPLETE, E_DATA, E_FAULT, E_FIRST, E_FUA, E_LAST, E_PREFLUSH, Event, OP_DISCARD, OP_FLUSH, OP_SECURE_ERASE,
+    OP_WRITE, OP_WRITE_ZEROES,
+};
+use super::{Captured, LostWhy, Op, Position, Request, RequestId, TargetId};
+use model::{Extent, MonoTime};
+use std::collections::HashMap;
+
+/// Requests whose last chunk has not come: a driver takes them one by one per hardware queue, so more than this means that
+/// chunks were lost.
+pub const PENDING_BYTES_MAX: usize = 32 << 20;
+/// Far above what disks of one host hold in their queues.
+pub const IN_FLIGHT_MAX: usize = 1 << 17;
+/// A request that has not completed for this long is no longer waited for; block drivers time out after 30 s by default.
+pub const STALE_MS: u64 = 120_000;
+
+struct Pending {
+    request: Request,
+    /// Sectors of the whole request, for when it must be given up.
+    whole: Extent,
+    faults: Vec<Extent>,
+    begun: Position,
+    lossy: bool,
+}
+
+struct InFlight {
+    target: TargetId,
+    extents: Vec<Extent>,
+    bytes_left: u64,
+    since: MonoTime,
+    /// Counts requests handed out, so that a reader can ask for those before its own begin.
+    number: u64,
+}
+
+#[derive(Default)]
+pub struct Assembler {
+    pending: HashMap<u64, Pending>,
+    pending_bytes: usize,
+    in_flight: HashMap<u64, InFlight>,
+    handed_out: u64,
+}
+
+impl Assembler {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many requests have been handed out; the argument of [`Assembler::writes_before`].
+    pub fn handed_out(&self) -> u64 {
+        self.handed_out
+    }
+
+    /// Whether a request that was handed out before `number` and touches `extent` has not reached the disk yet.
+    pub fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool {
+        self.in_flight
+            .values()
+            .any(|f| f.number < number && f.target == target && f.extents.iter().any(|e| e.intersect(extent).is_some()))
+    }
+
+    /// Where the oldest unfinished request begins: nothing from there on may be released.
+    pub fn oldest_pending(&self) -> Option<Position> {
+        self.pending.values().map(|p| p.begun).min()
+    }
+
+    /// Takes one record of the ring that begins at `at`.
+    pub fn event(&mut self, event: &Event, data: &[u8], at: Position, out: &mut Vec<Captured>) {
+        if event.has(E_COMPLETE) { self.completed(event, out) } else { self.issued(event, data, at, out) }
+    }
+
+    fn issued(&mut self, event: &Event, data: &[u8], at: Position, out: &mut Vec<Captured>) {
+        let extent = Extent::new(event.sector, u64::from(event.len).div_ceil(512));
+        if event.has(E_FIRST) {
+            // The address was used before and no completion came: issued again after a requeue (then what is in flight is this
+            // very request), or chunks were lost.
+            self.give_up(event.rq, LostWhy::Unreadable, out);
+            let op = match event.op() {
+                OP_WRITE => Op::Write,
+                OP_WRITE_ZEROES => Op::Zero,
+                OP_DISCARD | OP_SECURE_ERASE => Op::Discard,
+                OP_FLUSH => Op::Flush,
+                // The kernel half marks all others dirty instead of sending them.
+                _ => return,
+            };
+            let whole = Extent::new(event.sector, u64::from(event.total).div_ceil(512));
+            let request = Request {
+                target: TargetId(event.target),
+                id: RequestId(event.rq),
+                op,
+                fua: event.has(E_FUA),
+                preflush: event.has(E_PREFLUSH),
+                mono: MonoTime(event.mono_ns),
+                extents: Vec::new(),
+                // The length is a hint from outside: bounded by what the kernel half copies at most.
+                data: Vec::with_capacity(if op == Op::Write { (event.total as usize).min(2 << 20) } else { 0 }),
+            };
+            self.pending.insert(event.rq, Pending { request, whole, faults: Vec::new(), begun: at, lossy: false });
+        }
+        // A chunk whose first was not seen: an agent before us took it and died. Its completion will not match and tells.
+        let Some(pending) = self.pending.get_mut(&event.rq) else { return };
+        if event.has(E_FAULT) {
+            pending.faults.push(extent);
+        } else if event.has(E_DATA) {
+            let len = data.len().min(event.len as usize);
+            let contiguous = pending.request.extents.last().is_some_and(|last| last.end() == extent.start());
+            match pending.request.extents.last_mut() {
+                Some(last) if contiguous => last.sectors.0 += extent.sectors.0,
+                _ => pending.request.extents.push(extent),
+            }
+            pending.request.data.extend_from_slice(&data[..len]);
+            self.pending_bytes += len;
+            pending.lossy |= len != event.len as usize || len % 512 != 0;
+        } else if !extent.is_empty() {
+            pending.request.extents.push(extent);
+        }
+        if event.has(E_LAST) {
+            self.finish(event.rq, out);
+        }
+        if self.pending_bytes > PENDING_BYTES_MAX {
+            let oldest = self.pending.iter().min_by_key(|(_, p)| p.begun).map(|(rq, _)| *rq);
+            if let Some(rq) = oldest {
+                self.give_up(rq, LostWhy::Unreadable, out);
+            }
+        }
+    }
+
+    fn finish(&mut self, rq: u64, out: &mut Vec<Captured>) {
+        let Some(done) = self.pending.remove(&rq) else { return };
+        self.pending_bytes -= done.request.data.len();
+        let target = done.request.target;
+        if done.lossy {
+            out.push(Captured::Lost { target, extents: vec![done.whole], why: LostWhy::Unreadable });
+            return;
+        }
+        if !done.faults.is_empty() {
+            out.push(Captured::Lost { target, extents: done.faults.clone(), why: LostWhy::Unreadable });
+        }
+        if done.request.op != Op::Flush {
+            let mut extents = done.request.extents.clone();
+            extents.extend(done.faults);
+            let bytes_left = extents.iter().map(Extent::bytes).sum();
+            let flight = InFlight { target, extents, bytes_left, since: done.request.mono, number: self.handed_out };
+            self.in_flight.insert(rq, flight);
+            if self.in_flight.len() > IN_FLIGHT_MAX {
+                self.forget_oldest(out);
+            }
+        }
+        self.handed_out += 1;
+        if done.request.op == Op::Flush || !done.request.extents.is_empty() {
+            out.push(Captured::Request(done.request));
+        }
+    }
+
+    /// An unfinished request is dropped; its sectors must be read again.
+    fn give_up(&mut self, rq: u64, why: LostWhy, out: &mut Vec<Captured>) {
+        if let Some(old) = self.pending.remove(&rq) {
+            self.pending_bytes -= old.request.data.len();
+            let mut extents = old.request.extents;
+            extents.push(old.whole);
+            extents.retain(|e| !e.is_empty());
+            if !extents.is_empty() {
+                out.push(Captured::Lost { target: old.request.target, extents, why });
+            }
+        }
+    }
+
+    fn completed(&mut self, event: &Event, out: &mut Vec<Captured>) {
+        let target = TargetId(event.target);
+        let extent = Extent::new(event.sector, u64::from(event.len).div_ceil(512));
+        if self.pending.contains_key(&event.rq) {
+            // Completed, and its last chunk never came: that chunk was lost.
+            self.give_up(event.rq, LostWhy::Overflow, out);
+            return;
+        }
+        let Some(flight) = self.in_flight.get_mut(&event.rq) else {
+            if !extent.is_empty() {
+                out.push(Captured::Lost { target, extents: vec![extent], why: LostWhy::Unmatched });
+            }
+            return;
+        };
+        // One address, two disks: the first one's completion was lost and the memory went to another queue.
+        if flight.target != target {
+            let lost =
+                Captured::Lost { target: flight.target, extents: flight.extents.clone(), why: LostWhy::Overflow };
+            self.in_flight.remove(&event.rq);
+            out.push(lost);
+            out.push(Captured::Lost { target, extents: vec![extent], why: LostWhy::Unmatched });
+            return;
+        }
+        if event.error != 0 {
+            out.push(Captured::Lost { target, extents: flight.extents.clone(), why: LostWhy::WriteError });
+        }
+        flight.bytes_left = flight.bytes_left.saturating_sub(u64::from(event.len));
+        if flight.bytes_left == 0 {
+            self.in_flight.remove(&event.rq);
+            out.push(Captured::Done { target, id: RequestId(event.rq) });
+        }
+    }
+
+    fn forget_oldest(&mut self, out: &mut Vec<Captured>) {
+        let oldest = self.in_flight.iter().min_by_key(|(_, f)| f.number).map(|(rq, _)| *rq);
+        if let Some(rq) = oldest {
+            self.forget(rq, out);
+        }
+    }
+
+    fn forget(&mut self, rq: u64, out: &mut Vec<Captured>) {
+        if let Some(old) = self.in_flight.remove(&rq) {
+            out.push(Captured::Lost { target: old.target, extents: old.extents, why: LostWhy::Stale });
+            out.push(Captured::Done { target: old.target, id: RequestId(rq) });
+        }
+    }
+
+    /// Gives up waiting for what has been in flight for [`STALE_MS`] (its completion record was lost, or the disk hangs).
+    pub fn forget_stale(&mut self, now: MonoTime, out: &mut Vec<Captured>) {
+        let stale: Vec<u64> =
+            self.in_flight.iter().filter(|(_, f)| now.ms_since(f.since) >= STALE_MS).map(|(rq, _)| *rq).collect();
+        for rq in stale {
+            self.forget(rq, out);
+        }
+    }
+
+    /// What is in flight or unfinished of a target that is captured no longer.
+    pub fn drop_target(&mut self, target: TargetId) {
+        self.in_flight.retain(|_, f| f.target != target);
+        self.pending.retain(|_, p| p.request.target != target);
+        self.pending_bytes = self.pending.values().map(|p| p.request.data.len()).sum();
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bpf::layout::E_OP_SHIFT;
+    use super::*;
+
+    fn chunk(rq: u64, sector: u64, len: u32, total: u32, flags: u32) -> Event {
+        Event {
+            mono_ns: 7,
+            sector,
+            rq,
+            len,
+            total,
+            lost: 0,
+            target: 1,
+            flags: flags | OP_WRITE << E_OP_SHIFT,
+            error: 0,
+        }
+    }
+
+    fn feed(a: &mut Assembler, e: Event, fill: u8) -> Vec<Captured> {
+        let mut out = Vec::new();
+        let data = if e.has(E_DATA) { vec![fill; e.len as usize] } else { Vec::new() };
+        a.event(&e, &data, Position(e.sector), &mut out);
+        out
+    }
+
+    #[test]
+    fn interleaved_chunks_become_whole_requests_at_their_last_chunk() {
+        let mut a = Assembler::new();
+        assert!(feed(&mut a, chunk(1, 0, 4096, 8192, E_FIRST | E_DATA), 1).is_empty());
+        let b = feed(&mut a, chunk(2, 100, 4096, 4096, E_FIRST | E_LAST | E_DATA), 2);
+        assert!(matches!(&b[..], [Captured::Request(r)] if r.id == RequestId(2) && r.data == vec![2; 4096]), "{b:?}");
+        assert_eq!(a.oldest_pending(), Some(Position(0)));
+        let c = feed(&mut a, chunk(1, 8, 4096, 8192, E_LAST | E_DATA), 3);
+        assert!(
+            matches!(&c[..], [Captured::Request(r)] if r.extents == [Extent::new(0, 16)] && r.data.len() == 8192 && r.data[8191] == 3),
+            "{c:?}"
+        );
+        assert_eq!(a.oldest_pending(), None);
+        assert!(a.writes_before(2, TargetId(1), &Extent::new(15, 1)));
+        assert!(!a.writes_before(1, TargetId(1), &Extent::new(15, 1)), "handed out second");
+        let d = feed(&mut a, chunk(1, 0, 8192, 0, E_COMPLETE), 0);
+        assert_eq!(d, [Captured::Done { target: TargetId(1), id: RequestId(1) }]);
+        assert!(!a.writes_before(9, TargetId(1), &Extent::new(15, 1)));
+    }
+
+    #[test]
+    fn a_request_completes_in_parts() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 4096, E_FIRST | E_LAST | E_DATA), 1);
+        assert!(feed(&mut a, chunk(1, 0, 1024, 0, E_COMPLETE), 0).is_empty());
+        assert_eq!(feed(&mut a, chunk(1, 2, 3072, 0, E_COMPLETE), 0).len(), 1);
+        assert_eq!(a.in_flight(), 0);
+    }
+
+    #[test]
+    fn what_does_not_match_is_lost() {
+        let mut a = Assembler::new();
+        let lost = |why| Captured::Lost { target: TargetId(1), extents: vec![Extent::new(8, 8)], why };
+        assert_eq!(feed(&mut a, chunk(1, 8, 4096, 0, E_COMPLETE), 0), [lost(LostWhy::Unmatched)]);
+        // A chunk whose first was taken by an agent before us: nothing, until its completion.
+        assert!(feed(&mut a, chunk(2, 8, 4096, 8192, E_LAST | E_DATA), 0).is_empty());
+        assert_eq!(feed(&mut a, chunk(2, 8, 4096, 0, E_COMPLETE), 0), [lost(LostWhy::Unmatched)]);
+        // An error of the host's disk.
+        feed(&mut a, chunk(3, 8, 4096, 4096, E_FIRST | E_LAST | E_DATA), 0);
+        let failed = Event { error: -5, ..chunk(3, 8, 4096, 0, E_COMPLETE) };
+        assert_eq!(feed(&mut a, failed, 0)[0], lost(LostWhy::WriteError));
+    }
+
+    #[test]
+    fn a_request_without_its_end_is_lost_whole() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 12288, E_FIRST | E_DATA), 0);
+        let out = feed(&mut a, chunk(1, 0, 12288, 0, E_COMPLETE), 0);
+        assert!(
+            matches!(&out[..], [Captured::Lost { extents, .. }] if extents.contains(&Extent::new(0, 24))),
+            "{out:?}"
+        );
+        feed(&mut a, chunk(2, 0, 4096, 12288, E_FIRST | E_DATA), 0);
+        let out = feed(&mut a, chunk(2, 64, 4096, 4096, E_FIRST | E_LAST | E_DATA), 0);
+        assert!(matches!(&out[..], [Captured::Lost { .. }, Captured::Request(_)]), "{out:?}");
+    }
+
+    #[test]
+    fn a_page_that_could_not_be_read_is_lost_and_the_rest_is_kept() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 12288, E_FIRST | E_DATA), 1);
+        feed(&mut a, chunk(1, 8, 4096, 12288, E_FAULT), 0);
+        let out = feed(&mut a, chunk(1, 16, 4096, 12288, E_LAST | E_DATA), 2);
+        assert!(
+            matches!(&out[..], [Captured::Lost { extents, .. }, Captured::Request(r)]
+                if extents == &[Extent::new(8, 8)] && r.extents == [Extent::new(0, 8), Extent::new(16, 8)] && r.data.len() == 8192),
+            "{out:?}"
+        );
+        assert_eq!(feed(&mut a, chunk(1, 0, 12288, 0, E_COMPLETE), 0).len(), 1);
+    }
+
+    #[test]
+    fn a_discard_of_several_ranges_is_one_request() {
+        let mut a = Assembler::new();
+        let one = |sector, flags| Event { flags: flags | OP_DISCARD << E_OP_SHIFT, ..chunk(1, sector, 4096, 8192, 0) };
+        assert!(feed(&mut a, one(0, E_FIRST), 0).is_empty());
+        let out = feed(&mut a, one(64, E_LAST), 0);
+        assert!(
+            matches!(&out[..], [Captured::Request(r)] if r.op == Op::Discard && r.extents == [Extent::new(0, 8), Extent::new(64, 8)]),
+            "{out:?}"
+        );
+        assert_eq!(feed(&mut a, Event { len: 8192, ..one(0, E_COMPLETE) }, 0).len(), 1);
+    }
+
+    #[test]
+    fn what_never_completes_is_given_up_and_read_again() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 4096, E_FIRST | E_LAST | E_DATA), 1);
+        let mut out = Vec::new();
+        a.forget_stale(MonoTime(7).plus_ms(STALE_MS - 1), &mut out);
+        assert!(out.is_empty());
+        a.forget_stale(MonoTime(7).plus_ms(STALE_MS), &mut out);
+        assert!(matches!(&out[..], [Captured::Lost { why: LostWhy::Stale, .. }, Captured::Done { .. }]), "{out:?}");
+    }
+
+    #[test]
+    fn unfinished_requests_are_bounded() {
+        let mut a = Assembler::new();
+        let mut lost = 0;
+        for rq in 0..20_000u64 {
+            lost += feed(&mut a, chunk(rq, rq * 8, 4096, 8192, E_FIRST | E_DATA), 0).len();
+        }
+        assert!(a.pending_bytes <= PENDING_BYTES_MAX, "{}", a.pending_bytes);
+        assert_eq!(lost, 20_000 - PENDING_BYTES_MAX / 4096);
+    }
+
+    /// Arbitrary records: never a panic, and the byte count stays right.
+    #[test]
+    fn hostile_records_do_no_harm() {
+        for seed in 1..50u64 {
+            let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut draw = |below: u64| {
+                s ^= s << 13;
+                s ^= s >> 7;
+                s ^= s << 17;
+                s % below
+            };
+            let mut a = Assembler::new();
+            for _ in 0..500 {
+                let e = Event {
+                    mono_ns: draw(u64::MAX),
+                    sector: if draw(9) == 0 { u64::MAX - draw(4) } else { draw(1000) },
+                    rq: draw(6),
+                    len: draw(9000) as u32,
+                    total: if draw(9) == 0 { u32::MAX } else { draw(20_000) as u32 },
+                    lost: 0,
+                    target: draw(3) as u32,
+                    flags: (draw(128) as u32) | (draw(12) as u32) << E_OP_SHIFT,
+                    error: draw(2) as i32,
+                };
+                let data = vec![0; draw(5000) as usize];
+                a.event(&e, &data, Position(0), &mut Vec::new());
+                let held: usize = a.pending.values().map(|p| p.request.data.len()).sum();
+                assert_eq!(held, a.pending_bytes, "seed {seed}");
+            }
+        }
+    }
+}
