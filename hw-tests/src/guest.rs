@@ -156,11 +156,12 @@ impl Initramfs {
         }
         Ok(())
     }
-    /// A program of this machine with the libraries it is linked to.
+    /// A program of this machine with the libraries it is linked to, in `/programs`. It is called by that path:
+    /// busybox prefers its own.
     pub fn program(&mut self, path: &Path) -> Result<()> {
         let name =
             path.file_name().with_context(|| format!("program {}", path.display()))?.to_string_lossy().into_owned();
-        self.file(&format!("bin/{name}"), 0o755, fs::read(path)?);
+        self.file(&format!("programs/{name}"), 0o755, fs::read(path)?);
         // ldd fails for a static program: then there is nothing more to take along.
         let mut ldd = Command::new(tools::need("ldd")?);
         ldd.arg(path);

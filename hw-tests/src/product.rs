@@ -191,8 +191,11 @@ impl Appliance {
         })
     }
 
+    /// A bookmark, made as an administrator does: with the command line.
     pub fn bookmark(&self, group: &str, name: &str) -> Result<Moment> {
-        let made = self.control.post(&format!("/groups/{group}/bookmarks"), &json!({ "name": name }))?;
+        let answer = self.run_cli(&["bookmark", "create", name, "--group", group, "--json"])?;
+        let made: Value =
+            serde_json::from_str(&answer.stdout).with_context(|| format!("bookmark answered {:?}", answer.stdout))?;
         let number = |key: &str| made[key].as_u64().with_context(|| format!("no {key} in {made}"));
         Ok(Moment { name: name.to_owned(), lsn: number("lsn")?, time_us: number("time_us")? })
     }

@@ -184,11 +184,11 @@ impl Session {
         let cli = |args: &[&str]| process::command_line(&self.appliance.cli(args));
         println!("\nIn another terminal:");
         println!("  what the box is doing      {}", cli(&["status"]));
-        println!("  moments that can be opened {}", cli(&["points", GROUP]));
-        println!("  a bookmark                 {}", cli(&["bookmark", "create", GROUP, "before-upgrade"]));
-        println!("  open a moment as a disk    {}", cli(&["view", "open", GROUP, "--at", "latest"]));
-        println!("  restore one to a file      {}", cli(&["restore", GROUP, "--at", "latest", "--to", "restored.img"]));
-        println!("  check every checksum       {}", cli(&["verify", GROUP]));
+        println!("  moments that can be opened {}", cli(&["points"]));
+        println!("  a bookmark                 {}", cli(&["bookmark", "create", "before-upgrade"]));
+        println!("  open a moment as a disk    {}", cli(&["view", "open", "--at", "latest"]));
+        println!("  restore one to a file      {}", cli(&["restore", "--at", "before-upgrade", "--to", "restored.img"]));
+        println!("  check every checksum       {}", cli(&["verify"]));
         println!("The disk being written to: {}. Ctrl-C stops everything.\n", self.source.describe());
     }
 
