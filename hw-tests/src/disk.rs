@@ -117,6 +117,23 @@ pub fn loop_disks_work() -> Result<(), String> {
     Ok(())
 }
 
+/// Whether the kernel's capture can be had here; why not otherwise.
+pub fn capture_works() -> Result<(), String> {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    if !tools::is_root() {
+        return Err("needs root".into());
+    }
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("CapEff:")?.trim(), 16).ok());
+    if effective.is_none_or(|e| e & CAP_SYS_ADMIN == 0) {
+        return Err("root, but without CAP_SYS_ADMIN: a container?".into());
+    }
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return Err("this kernel has no type information (/sys/kernel/btf/vmlinux is missing)".into());
+    }
+    Ok(())
+}
+
 /// Checks a file system image; journal replay first when `replay`, as a mount after a crash would.
 pub fn check_ext4(image: &Path, replay: bool) -> Result<()> {
     let e2fsck = tools::need("e2fsck")?;

@@ -12,6 +12,7 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -28,6 +29,8 @@ pub struct ImageDisk {
     image: PathBuf,
     scratch: PathBuf,
     sent: Vec<u8>,
+    /// Offsets written since the last flush returned: a server that dies may have lost them.
+    unflushed: BTreeSet<usize>,
     draw: Draw,
     files: Vec<String>,
     rounds: u64,
@@ -40,7 +43,15 @@ impl ImageDisk {
         File::create(&image).with_context(|| format!("create {}", image.display()))?.set_len(bytes)?;
         call("mke2fs", &["-q", "-t", "ext4", "-F", &text(&image)], TOOL_MAX)?;
         let sent = vec![0; bytes as usize];
-        Ok(Self { image, scratch: dir.join("scratch"), sent, draw: Draw::new(seed), files: Vec::new(), rounds: 0 })
+        Ok(Self {
+            image,
+            scratch: dir.join("scratch"),
+            sent,
+            unflushed: BTreeSet::new(),
+            draw: Draw::new(seed),
+            files: Vec::new(),
+            rounds: 0,
+        })
     }
     pub fn path(&self) -> &Path {
         &self.image
@@ -76,7 +87,7 @@ impl ImageDisk {
         Ok(())
     }
 
-    /// Sends every block that differs from what the export has, then a flush. Returns the bytes sent.
+    /// Sends every block that differs from what the export has or may have lost, then a flush. Returns the bytes sent.
     pub fn send(&mut self, client: &mut Client) -> Result<u64> {
         ensure!(
             client.size() == self.sent.len() as u64,
@@ -89,9 +100,10 @@ impl ImageDisk {
         for offset in (0..self.sent.len()).step_by(BLOCK) {
             file.read_exact_at(&mut block, offset as u64)?;
             let had = &mut self.sent[offset..offset + BLOCK];
-            if had == block {
+            if had == block && !self.unflushed.contains(&offset) {
                 continue;
             }
+            self.unflushed.insert(offset);
             // Every way a client has of writing: plain, FUA, zeroes.
             if block.iter().all(|b| *b == 0) {
                 client.write_zeroes(offset as u64, BLOCK as u32)?;
@@ -104,6 +116,7 @@ impl ImageDisk {
             bytes += BLOCK as u64;
         }
         client.flush()?;
+        self.unflushed.clear();
         Ok(bytes)
     }
 }

@@ -134,7 +134,7 @@ impl Bench<'_> {
 
     /// A loop disk written to with and without the agent's capture.
     pub fn agent(&self, results: &mut Results) -> Result<()> {
-        if let Err(why) = disk::loop_disks_work() {
+        if let Err(why) = disk::loop_disks_work().and_then(|()| disk::capture_works()) {
             println!("SKIPPED: the agent was not measured: {why}");
             return Ok(());
         }

@@ -74,7 +74,11 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     let dir = prepare(&options.data.clone().map_or_else(|| repo.target_dir().map(|t| t.join("try")), Ok)?)?;
     println!("everything goes into {}", dir.display());
 
-    let kernel_capture = if options.without_root { Err("asked for".to_owned()) } else { disk::loop_disks_work() };
+    let kernel_capture = if options.without_root {
+        Err("asked for".to_owned())
+    } else {
+        disk::loop_disks_work().and_then(|()| disk::capture_works())
+    };
     let appliance = Appliance::start(&bins, &dir.join("box"))?;
     println!(
         "the box is up: agents at {}, its administrator at {}",
@@ -187,7 +191,10 @@ impl Session {
         println!("  moments that can be opened {}", cli(&["points"]));
         println!("  a bookmark                 {}", cli(&["bookmark", "create", "before-upgrade"]));
         println!("  open a moment as a disk    {}", cli(&["view", "open", "--at", "latest"]));
-        println!("  restore one to a file      {}", cli(&["restore", "--at", "before-upgrade", "--to", "restored.img"]));
+        println!(
+            "  restore one to a file      {}",
+            cli(&["restore", "--at", "before-upgrade", "--to", "restored.img"])
+        );
         println!("  check every checksum       {}", cli(&["verify"]));
         println!("The disk being written to: {}. Ctrl-C stops everything.\n", self.source.describe());
     }
