@@ -152,7 +152,7 @@ fn no_acknowledged_write_is_lost_when_the_box_is_killed() -> Result<()> {
         let export = appliance.ingest_target("g", "disk")?;
         let count = Arc::new(AtomicU64::new(0));
         let (count2, mut draw2, mut acked2, mut tried2) =
-            (count.clone(), Draw::new(draw.next()), acknowledged.clone(), tried.clone());
+            (count.clone(), Draw::new(draw.word()), acknowledged.clone(), tried.clone());
         let writer = thread::spawn(move || -> Result<(Vec<u64>, Vec<u64>)> {
             let mut client = export.connect()?;
             loop {
