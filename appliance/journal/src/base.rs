@@ -241,7 +241,13 @@ impl Volume {
     /// Checksums of `count` blocks from `first` on.
     fn sums(&self, dir: &Path, sums: &dyn DiskFile, first: u64, count: u64) -> Result<Vec<u32>, BaseError> {
         let mut bytes = vec![0; (count * SUM_BYTES) as usize];
-        read_whole(sums, &sums_path(dir, self.id), SUM_HEADER + first * SUM_BYTES, &mut bytes, Damage::BaseSums { volume: self.id })?;
+        read_whole(
+            sums,
+            &sums_path(dir, self.id),
+            SUM_HEADER + first * SUM_BYTES,
+            &mut bytes,
+            Damage::BaseSums { volume: self.id },
+        )?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|sum| u32::from_le_bytes(*sum)).collect())
     }
 
@@ -314,7 +320,9 @@ impl ImageBase {
         // A power loss between the two leaves an image without checksums, all zero: the checksums are made then. Were one
         // of the two lost, the other one would not match what is made in its place, and reads say so.
         let image = match self.disk.open(&image_path, self.mode) {
-            Err(e) if e.is_not_found() && may_make => Some(self.disk.create_sparse(&image_path, ByteLen(blocks * BLOCK))?),
+            Err(e) if e.is_not_found() && may_make => {
+                Some(self.disk.create_sparse(&image_path, ByteLen(blocks * BLOCK))?)
+            }
             Err(e) if e.is_not_found() && !must_exist => None,
             Err(e) if e.is_not_found() => return Err(corruption(image_path, 0, Damage::Short { len: 0 })),
             other => Some(other?),
@@ -416,7 +424,9 @@ impl ImageBase {
             let mut files = volume.files.write().unwrap_or_else(PoisonError::into_inner);
             let Some((image, sums)) = files.open.clone() else { return Err(BaseError::ReadOnly) };
             let change = match &stretch.bytes {
-                Some(bytes) => self.write_stretch(volume, &image, &sums, stretch.first, bytes, files.filled.is_some())?,
+                Some(bytes) => {
+                    self.write_stretch(volume, &image, &sums, stretch.first, bytes, files.filled.is_some())?
+                }
                 None => self.zero_stretch(volume, &image, &sums, stretch.first, stretch.count, again)?,
             };
             files.filled = files.filled.and_then(|filled| filled.checked_add_signed(change));
@@ -912,12 +922,10 @@ impl Base for ImageBase {
             let some = (end - at).min(READ_BLOCKS as u64);
             let buf = &mut buf[..some as usize * BASE_BLOCK];
             let path = image_path(&self.dir, volume);
-            let read = checked
-                .sums(&self.dir, sums.as_ref(), at, some)
-                .and_then(|sums| {
-                    let what = Damage::BaseBlock { volume };
-                    read_whole(image.as_ref(), &path, at * BLOCK, buf, what).map(|()| sums)
-                });
+            let read = checked.sums(&self.dir, sums.as_ref(), at, some).and_then(|sums| {
+                let what = Damage::BaseBlock { volume };
+                read_whole(image.as_ref(), &path, at * BLOCK, buf, what).map(|()| sums)
+            });
             match read {
                 Ok(sums) => {
                     for (i, (block, sum)) in buf.as_chunks::<BASE_BLOCK>().0.iter().zip(sums).enumerate() {
@@ -941,6 +949,450 @@ impl Base for ImageBase {
                 Err(other) => return Err(other),
             }
             at += some;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::tests::rng;
+    use durable::SimDisk;
+
+    /// Not whole blocks, so that the last one is short.
+    const SECTORS: u64 = 8 * 40 + 3;
+    const VOLUME: VolumeId = VolumeId(2);
+
+    fn dir() -> &'static Path {
+        Path::new("group/base")
+    }
+
+    fn disk(seed: u64) -> SimDisk {
+        SimDisk::new(seed, ByteLen(64 << 20))
+    }
+
+    fn open(disk: &SimDisk, interrupted: Option<Lsn>, must_exist: bool) -> Result<ImageBase, BaseError> {
+        let base = ImageBase::open(Arc::new(disk.clone()), dir(), interrupted)?;
+        base.ensure_volume(VOLUME, Sectors(SECTORS), must_exist)?;
+        Ok(base)
+    }
+
+    /// Random sorted pieces: single sectors, whole blocks, long zeroes, data that is zero.
+    fn pieces(draw: &mut impl FnMut(u64) -> u64) -> Vec<FoldPiece> {
+        let mut out = Vec::new();
+        let mut lba = draw(20);
+        while lba < SECTORS {
+            let left = SECTORS - lba;
+            let count = match draw(4) {
+                0 => 1,
+                1 => 8,
+                _ => 1 + draw(40),
+            };
+            let count = count.min(left);
+            let data = match draw(5) {
+                0 => FoldData::Zero(count),
+                1 => FoldData::Data(vec![0; (count * SECTOR) as usize]),
+                _ => FoldData::Data((0..count * SECTOR).map(|_| draw(256) as u8).collect()),
+            };
+            out.push(FoldPiece { lba, data });
+            lba += count + if draw(3) == 0 { 0 } else { draw(30) };
+            if draw(3) == 0 {
+                lba = lba.next_multiple_of(8);
+            }
+        }
+        out
+    }
+
+    fn paint(image: &mut [u8], pieces: &[FoldPiece]) {
+        for piece in pieces {
+            let at = (piece.lba * SECTOR) as usize;
+            match &piece.data {
+                FoldData::Data(bytes) => image[at..at + bytes.len()].copy_from_slice(bytes),
+                FoldData::Zero(count) => image[at..at + (count * SECTOR) as usize].fill(0),
+            }
+        }
+    }
+
+    fn fold(base: &ImageBase, to: u64, pieces: &[FoldPiece]) -> Result<FoldReport, BaseError> {
+        base.fold(Lsn(to), VOLUME, &mut pieces.iter().map(|piece| Ok(piece.clone())))
+    }
+
+    fn whole(base: &ImageBase) -> Result<Vec<u8>, BaseError> {
+        let mut out = vec![0xee; (SECTORS * SECTOR) as usize];
+        base.read(VOLUME, 0, &mut out)?;
+        Ok(out)
+    }
+
+    fn check(base: &ImageBase, image: &[u8], draw: &mut impl FnMut(u64) -> u64, what: &str) {
+        assert!(whole(base).unwrap_or_else(|e| panic!("{what}: {e:?}")) == image, "{what}: the image differs");
+        for _ in 0..10 {
+            let lba = draw(SECTORS);
+            let count = 1 + draw(SECTORS - lba);
+            let mut out = vec![0xee; (count * SECTOR) as usize];
+            base.read(VOLUME, lba, &mut out).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+            let at = (lba * SECTOR) as usize;
+            assert!(out == image[at..at + out.len()], "{what}: sectors {lba}+{count} differ");
+            let written = base.written(VOLUME, Extent::new(lba, count)).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+            for sector in lba..lba + count {
+                let filled = image[(sector * SECTOR) as usize..][..SECTOR as usize].iter().any(|b| *b != 0);
+                let said = written.iter().any(|e| e.start() <= sector && sector < e.end());
+                assert!(said || !filled, "{what}: sector {sector} is said to be empty");
+            }
+            assert!(written.windows(2).all(|w| w[0].end() < w[1].start()), "{what}: {written:?}");
+        }
+        let mut damage = Vec::new();
+        let verified = base.verify(VOLUME, &mut |d| damage.push(d)).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+        assert!(damage.is_empty() && verified.damaged == 0, "{what}: {damage:?}");
+        let mut padded = image.to_vec();
+        padded.resize(image.len().next_multiple_of(BASE_BLOCK), 0);
+        let filled = padded.chunks(BASE_BLOCK).filter(|block| !is_zero(block)).count() as u64;
+        assert_eq!(verified.blocks, filled, "{what}");
+        assert_eq!(base.bytes().unwrap_or_else(|e| panic!("{what}: {e:?}")), ByteLen(filled * BLOCK), "{what}");
+    }
+
+    #[test]
+    fn folds_agree_with_an_array_of_bytes() {
+        for seed in 1..150 {
+            let mut draw = rng(seed);
+            let disk = disk(seed);
+            let mut base = open(&disk, None, false).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let mut image = vec![0; (SECTORS * SECTOR) as usize];
+            check(&base, &image, &mut draw, "a new base");
+            for round in 1..6 {
+                let list = pieces(&mut draw);
+                let report = fold(&base, round, &list).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+                base.fold_done(Lsn(round));
+                assert_eq!(report.pieces, list.len() as u64, "seed {seed}");
+                paint(&mut image, &list);
+                let what = format!("seed {seed}, round {round}");
+                check(&base, &image, &mut draw, &what);
+                if draw(3) == 0 {
+                    // What a finished fold wrote survives power loss.
+                    base = open(&disk.fork(seed).power_cut(), None, true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    check(&base, &image, &mut draw, &what);
+                    base = open(&disk, None, true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                }
+            }
+        }
+    }
+
+    /// What a view above the cutoff still needs of the base while the fold is not done: sectors no piece covers.
+    fn uncovered(pieces: &[FoldPiece]) -> Vec<u64> {
+        let count = |piece: &FoldPiece| match &piece.data {
+            FoldData::Data(bytes) => bytes.len() as u64 / SECTOR,
+            FoldData::Zero(count) => *count,
+        };
+        let covered = |sector: &u64| pieces.iter().any(|p| (p.lba..p.lba + count(p)).contains(sector));
+        (0..SECTORS).filter(|sector| !covered(sector)).collect()
+    }
+
+    #[test]
+    fn power_lost_at_every_operation_of_a_fold_is_made_good() {
+        let mut points = 0;
+        for seed in 1..16 {
+            let mut draw = rng(seed);
+            let (first, second) = (pieces(&mut draw), pieces(&mut draw));
+            let mut image = vec![0; (SECTORS * SECTOR) as usize];
+            paint(&mut image, &first);
+            let before = image.clone();
+            paint(&mut image, &second);
+            let prepare = |luck: u64| {
+                let disk = disk(luck);
+                let base = open(&disk, None, false).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+                fold(&base, 1, &first).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+                (disk, base)
+            };
+            let (probe, base) = prepare(seed);
+            let start = probe.operations();
+            fold(&base, 2, &second).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let operations = probe.operations() - start;
+            for cut in 0..operations {
+                for luck in 0..3 {
+                    points += 1;
+                    let what = format!("seed {seed}, cut {cut} of {operations}, luck {luck}");
+                    let (disk, base) = prepare(seed * 1000 + luck);
+                    disk.cut_after(cut);
+                    assert!(fold(&base, 2, &second).is_err(), "{what}: the power did not go");
+                    let after = disk.power_cut();
+
+                    // Reading only, nothing repaired on the disk: what a view needs is there.
+                    let frozen = ImageBase::open_read_only(Arc::new(after.fork(1)), dir(), Some(Lsn(2)));
+                    frozen.ensure_volume(VOLUME, Sectors(SECTORS), true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    let base = open(&after, Some(Lsn(2)), true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    for sector in uncovered(&second) {
+                        for base in [&base, &frozen] {
+                            let mut out = [0xee; SECTOR as usize];
+                            base.read(VOLUME, sector, &mut out)
+                                .unwrap_or_else(|e| panic!("{what}: sector {sector}: {e:?}"));
+                            let at = (sector * SECTOR) as usize;
+                            assert!(out == before[at..at + out.len()], "{what}: sector {sector} differs");
+                        }
+                    }
+                    // A block that does not match is never damage now.
+                    match whole(&base) {
+                        Ok(_) | Err(BaseError::FoldInterrupted { .. }) => {}
+                        Err(other) => panic!("{what}: {other:?}"),
+                    }
+                    // The power goes again inside the redo, every other time.
+                    let after = if luck % 2 == 1 {
+                        after.cut_after(cut / 2);
+                        let again = fold(&base, 2, &second);
+                        drop(again);
+                        after.power_cut()
+                    } else {
+                        after
+                    };
+                    let base = open(&after, Some(Lsn(2)), true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    fold(&base, 2, &second).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    base.fold_done(Lsn(2));
+                    check(&base, &image, &mut draw, &what);
+                    let base = open(&after.power_cut(), None, true).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    check(&base, &image, &mut draw, &what);
+                }
+            }
+        }
+        println!("{points} crash points");
+    }
+
+    #[test]
+    fn power_lost_while_a_volume_is_made_or_grows_is_made_good() {
+        for cut in 0..12 {
+            let disk = disk(cut);
+            disk.cut_after(cut);
+            // Whether it came to the end does not matter.
+            let made = open(&disk, None, false).is_ok();
+            let after = disk.power_cut();
+            let base = open(&after, None, false).unwrap_or_else(|e| panic!("cut {cut}, made {made}: {e:?}"));
+            assert!(is_zero(&whole(&base).unwrap_or_else(|e| panic!("cut {cut}: {e:?}"))));
+            let list = [FoldPiece { lba: 5, data: FoldData::Data(vec![7; 512]) }];
+            fold(&base, 1, &list).unwrap_or_else(|e| panic!("cut {cut}: {e:?}"));
+            let before = whole(&base).unwrap_or_else(|e| panic!("cut {cut}: {e:?}"));
+
+            after.cut_after(cut);
+            let grown = base.ensure_volume(VOLUME, Sectors(SECTORS * 2), true).is_ok();
+            let base =
+                open(&after.power_cut(), None, true).unwrap_or_else(|e| panic!("cut {cut}, grown {grown}: {e:?}"));
+            base.ensure_volume(VOLUME, Sectors(SECTORS * 2), true).unwrap_or_else(|e| panic!("cut {cut}: {e:?}"));
+            let mut out = vec![0xee; (SECTORS * 2 * SECTOR) as usize];
+            base.read(VOLUME, 0, &mut out).unwrap_or_else(|e| panic!("cut {cut}: {e:?}"));
+            assert!(out[..before.len()] == before && is_zero(&out[before.len()..]), "cut {cut}");
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_and_named() {
+        let disk = disk(3);
+        let base = open(&disk, None, false).expect("an empty disk takes a base");
+        let list = pieces(&mut rng(9));
+        fold(&base, 1, &list).expect("an undamaged disk takes a fold");
+        let image = whole(&base).expect("an undamaged base can be read");
+        let mut draw = rng(1);
+        let (mut in_image, mut in_sums) = (0, 0);
+        for _ in 0..300 {
+            let sums = draw(4) == 0;
+            let path = if sums { sums_path(dir(), VOLUME) } else { image_path(dir(), VOLUME) };
+            let blocks = SECTORS.div_ceil(8);
+            let offset = if sums { SUM_HEADER + draw(blocks * SUM_BYTES) } else { draw(blocks * BLOCK) };
+            let block = if sums { (offset - SUM_HEADER) / SUM_BYTES } else { offset / BLOCK };
+            let bit = draw(8) as u8;
+            disk.flip_bit(&path, offset, bit).expect("the file is that long");
+            match whole(&base) {
+                Err(BaseError::Corruption(damage)) => {
+                    assert_eq!(damage.file, image_path(dir(), VOLUME));
+                    assert_eq!(damage.offset, block * BLOCK, "named wrongly: {damage:?}");
+                }
+                other => panic!(
+                    "bit {bit} of {offset} in {}: {:?}",
+                    path.display(),
+                    other.map(|_| "read as if nothing were")
+                ),
+            }
+            let mut found = Vec::new();
+            let report = base.verify(VOLUME, &mut |damage| found.push(damage.offset)).expect("the disk can be read");
+            assert_eq!((found, report.damaged), (vec![block * BLOCK], 1));
+            // A fold over a part of the block must not bless it.
+            if block * 8 + 1 < SECTORS {
+                let part = [FoldPiece { lba: block * 8, data: FoldData::Data(vec![1; 512]) }];
+                let folded = fold(&base, 2, &part);
+                assert!(matches!(folded, Err(BaseError::Corruption(_))), "{folded:?}");
+            }
+            disk.flip_bit(&path, offset, bit).expect("the file is that long");
+            assert!(whole(&base).expect("the bit is back") == image);
+            if sums { in_sums += 1 } else { in_image += 1 }
+        }
+        assert!(in_image > 50 && in_sums > 20, "both files were tried");
+    }
+
+    #[test]
+    fn lost_files_are_damage_once_a_fold_was_done() {
+        for lost in [image_path(dir(), VOLUME), sums_path(dir(), VOLUME)] {
+            let disk = disk(4);
+            let base = open(&disk, None, false).expect("an empty disk takes a base");
+            fold(&base, 1, &[FoldPiece { lba: 8, data: FoldData::Data(vec![5; 4096]) }])
+                .expect("an undamaged disk takes a fold");
+            disk.remove(&lost).expect("the file is there");
+            let opened = open(&disk, None, true);
+            assert!(matches!(&opened, Err(BaseError::Corruption(damage)) if damage.file == lost), "{opened:?}");
+            // Even a caller who does not know that a fold was done is not told zeroes.
+            let base = open(&disk, None, false).expect("a missing file is made anew");
+            assert!(matches!(whole(&base), Err(BaseError::Corruption(_))), "{} was lost", lost.display());
+        }
+        let disk = disk(5);
+        let base = ImageBase::open_read_only(Arc::new(disk.clone()), dir(), None);
+        base.ensure_volume(VOLUME, Sectors(SECTORS), false).expect("nothing was folded yet: no files are needed");
+        assert!(is_zero(&whole(&base).expect("a base without files is empty")));
+        assert!(disk.paths().is_empty(), "a base opened for reading made files");
+        assert!(matches!(fold(&base, 1, &[]), Err(BaseError::ReadOnly)));
+    }
+
+    #[test]
+    fn a_full_disk_and_a_failed_flush_leave_a_fold_that_can_be_done_again() {
+        for seed in 1..80 {
+            let mut draw = rng(seed);
+            let disk = disk(seed);
+            let base = open(&disk, None, false).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let (first, second) = (pieces(&mut draw), pieces(&mut draw));
+            fold(&base, 1, &first).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let mut image = whole(&base).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let before = image.clone();
+            paint(&mut image, &second);
+            let failed = match draw(3) {
+                0 => {
+                    disk.set_capacity(ByteLen(0));
+                    let failed = fold(&base, 2, &second);
+                    disk.set_capacity(ByteLen(64 << 20));
+                    failed
+                }
+                1 => {
+                    disk.fail_next_flush();
+                    fold(&base, 2, &second)
+                }
+                _ => {
+                    disk.fail_write_at(image_path(dir(), VOLUME));
+                    fold(&base, 2, &second)
+                }
+            };
+            if failed.is_err() {
+                for sector in uncovered(&second) {
+                    let mut out = [0xee; SECTOR as usize];
+                    let at = (sector * SECTOR) as usize;
+                    match base.read(VOLUME, sector, &mut out) {
+                        Ok(()) => assert!(out == before[at..at + out.len()], "seed {seed}: sector {sector} differs"),
+                        Err(BaseError::FoldInterrupted { .. }) => {}
+                        Err(other) => panic!("seed {seed}: {other:?}"),
+                    }
+                }
+            }
+            fold(&base, 2, &second).unwrap_or_else(|e| panic!("seed {seed}: again: {e:?}"));
+            base.fold_done(Lsn(2));
+            check(&base, &image, &mut draw, &format!("seed {seed}"));
+            let base = open(&disk.power_cut(), None, true).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            check(&base, &image, &mut draw, &format!("seed {seed}"));
+        }
+    }
+
+    #[test]
+    fn pieces_that_are_wrong_are_refused_before_they_are_written() {
+        let disk = disk(6);
+        let base = open(&disk, None, false).expect("an empty disk takes a base");
+        let data = |lba, bytes| FoldPiece { lba, data: FoldData::Data(vec![1; bytes]) };
+        let bad: [(&str, Vec<FoldPiece>); 6] = [
+            ("overlap", vec![data(8, 4096), data(15, 512)]),
+            ("order", vec![data(80, 512), data(8, 512)]),
+            ("not whole sectors", vec![data(8, 511)]),
+            ("empty", vec![data(8, 0)]),
+            ("beyond the end", vec![data(SECTORS - 1, 1024)]),
+            ("wraps", vec![FoldPiece { lba: 8, data: FoldData::Zero(u64::MAX) }]),
+        ];
+        for (what, list) in &bad {
+            let folded = fold(&base, 1, list);
+            assert!(
+                matches!(folded, Err(BaseError::BadPiece { .. } | BaseError::Outside { .. })),
+                "{what}: {folded:?}"
+            );
+            assert!(is_zero(&whole(&base).expect("an undamaged base can be read")), "{what}");
+        }
+        let source = BaseError::Source("no such segment".into());
+        let mut items = vec![Ok(data(0, 4096)), Err(source)].into_iter();
+        assert!(matches!(base.fold(Lsn(1), VOLUME, &mut items), Err(BaseError::Source(_))));
+        assert!(matches!(base.read(VolumeId(9), 0, &mut [0; 512]), Err(BaseError::NoVolume(VolumeId(9)))));
+        assert!(matches!(base.read(VOLUME, SECTORS, &mut [0; 512]), Err(BaseError::Outside { .. })));
+        assert!(matches!(base.read(VOLUME, 0, &mut [0; 100]), Err(BaseError::NotSectors { bytes: 100 })));
+    }
+
+    #[test]
+    fn a_fold_larger_than_a_chunk_and_a_discard_of_everything() {
+        let disk = SimDisk::new(8, ByteLen(256 << 20));
+        let sectors = Sectors((3 * CHUNK_BYTES) as u64 / SECTOR + 5);
+        let base = ImageBase::open(Arc::new(disk.clone()), dir(), None).expect("an empty disk takes a base");
+        base.ensure_volume(VOLUME, sectors, false).expect("an empty disk takes a base");
+        let mut draw = rng(2);
+        let mut expected = Vec::new();
+        let mut list = Vec::new();
+        let mut lba = 0;
+        while lba < sectors.0 {
+            let count = 201.min(sectors.0 - lba);
+            let bytes = vec![1 + draw(255) as u8; (count * SECTOR) as usize];
+            expected.extend_from_slice(&bytes);
+            list.push(FoldPiece { lba, data: FoldData::Data(bytes) });
+            lba += count;
+        }
+        fold(&base, 1, &list).expect("an undamaged disk takes a fold");
+        let mut out = vec![0; expected.len()];
+        base.read(VOLUME, 0, &mut out).expect("an undamaged base can be read");
+        assert!(out == expected);
+        let used = disk.space().expect("the disk answers").available;
+        fold(&base, 2, &[FoldPiece { lba: 0, data: FoldData::Zero(sectors.0) }])
+            .expect("an undamaged disk takes a fold");
+        base.read(VOLUME, 0, &mut out).expect("an undamaged base can be read");
+        assert!(is_zero(&out));
+        assert_eq!(base.bytes().expect("the checksums can be read"), ByteLen(0));
+        let free = disk.space().expect("the disk answers").available;
+        assert!(free.0 >= used.0 + expected.len() as u64, "the room is given back");
+    }
+
+    #[test]
+    fn readers_beside_a_fold_never_see_half_a_block() {
+        let disk = disk(9);
+        let base = Arc::new(open(&disk, None, false).expect("an empty disk takes a base"));
+        // The first sector of each block is folded again and again, the second stays as it is.
+        let blocks = SECTORS / 8;
+        let list = |fill: u8, from: u64| -> Vec<FoldPiece> {
+            (0..blocks).map(|b| FoldPiece { lba: b * 8 + from, data: FoldData::Data(vec![fill; 512]) }).collect()
+        };
+        fold(&base, 1, &list(200, 1)).expect("an undamaged disk takes a fold");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut reads = 0;
+                while !done.load(std::sync::atomic::Ordering::Acquire) || reads == 0 {
+                    let seen = whole(&base).expect("a fold that goes well is not noticed");
+                    assert!((0..blocks as usize).all(|b| seen[b * 4096 + 512..b * 4096 + 1024] == [200; 512]));
+                    reads += 1;
+                }
+                reads
+            });
+            for round in 2..60 {
+                fold(&base, round, &list(round as u8, 0)).expect("an undamaged disk takes a fold");
+            }
+            done.store(true, std::sync::atomic::Ordering::Release);
+            assert!(reader.join().expect("the reader is content") > 0);
+        });
+    }
+
+    #[test]
+    fn hostile_redo_files_are_not_believed() {
+        let good = make_redo(VOLUME, Lsn(7), [(3u64, &[9u8; BASE_BLOCK][..])].into_iter());
+        assert_eq!(parse_redo(&good, VOLUME, Lsn(7)).map(|blocks| blocks.len()), Some(1));
+        assert_eq!(parse_redo(&good, VOLUME, Lsn(8)), None);
+        assert_eq!(parse_redo(&good, VolumeId(1), Lsn(7)), None);
+        for len in 0..good.len() {
+            assert_eq!(parse_redo(&good[..len], VOLUME, Lsn(7)), None, "cut to {len}");
+        }
+        for byte in 0..good.len() {
+            let mut bad = good.clone();
+            bad[byte] ^= 16;
+            assert_eq!(parse_redo(&bad, VOLUME, Lsn(7)), None, "byte {byte}");
         }
     }
 }
