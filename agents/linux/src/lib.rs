@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod clock;
+pub mod disks;
 
 /// An error and its causes as one sentence, outermost first.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

@@ -1,0 +1,220 @@
+use super::*;
+use std::collections::HashMap;
+
+/// A made-up host in a directory.
+struct Host {
+    dir: tempfile::TempDir,
+    heads: HashMap<String, Vec<u8>>,
+    minor: u32,
+    mounts: String,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), heads: HashMap::new(), minor: 0, mounts: String::new() }
+    }
+    fn put(&self, path: &str, text: &str) {
+        let path = self.dir.path().join("sys/block").join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    fn dir(&self, path: &str) {
+        fs::create_dir_all(self.dir.path().join("sys/block").join(path)).unwrap();
+    }
+    fn device(&mut self, path: &str, sectors: u64) -> String {
+        self.minor += 1;
+        self.put(&format!("{path}/dev"), &format!("8:{}\n", self.minor));
+        self.put(&format!("{path}/size"), &format!("{sectors}\n"));
+        format!("8:{}", self.minor)
+    }
+    fn disk(&mut self, name: &str, sectors: u64) -> String {
+        self.dir(&format!("{name}/mq/0"));
+        self.put(&format!("{name}/serial"), &format!("S-{name}\n"));
+        self.device(name, sectors)
+    }
+    fn partition(&mut self, disk: &str, name: &str, start: u64, sectors: u64) -> String {
+        self.put(&format!("{disk}/{name}/partition"), "1\n");
+        self.put(&format!("{disk}/{name}/start"), &format!("{start}\n"));
+        self.device(&format!("{disk}/{name}"), sectors)
+    }
+    /// `path` is where the lower one lies in sysfs.
+    fn stack(&self, lower: &str, upper: &str) {
+        self.dir(&format!("{lower}/holders/{upper}"));
+        self.dir(&format!("{upper}/slaves/{}", lower.rsplit('/').next().unwrap()));
+    }
+    fn dm(&mut self, name: &str, dm_name: &str, uuid: &str, sectors: u64) -> String {
+        self.put(&format!("{name}/dm/name"), dm_name);
+        self.put(&format!("{name}/dm/uuid"), uuid);
+        self.device(name, sectors)
+    }
+    fn mount(&mut self, number: &str, at: &str, kind: &str, source: &str) {
+        self.mounts.push_str(&format!("30 1 {number} / {at} rw,relatime shared:1 - {kind} {source} rw\n"));
+    }
+    fn read(&self) -> Disks {
+        let root = self.dir.path();
+        fs::create_dir_all(root.join("proc/self")).unwrap();
+        fs::write(root.join("proc/self/mountinfo"), &self.mounts).unwrap();
+        let roots = Roots { sys: root.join("sys"), proc: root.join("proc"), dev: root.join("dev") };
+        let heads = self.heads.clone();
+        Disks::discover(&roots, &move |p| heads.get(p.file_name()?.to_str()?).cloned()).unwrap()
+    }
+}
+
+fn leaves(disks: &Disks, choices: &[&str]) -> Vec<(String, u64, u64)> {
+    let choices: Vec<String> = choices.iter().map(|c| (*c).to_owned()).collect();
+    disks
+        .resolve(&choices)
+        .unwrap()
+        .leaves
+        .into_iter()
+        .map(|l| (l.volume, l.range.start(), l.range.sectors.0))
+        .collect()
+}
+
+fn btrfs(devices: u64) -> Vec<u8> {
+    let mut head = vec![0; probe::PROBE_BYTES];
+    head[65600..65608].copy_from_slice(b"_BHRfS_M");
+    head[65568..65584].fill(7);
+    head[65536 + 0x88..65536 + 0x90].copy_from_slice(&devices.to_le_bytes());
+    head
+}
+
+#[test]
+fn a_disk_and_a_partition_are_leaves_of_their_own() {
+    let mut host = Host::new();
+    host.disk("sda", 1000);
+    let part = host.partition("sda", "sda1", 100, 200);
+    host.partition("sda", "sda2", 300, 400);
+    host.mount(&part, "/srv/a\\040b", "ext4", "/dev/sda1");
+    let disks = host.read();
+    assert_eq!(leaves(&disks, &["sda"]), [("sda".to_owned(), 0, 1000)]);
+    assert_eq!(leaves(&disks, &["/dev/sda2"]), [("sda2".to_owned(), 300, 400)]);
+    assert_eq!(leaves(&disks, &["/srv/a b"]), [("sda1".to_owned(), 100, 200)]);
+    assert_eq!(leaves(&disks, &["sda1", "sda"]), [("sda".to_owned(), 0, 1000)], "the whole disk has its partition");
+    assert_eq!(disks.mounts_above("sda"), ["/srv/a b"]);
+    let text = disks.to_string();
+    assert!(text.contains("sda") && text.contains("  sda1") && text.contains("/srv/a b"), "{text}");
+    assert!(matches!(disks.resolve(&["/nowhere".into()]), Err(DisksError::NotABlockDevice { .. })));
+}
+
+#[test]
+fn a_logical_volume_takes_along_what_its_volume_group_lies_on() {
+    let mut host = Host::new();
+    host.disk("sda", 1000);
+    host.partition("sda", "sda3", 500, 500);
+    host.disk("sdb", 2000);
+    host.disk("sdc", 3000);
+    host.dm("dm-0", "vg-root", "LVM-abc", 400);
+    host.dm("dm-1", "vg-data", "LVM-def", 400);
+    host.dm("dm-2", "luks-x", "CRYPT-LUKS2-y", 400);
+    // vg = sda3 + sdb; root lies on sda3 only, data on both, an encrypted volume on data.
+    host.stack("sda/sda3", "dm-0");
+    host.stack("sda/sda3", "dm-1");
+    host.stack("sdb", "dm-1");
+    host.stack("dm-1", "dm-2");
+    host.mount("8:7", "/data", "xfs", "/dev/mapper/luks-x");
+    let disks = host.read();
+    let both = [("sda3".to_owned(), 500, 500), ("sdb".to_owned(), 0, 2000)];
+    assert_eq!(leaves(&disks, &["/dev/mapper/vg-root"]), both);
+    assert_eq!(leaves(&disks, &["dm-2"]), both);
+    assert_eq!(leaves(&disks, &["sdb"]), both);
+    assert_eq!(leaves(&disks, &["sdc"]), [("sdc".to_owned(), 0, 3000)]);
+    let whole = [("sda".to_owned(), 0, 1000), ("sdb".to_owned(), 0, 2000)];
+    assert_eq!(leaves(&disks, &["sda"]), whole);
+    let said = disks.resolve(&["/dev/mapper/vg-root".into()]).unwrap().notes.join("\n");
+    assert!(said.contains("/dev/mapper/vg-root lies on /dev/sda3"), "{said}");
+    assert!(said.contains("/dev/sdb is taken along: /dev/mapper/vg-data lies on it too"), "{said}");
+    assert_eq!(disks.mounts_above("sdb"), ["/data"]);
+}
+
+#[test]
+fn an_array_takes_along_its_members() {
+    let mut host = Host::new();
+    host.disk("sda", 1000);
+    host.disk("sdb", 1000);
+    host.put("md0/md/level", "raid1\n");
+    host.device("md0", 900);
+    host.partition("md0", "md0p1", 10, 100);
+    host.stack("sda", "md0");
+    host.stack("sdb", "md0");
+    let disks = host.read();
+    let both = [("sda".to_owned(), 0, 1000), ("sdb".to_owned(), 0, 1000)];
+    assert_eq!(leaves(&disks, &["md0"]), both);
+    assert_eq!(leaves(&disks, &["md0p1"]), both);
+    assert_eq!(leaves(&disks, &["sda"]), both);
+}
+
+#[test]
+fn a_btrfs_takes_along_its_devices_and_misses_none() {
+    let mut host = Host::new();
+    for name in ["sda", "sdb"] {
+        host.disk(name, 1000);
+        host.heads.insert(name.to_owned(), btrfs(2));
+    }
+    host.mount("0:44", "/pool", "btrfs", "/dev/sdb");
+    let disks = host.read();
+    let both = [("sda".to_owned(), 0, 1000), ("sdb".to_owned(), 0, 1000)];
+    assert_eq!(leaves(&disks, &["sda"]), both);
+    assert_eq!(leaves(&disks, &["/pool"]), both);
+    assert_eq!(disks.mounts_above("sda"), ["/pool"]);
+    host.heads.insert("sda".to_owned(), btrfs(3));
+    host.heads.insert("sdb".to_owned(), btrfs(3));
+    assert!(matches!(host.read().resolve(&["sda".into()]), Err(DisksError::MissingMember { spans: 3, found: 2, .. })));
+}
+
+#[test]
+fn what_has_no_queue_is_refused_with_a_sentence() {
+    let mut host = Host::new();
+    host.device("zram0", 1000);
+    host.disk("sdz", 1000);
+    host.put("sdz/queue/zoned", "host-managed\n");
+    host.disk("sr0", 0);
+    let disks = host.read();
+    let refused = |name: &str| disks.resolve(&[name.to_owned()]).unwrap_err();
+    let error = refused("zram0");
+    assert!(matches!(error, DisksError::NoQueue { .. }) && error.to_string().contains("ingest target"), "{error}");
+    assert!(matches!(refused("sdz"), DisksError::Zoned { .. }));
+    assert!(matches!(refused("sr0"), DisksError::Empty { .. }));
+}
+
+#[test]
+fn a_multipath_map_is_the_leaf_and_not_its_paths() {
+    let mut host = Host::new();
+    host.disk("sda", 1000);
+    host.disk("sdb", 1000);
+    host.dm("dm-0", "mpatha", "mpath-360001", 1000);
+    host.dir("dm-0/mq/0");
+    host.stack("sda", "dm-0");
+    host.stack("sdb", "dm-0");
+    host.dm("dm-1", "vg-lv", "LVM-1", 500);
+    host.stack("dm-0", "dm-1");
+    assert_eq!(leaves(&host.read(), &["dm-1"]), [("dm-0".to_owned(), 0, 1000)]);
+}
+
+#[test]
+fn a_replaced_disk_is_known() {
+    let id = |hard: &[&str], place: &str, content: &str| Identity {
+        hard: hard.iter().map(|s| (*s).to_owned()).collect(),
+        place: place.to_owned(),
+        content: content.to_owned(),
+    };
+    use identity::Same;
+    let table = [
+        (id(&["serial:1"], "a", "x"), id(&["serial:1"], "b", "y"), Same::Yes),
+        (id(&["serial:1"], "a", "x"), id(&["serial:2"], "a", "x"), Same::No),
+        (id(&["serial:1", "wwn:9"], "", ""), id(&["wwn:9"], "", ""), Same::Yes),
+        (id(&[], "a", "Ext:1"), id(&[], "b", "Ext:1"), Same::Yes),
+        (id(&[], "a", "Ext:1"), id(&[], "a", "Ext:2"), Same::No),
+        (id(&[], "a", "Ext:1"), id(&[], "a", ""), Same::No),
+        (id(&[], "a", ""), id(&[], "a", ""), Same::Unknown),
+    ];
+    for (had, has, want) in table {
+        assert_eq!(had.compare(&has), want, "{had:?} {has:?}");
+    }
+    let mut host = Host::new();
+    host.disk("sda", 10);
+    host.partition("sda", "sda1", 1, 2);
+    let disks = host.read();
+    assert_eq!(disks.get("sda").unwrap().identity.to_string(), "serial:S-sda");
+    assert_eq!(disks.get("sda1").unwrap().identity.to_string(), "serial:S-sda#1");
+}
