@@ -22,6 +22,7 @@ pub use run::{FANOUT, GenerationId, Inputs, MAP_SHARE, RunId, RunTask, Shape, So
 pub use sled::{SET_ASIDE_MAX, SledOptions, SledStore};
 
 use model::{Extent, VolumeId};
+use serde::{Deserialize, Serialize};
 
 /// Why the index did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +61,7 @@ pub enum Damage {
 }
 
 /// Facts of a stored run.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct RunInfo {
     pub pieces: u64,
     pub pages: u64,

@@ -20,7 +20,9 @@
 //! Bounds: at most [`SledOptions::open_max`] generations are open, the least recently used is closed; 64 MiB of cache each
 //! (a wish to sled, not a limit); filters below 10 MiB; facts of runs about 60 bytes each.
 //!
-//! Directory names: `g<timeline>-<generation>`; `.bad` set aside; `.gone` being deleted.
+//! Directory names: `g<timeline>-<generation>`; `.bad` set aside; `.gone` being deleted. In a directory, beside sled's files, lies
+//! `holdfast.runs` once the generation is closed: a list of its runs, so that a long history is not opened generation by
+//! generation at every start only to find that nothing is due. It is a hint: opening the generation corrects it.
 
 use super::{
     Damage, GenerationId, IndexError, IndexStore, Piece, RunId, RunInfo, RunIter, Shape,
@@ -300,7 +302,9 @@ impl SledStore {
             if name.ends_with(GONE) {
                 fs::remove_dir_all(entry.path())?;
             } else if let Some(id) = parse_dir_name(&name) {
-                slots.insert(id, Arc::new(Slot::new(id)));
+                let slot = Slot::new(id);
+                lock(&slot.state).known = read_hint(&entry.path(), &identity, id);
+                slots.insert(id, Arc::new(slot));
             }
         }
         Ok(Self {
@@ -537,6 +541,22 @@ impl SledStore {
         Ok(info)
     }
 
+    /// Nothing more will be written here: makes the records durable and leaves the hint for the next start.
+    fn close_generation(&self, open: &Opened) -> Result<(), IndexError> {
+        open.call(|db| db.flush())?;
+        let runs = open.runs.read().unwrap_or_else(PoisonError::into_inner);
+        let list: Vec<(u8, u32, RunInfo)> =
+            runs.iter().map(|((level, n), record)| (*level, *n, record.info())).collect();
+        drop(runs);
+        let bytes = hint_owner(self.identity, open.id).seal_record(HINT.as_bytes(), &list);
+        let path = self.path(open.id);
+        // Without it the next start is slower, nothing else; a torn one does not match its checksum.
+        let written =
+            fs::write(path.join(HINT_NEW), bytes).and_then(|()| fs::rename(path.join(HINT_NEW), path.join(HINT)));
+        drop(written);
+        Ok(())
+    }
+
     /// Counts the attempt and clears away what an earlier one left.
     fn begin_attempt(&self, open: &Opened, run: RunId) -> Result<u32, IndexError> {
         let key = page::attempt_key(run);
@@ -581,6 +601,9 @@ impl IndexStore for SledStore {
             && let Some(known) = &mut lock(&slot.state).known
         {
             known.insert((run.level, run.ordinal), info);
+        }
+        if run == self.shape.map(generation) || run == self.shape.top(generation) {
+            self.close_generation(&open)?;
         }
         Ok(info)
     }
@@ -712,6 +735,19 @@ impl Iterator for Walk<'_> {
 
 fn is_lock_error(e: &::sled::Error) -> bool {
     matches!(e, ::sled::Error::Io(e) if e.to_string().contains("could not acquire lock"))
+}
+
+const HINT: &str = "holdfast.runs";
+const HINT_NEW: &str = "holdfast.runs.new";
+
+fn hint_owner(identity: [u8; 16], id: GenerationId) -> Owner {
+    Owner { identity, run: RunId::new(id.timeline, u8::MAX, id.number) }
+}
+
+fn read_hint(dir: &Path, identity: &[u8; 16], id: GenerationId) -> Option<BTreeMap<(u8, u32), RunInfo>> {
+    let bytes = fs::read(dir.join(HINT)).ok()?;
+    let list: Vec<(u8, u32, RunInfo)> = hint_owner(*identity, id).unseal_record(HINT.as_bytes(), &bytes)?;
+    Some(list.into_iter().map(|(level, n, info)| ((level, n), info)).collect())
 }
 
 const BAD: &str = ".bad";

@@ -874,3 +874,42 @@ fn bytes_per_record_stay_below_the_goal() {
     // A generation of 512 has one level more.
     assert!((disk * 4 / 3) as f64 / (records as f64) < 40.0, "{disk} bytes for {records} records");
 }
+
+#[test]
+fn a_closed_generation_is_known_without_opening_it_and_a_wrong_hint_does_no_harm() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let shape = Shape::new(8).expect("a power of eight");
+    let mut draw = rng(8);
+    let mut world = World::new(shape);
+    {
+        let store = sled_at(dir.path(), shape);
+        for _ in 0..20 {
+            world.seal(&mut draw);
+        }
+        while world.work(&store, 8) {}
+    }
+    let open_files = |number: u32| {
+        let name = format!("g{TIMELINE}-{number}/db");
+        std::fs::read_dir("/proc/self/fd")
+            .expect("Linux lists open files")
+            .flatten()
+            .filter_map(|fd| std::fs::read_link(fd.path()).ok())
+            .filter(|target| target.starts_with(dir.path()) && target.ends_with(&name))
+            .count()
+    };
+    let store = sled_at(dir.path(), shape);
+    assert!(!world.work(&store, 8), "nothing is due after a restart");
+    assert_eq!([0, 1, 2].map(open_files), [0, 0, 1], "only the open generation is opened");
+
+    // The hint says more than is there: the first lookup finds out, and the runs are due again.
+    std::fs::remove_file(dir.path().join(format!("g{TIMELINE}-0/db"))).expect("a file can be removed");
+    let run = RunId::new(TIMELINE, 0, 3);
+    assert!(store.has_run(run));
+    let answer = store.lookup(run, VolumeId(0), Extent::new(0, SECTORS), &mut vec![]);
+    assert!(answer.is_err(), "{answer:?}");
+    assert!(!store.has_run(run));
+    while world.work(&store, 8) {}
+    for end in 0..=20 {
+        world.check(&store, end, Extent::new(0, SECTORS), 8);
+    }
+}
