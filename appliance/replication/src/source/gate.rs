@@ -55,17 +55,18 @@ impl Gate {
         let was = self.state;
         self.mode = mode;
         match (mode, was) {
-            (SyncMode::Async, _) => {
-                self.release_all(out);
-                self.state = GateState::Async;
-            }
+            (SyncMode::Async, _) => self.state = GateState::Async,
             (SyncMode::Sync { .. }, GateState::Async) if synced_once => self.state = GateState::Degraded { since: now },
             (SyncMode::Sync { .. }, GateState::Async) => self.state = GateState::NotYet,
             // Only the bound changed.
             (SyncMode::Sync { .. }, _) => {}
         }
+        // The state first: who watches must not see a flush pass a gate that is still called closed.
         if self.state != was {
             out.push(Action::Gate(self.state));
+        }
+        if self.state == GateState::Async {
+            self.release_all(out);
         }
     }
     /// `need`: what must be durable for this flush; [`SourceSeq::MAX`] while that is unknown.

@@ -225,8 +225,9 @@ pub struct Source {
     gap: Option<Gap>,
     positioned: bool,
     window: Window,
-    /// Highest number sent on this connection, and on any.
+    /// Highest number sent on this connection.
     sent: SourceSeq,
+    /// Highest number that may be on the box: sent on any connection since the box last said where to go on.
     sent_ever: SourceSeq,
     durable: SourceSeq,
     credit: Credit,
@@ -792,14 +793,15 @@ impl Source {
             // called it durable. All of it was dirty when the agent started, and is dirty or in the window now.
             return self.start_over(next, GapReason::AgentRestart, out);
         }
+        // What earlier connections carried beyond this did not arrive, and will not.
         self.sent = next.prev();
+        self.sent_ever = self.sent;
         if let Some((from, through)) = self.unsendable
             && next <= through
         {
-            // The spool can send up to here; what follows is lost from it and not on the box.
+            // The spool can send up to here; what follows is lost from it.
             self.unsendable = None;
             let from = next.max(from);
-            self.sent_ever = from.prev();
             self.take_back(from, out);
             self.begin_at_next(GapReason::Overflow, out);
         }
