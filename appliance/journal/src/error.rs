@@ -1,6 +1,7 @@
 //! What can go wrong, by operation. Damage of what was durable has its own type, [`Corruption`], and never looks like an
 //! ordinary failure.
 
+use crate::base::BaseError;
 use durable::DiskError;
 use model::{BookmarkName, ByteLen, Extent, GapReason, GroupId, HistoryTime, Lsn, Sectors, Term, TimelineId, VolumeId};
 use std::{fmt, path::PathBuf, sync::Arc};
@@ -112,11 +113,13 @@ pub enum CreateError {
     },
     #[error("write the control record")]
     Control(#[source] ControlError),
+    #[error("open the new journal")]
+    Open(#[source] Box<OpenError>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
-    #[error("segments of {given} are not possible: 64 KiB to 1 GiB in steps of 4 KiB, and room for one batch")]
+    #[error("segments of {given} are not possible: 160 KiB to 1 GiB in steps of 4 KiB")]
     SegmentBytes { given: ByteLen },
     #[error("batches of {given} bytes are not possible: 4 KiB to 16 MiB")]
     BatchBytes { given: usize },
@@ -147,16 +150,18 @@ pub enum SpecError {
 pub enum ControlError {
     #[error(transparent)]
     Spec(#[from] SpecError),
-    #[error("the control record is damaged in both copies, or is none")]
+    #[error("the control record does not decode to one that is possible")]
     Damaged,
+    #[error("the control record cannot be used")]
+    Twin(#[source] durable::TwinError),
     #[error("the control record has format version {found}, this program knows {known}")]
     Version { found: u32, known: u32 },
     #[error("the control record would have {len} bytes, {max} are possible")]
     TooBig { len: usize, max: usize },
     #[error("the control record cannot be read or written")]
     Disk(#[source] DiskError),
-    #[error("an earlier write of the control record failed; the journal must be opened again")]
-    Poisoned,
+    #[error("get the base ready for the volumes")]
+    Base(#[source] Box<BaseError>),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -177,6 +182,8 @@ pub enum OpenError {
     Version { file: PathBuf, found: u32, known: u32 },
     #[error("open the journal")]
     Disk(#[source] DiskError),
+    #[error("open the base")]
+    Base(#[source] Box<BaseError>),
 }
 
 /// Why a record was not taken. Nothing of it is in the journal.
@@ -236,6 +243,12 @@ pub enum JobError {
         #[source]
         source: crate::index::IndexError,
     },
+    #[error("{what}: the base")]
+    Base {
+        what: &'static str,
+        #[source]
+        source: Box<BaseError>,
+    },
     #[error("{what}: keep the control record")]
     Control {
         what: &'static str,
@@ -275,7 +288,7 @@ pub enum BookmarkError {
 }
 
 /// Why a recovery point is not offered; the neighbours that are.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ResolveError {
     #[error("nothing can be recovered yet: the first copy has not ended")]
     NeverConsistent,
@@ -293,6 +306,8 @@ pub enum ResolveError {
     Corrupt(#[source] Corruption),
     #[error("look the point up")]
     Disk(#[source] SharedDiskError),
+    #[error("look the point up")]
+    Base(#[source] Arc<BaseError>),
 }
 
 struct Neighbours(Option<Lsn>, Option<Lsn>);
@@ -340,7 +355,39 @@ pub enum ReadViewError {
     #[error("the data is damaged")]
     Corrupt(#[source] Corruption),
     #[error("read the journal")]
-    Disk(#[source] SharedDiskError),
+    Disk(#[source] DiskError),
+    #[error("read the base")]
+    Base(#[source] Box<BaseError>),
+}
+
+impl From<ReadError> for ReadViewError {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Corrupt(c) => Self::Corrupt(c),
+            ReadError::Disk(e) => Self::Disk(e),
+            ReadError::Base(e) => Self::Base(e),
+        }
+    }
+}
+
+impl From<ReadError> for OpenError {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Corrupt(c) => Self::Corrupt(c),
+            ReadError::Disk(e) => Self::Disk(e),
+            ReadError::Base(e) => Self::Base(e),
+        }
+    }
+}
+
+impl From<ReadError> for ResolveError {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Corrupt(c) => Self::Corrupt(c),
+            ReadError::Disk(e) => Self::Disk(Arc::new(e)),
+            ReadError::Base(e) => Self::Base(Arc::new(*e)),
+        }
+    }
 }
 
 /// Reading something of a journal: either the disk failed or what it gave is damaged.
@@ -350,4 +397,6 @@ pub enum ReadError {
     Corrupt(#[from] Corruption),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error("read the base")]
+    Base(#[source] Box<BaseError>),
 }

@@ -52,10 +52,8 @@ const EXTENT_MAGIC: u32 = u32::from_le_bytes(*b"HFx1");
 
 // ---------------------------------------------------------------- names
 
-/// Where a journal keeps its control record; the twin adds `.a` and `.b`.
-pub fn control_path(dir: &Path) -> PathBuf {
-    dir.join("control")
-}
+/// The name of a journal's control record in its folder; the twin adds `.a` and `.b`.
+pub const CONTROL_NAME: &str = "control";
 
 pub fn segment_dir(dir: &Path) -> PathBuf {
     dir.join("seg")
@@ -246,12 +244,17 @@ pub struct Carry {
     pub time: HistoryTime,
     pub gap: GapState,
     pub source: Option<SourceMark>,
+    /// More records of the same host request follow. A mark in the middle of a request does not end it.
+    pub inside_request: bool,
 }
 
 impl Carry {
     /// Takes a record in. Records of the nil stream (made by the box itself) do not move the source's position.
     pub fn advance(&mut self, record: &Record, mark: Option<&Mark>) {
         self.time = self.time.max(record.time);
+        if record.kind != RecordKind::Mark {
+            self.inside_request = record.flags.contains(WriteFlags::MORE);
+        }
         if record.stream != StreamId::default() {
             self.source = Some(match self.source {
                 Some(at) if at.stream == record.stream => SourceMark { seq: at.seq.max(record.seq), ..at },
@@ -302,7 +305,11 @@ impl SegmentHeader {
         encode_block(SEGMENT_MAGIC, self).expect("a segment header of fixed size fits its block")
     }
     pub fn decode(block: &[u8]) -> Result<Self, BlockFault> {
-        decode_block(SEGMENT_MAGIC, block)
+        decode_block(SEGMENT_MAGIC, block).and_then(Self::checked)
+    }
+    /// LSNs begin at 1, and what follows them must be countable.
+    fn checked(self) -> Result<Self, BlockFault> {
+        if (1..u64::MAX / 2).contains(&self.first_lsn.0) { Ok(self) } else { Err(BlockFault::Body) }
     }
 }
 
@@ -353,8 +360,6 @@ pub struct SegmentTrailer {
     pub fences: Section,
     pub marks: Section,
     pub after: Carry,
-    /// Whether the last record ends a host request.
-    pub ends_at_boundary: bool,
     pub payload_bytes: u64,
     pub coverage: Vec<Coverage>,
     pub knots: Vec<Knot>,
@@ -365,7 +370,8 @@ impl SegmentTrailer {
         encode_block(TRAILER_MAGIC, self).expect("a trailer within its limits fits its block")
     }
     pub fn decode(block: &[u8]) -> Result<Self, BlockFault> {
-        decode_block(TRAILER_MAGIC, block)
+        let this: Self = decode_block(TRAILER_MAGIC, block)?;
+        this.header.clone().checked().map(|_| this)
     }
 }
 

@@ -34,20 +34,41 @@
 //! queues are bounded where they are made.
 
 mod base;
+mod cache;
+mod control;
 mod error;
 pub mod format;
 mod index;
+mod jobs;
+mod load;
+mod points;
+mod reader;
+mod recover;
 mod retention;
+mod scan;
+mod segment;
+mod shared;
+mod stats;
 mod types;
+mod verify;
+mod view;
+mod writer;
 
+pub use base::BaseError;
 pub use error::{
     AppendError, BookmarkError, BranchError, ControlError, Corruption, CreateError, Damage, JobError, OpenError,
     OpenViewError, OptionsError, ReadError, ReadViewError, ResolveError, SharedDiskError, SpecError,
 };
 pub use format::{GapState, MAX_RECORD_BYTES, SourceMark};
 pub use index::IndexError;
+pub use jobs::{Job, JobDone, JobOutcome, RETAIN_EVERY_US, RETRY_US};
+pub use reader::{JournalReader, JournalRecord, RecordIter};
+pub use retention::{Forecast, KeepReason, Kept, Pressure, Share, SharedOut, share_out};
+pub use stats::{JournalStats, RetentionStatus};
 pub use types::{
     Allocation, BookmarkInfo, Cut, Gap, IndexChoice, JournalOptions, NewRecord, PointRange, Points, Progress,
     RateBucket, RecoveryReport, ResolvedPoint, SourcePosition, TimelineInfo, VERIFY_DAMAGE_MAX, VerifyProgress,
     VerifyReport,
 };
+pub use view::View;
+pub use writer::Journal;

@@ -47,10 +47,20 @@ impl Default for JournalOptions {
     }
 }
 
+/// Room for the header block and one batch with the longest record, rounded up.
+const SEGMENT_BYTES_MIN: u64 = 160 * 1024;
+const _: () = assert!(
+    crate::format::BLOCK
+        + (crate::format::BATCH_HEADER + crate::format::RECORD_HEADER + crate::format::MAX_RECORD_BYTES)
+            .next_multiple_of(crate::format::BLOCK)
+        <= SEGMENT_BYTES_MIN as usize
+);
+
 impl JournalOptions {
     pub fn check(&self) -> Result<(), OptionsError> {
         let bytes = self.segment_bytes.0;
-        if !(64 * 1024..=crate::format::MAX_SEGMENT_BYTES).contains(&bytes) || bytes % crate::format::BLOCK as u64 != 0
+        if !(SEGMENT_BYTES_MIN..=crate::format::MAX_SEGMENT_BYTES).contains(&bytes)
+            || bytes % crate::format::BLOCK as u64 != 0
         {
             return Err(OptionsError::SegmentBytes { given: self.segment_bytes });
         }
@@ -136,6 +146,10 @@ pub struct RecoveryReport {
     pub cut: Vec<Cut>,
     /// Files removed: prepared ahead, empty, below the floor, of a dropped timeline.
     pub removed: Vec<PathBuf>,
+    /// What was wrong with one of the two copies of the control record; the other one was used and both are whole again.
+    pub control_fault: Option<String>,
+    /// Files that are none of ours; left alone.
+    pub strays: Vec<PathBuf>,
     /// Segments that could not be sealed for lack of room; they are read as they are and sealed later.
     pub unsealed: usize,
 }
