@@ -1,0 +1,352 @@
+//! The command line's grammar.
+
+use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Protect disks with this box, look at their history and open any moment of it.
+#[derive(Parser, Debug)]
+#[command(name = "holdfast", version, max_term_width = 100)]
+pub struct Args {
+    /// The daemon's control socket [env: HOLDFAST_SOCKET] [default: /var/lib/holdfast/run/control.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// How the box, its hosts and its protection groups are
+    Status(StatusArgs),
+    /// Enrol hosts, list them, cut them off
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Protection groups and their policies
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// The moments a group can be opened at: a timeline with gaps and bookmarks
+    Points(PointsArgs),
+    /// Name a moment and keep it
+    #[command(subcommand)]
+    Bookmark(BookmarkCommand),
+    /// Open a moment as read-only disks (NBD)
+    #[command(subcommand)]
+    View(ViewCommand),
+    /// Copy a volume as it was at a moment to a file or a device
+    Restore(RestoreArgs),
+    /// Check every checksum of a group's history
+    Verify(VerifyArgs),
+    /// Read a journal's folder without a daemon
+    Inspect(InspectArgs),
+    /// Copy a volume out of a journal's folder without a daemon
+    Export(ExportArgs),
+    /// Make a certificate for an NBD client over TLS
+    ClientCert(ClientCertArgs),
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct StatusArgs {
+    /// The box's answer as it is
+    #[arg(long)]
+    pub json: bool,
+    /// Keep looking, once a second, until interrupted
+    #[arg(long)]
+    pub watch: bool,
+    /// With --watch: stop after so many looks
+    #[arg(long, value_name = "N", requires = "watch")]
+    pub count: Option<u64>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum HostCommand {
+    /// Make a single-use token for `holdfast-agent enrol`
+    Token {
+        /// Only a host of this name may use it
+        #[arg(long)]
+        name: Option<String>,
+        /// How long it is valid
+        #[arg(long, value_name = "N")]
+        minutes: Option<u64>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// The enrolled hosts
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Refuse a host from now on; what it wrote stays
+    Revoke {
+        /// Name or id
+        host: String,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum GroupCommand {
+    /// All protection groups
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a group that is filled over NBD, without an agent
+    Create {
+        name: String,
+        /// A volume and its size, e.g. system:40GiB; may be given several times
+        #[arg(long = "volume", value_name = "NAME:SIZE", required = true)]
+        volumes: Vec<String>,
+        #[command(flatten)]
+        policy: PolicyArgs,
+    },
+    /// Show or change a group's policy
+    Policy {
+        /// Name or id
+        group: String,
+        #[command(flatten)]
+        policy: PolicyArgs,
+    },
+    /// Compare and copy again what differs; older moments stay open
+    Resync {
+        /// Name or id
+        group: String,
+    },
+    /// Delete a group and its whole history
+    Delete {
+        /// Name or id
+        group: String,
+        /// The group's name once more
+        #[arg(long, value_name = "NAME")]
+        confirm: String,
+    },
+}
+
+#[derive(ClapArgs, Debug, Default)]
+pub struct PolicyArgs {
+    /// async: the host never waits; sync: its flushes wait for the box
+    #[arg(long, value_name = "async|sync")]
+    pub mode: Option<Mode>,
+    /// With sync: how long a flush waits at most, in milliseconds
+    #[arg(long, value_name = "MS")]
+    pub wait_ms: Option<u64>,
+    /// With sync: what happens when it has waited that long
+    #[arg(long, value_name = "degrade|hold")]
+    pub at_bound: Option<AtBound>,
+    /// Hours any moment of which can be opened
+    #[arg(long, value_name = "H")]
+    pub window_hours: Option<u32>,
+    /// The window is never shortened below this
+    #[arg(long, value_name = "H")]
+    pub window_floor_hours: Option<u32>,
+    /// At most this much journal, e.g. 500GiB, or `none`
+    #[arg(long, value_name = "SIZE")]
+    pub journal_max: Option<String>,
+    /// Alarm when less history than this fits
+    #[arg(long, value_name = "H")]
+    pub alarm_below_hours: Option<u32>,
+    /// Lower is shortened first when room runs out
+    #[arg(long, value_name = "0-255")]
+    pub priority: Option<u8>,
+    /// Alarm when lag is above this, in milliseconds
+    #[arg(long, value_name = "MS")]
+    pub lag_alarm_ms: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Mode {
+    Async,
+    Sync,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum AtBound {
+    Degrade,
+    Hold,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct PointsArgs {
+    /// Name or id; may be left out when there is only one group
+    pub group: Option<String>,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum BookmarkCommand {
+    /// Name the moment that is now, behind everything the host has written
+    Create {
+        name: String,
+        #[arg(short, long)]
+        group: Option<String>,
+        /// filesystem: the host's file systems are frozen for the moment
+        #[arg(long, default_value = "crash")]
+        consistency: BookmarkConsistency,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Forget the name; the moment ages like every other one
+    Delete {
+        name: String,
+        #[arg(short, long)]
+        group: Option<String>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum BookmarkConsistency {
+    Crash,
+    Filesystem,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ViewCommand {
+    /// Open a moment
+    Open {
+        /// `latest`, a time, an LSN or a bookmark
+        #[arg(long, value_name = "POINT")]
+        at: String,
+        #[arg(short, long)]
+        group: Option<String>,
+        /// Over TLS for other machines too
+        #[arg(long)]
+        tcp: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// The open views
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Close a view
+    Close { id: String },
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct RestoreArgs {
+    /// `latest`, a time (2026-11-22T10:31:07.250, `10:31`, `5m ago`), an LSN or a bookmark
+    #[arg(long, value_name = "POINT")]
+    pub at: String,
+    #[arg(short, long)]
+    pub group: Option<String>,
+    /// Name or number; may be left out when the group has only one
+    #[arg(long)]
+    pub volume: Option<String>,
+    #[command(flatten)]
+    pub to: TargetArgs,
+    #[arg(long, default_value = "raw")]
+    pub format: Format,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct TargetArgs {
+    /// File or block device to write
+    #[arg(long, value_name = "FILE|DEVICE")]
+    pub to: PathBuf,
+    /// Overwrite what is there
+    #[arg(long)]
+    pub force: bool,
+    /// Write even onto a device that is protected itself: what is written is captured as a change like any other
+    #[arg(long)]
+    pub onto_protected: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Format {
+    Raw,
+    Qcow2,
+}
+
+#[derive(ClapArgs, Debug)]
+#[command(group = ArgGroup::new("what").multiple(false))]
+pub struct VerifyArgs {
+    /// Name or id; may be left out when there is only one group
+    #[arg(group = "what")]
+    pub group: Option<String>,
+    /// A journal's folder, read without a daemon
+    #[arg(long, value_name = "DIR", group = "what")]
+    pub journal: Option<PathBuf>,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct InspectArgs {
+    /// A journal's folder
+    pub dir: PathBuf,
+    /// List records too
+    #[arg(long)]
+    pub records: bool,
+    /// With --records: from this LSN on
+    #[arg(long, value_name = "LSN", default_value_t = 0)]
+    pub from: u64,
+    /// With --records: at most so many
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub limit: u64,
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct ExportArgs {
+    /// A journal's folder
+    pub dir: PathBuf,
+    /// `latest`, a time, an LSN or a bookmark
+    #[arg(long, value_name = "POINT")]
+    pub at: String,
+    /// Name or number; may be left out when the group has only one
+    #[arg(long)]
+    pub volume: Option<String>,
+    #[command(flatten)]
+    pub to: TargetArgs,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct ClientCertArgs {
+    /// Who uses it; written into the certificate
+    pub name: String,
+    /// Folder for ca-cert.pem, client-cert.pem and client-key.pem
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_are_read_as_the_manual_writes_them() {
+        for line in [
+            "holdfast status --watch --count 3",
+            "holdfast --socket /x/y status --json",
+            "holdfast host token --name web1 --minutes 30",
+            "holdfast host revoke web1",
+            "holdfast group create vm --volume system:40GiB --volume data:1TiB --window-hours 24",
+            "holdfast group policy web1 --mode sync --wait-ms 500 --at-bound degrade",
+            "holdfast group delete web1 --confirm web1",
+            "holdfast points --socket /x/y",
+            "holdfast bookmark create before-upgrade --consistency filesystem",
+            "holdfast view open --at 2026-11-22T10:31:07.250 --tcp",
+            "holdfast restore --at latest --volume /dev/sdb --to out.img --format qcow2 --force",
+            "holdfast verify --journal /srv/j",
+            "holdfast inspect /srv/j --records --from 7 --limit 3",
+            "holdfast export /srv/j --at lsn:9 --to out.img",
+            "holdfast client-cert desk --out /tmp/c",
+        ] {
+            if let Err(e) = Args::try_parse_from(line.split(' ')) {
+                panic!("{line}: {e}");
+            }
+        }
+        for line in
+            ["holdfast", "holdfast status --count 3", "holdfast verify g --journal d", "holdfast restore --at latest"]
+        {
+            assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}
