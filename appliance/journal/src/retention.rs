@@ -28,7 +28,7 @@
 
 use crate::base::CHUNK_BYTES;
 use model::{Lsn, TimelineId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// History of at most this long back makes the rate for the forecast.
 const RATE_SPAN_US: u64 = 24 * HOUR_US;
