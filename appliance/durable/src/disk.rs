@@ -155,6 +155,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
 }
 
 /// An open file. Reads and writes go anywhere, at once from several threads.
+#[expect(clippy::len_without_is_empty, reason = "a file is measured, which can fail; nobody asks whether it is empty")]
 pub trait DiskFile: Send + Sync + fmt::Debug {
     fn len(&self) -> Result<ByteLen, DiskError>;
     /// Fills `buf` or fails with [`DiskErrorKind::ShortRead`].

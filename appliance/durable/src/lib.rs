@@ -24,6 +24,6 @@ pub use disk::{
     ALIGN, AlignedBuf, Completion, DirEntry, Disk, DiskError, DiskErrorKind, DiskFile, OpenMode, Space, TEMP_PREFIX,
     WriteQueue,
 };
-pub use os::{DirLock, LockError, OsDisk, QueueChoice};
+pub use os::{DirLock, LockError, OsDisk, QUEUE_DEPTH_MAX, QueueChoice};
 pub use sim::SimDisk;
 pub use twin::{CopyFault, FaultReason, TWIN_BODY_MAX, Twin, TwinError};

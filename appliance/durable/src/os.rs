@@ -11,7 +11,7 @@
 //! |---|---|
 //! | `io_uring, direct` | the usual one: O_DIRECT, each write with RWF_DSYNC |
 //! | `threads, direct` | io_uring is switched off: up to four threads of the queue's own call `pwritev2(RWF_DSYNC)` |
-//! | `threads, buffered` | O_DIRECT is refused (tmpfs, some overlays) |
+//! | `threads, buffered` | O_DIRECT is refused (tmpfs before Linux 6.6, some overlays) |
 //! | `threads, buffered, fdatasync` | RWF_DSYNC is refused too |
 //!
 //! Buffered writes never go through the ring and every thread has an open file of its own: the kernel reports a failed
@@ -177,10 +177,10 @@ impl OsDisk {
         if !may_replace && target.symlink_metadata().is_ok() {
             return Err(DiskError::new(op, path, DiskErrorKind::Exists));
         }
-        let mut temp = Temp::create(dir).map_err(fail)?;
-        fill(&temp.file).map_err(fail)?;
+        let (file, mut temp) = Temp::create(dir).map_err(fail)?;
+        fill(&file).map_err(fail)?;
         // Content before name: a name that is there means content that is there.
-        temp.file.sync_all().map_err(fail)?;
+        file.sync_all().map_err(fail)?;
         if may_replace { std::fs::rename(&temp.path, &target) } else { rename_new(&temp.path, &target) }
             .map_err(fail)?;
         temp.path = target;
@@ -188,7 +188,7 @@ impl OsDisk {
         // A name that may not survive is taken back (by dropping `temp`), unless it replaced one that cannot be brought back.
         temp.keep = flushed.is_ok() || may_replace;
         flushed.map_err(fail)?;
-        temp.file.try_clone().map_err(fail)
+        Ok(file)
     }
 }
 
@@ -438,21 +438,20 @@ impl OsFile {
     }
 }
 
-/// A file that is being made; removed when dropped, unless `keep`.
+/// The name of a file that is being made; removed when dropped, unless `keep`.
 struct Temp {
-    file: File,
     path: PathBuf,
     keep: bool,
 }
 
 impl Temp {
-    fn create(dir: &Path) -> io::Result<Temp> {
+    fn create(dir: &Path) -> io::Result<(File, Temp)> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         loop {
             let n = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = dir.join(format!("{TEMP_PREFIX}{}-{n}", std::process::id()));
             match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
-                Ok(file) => return Ok(Temp { file, path, keep: false }),
+                Ok(file) => return Ok((file, Temp { path, keep: false })),
                 // Left by an earlier process with our number.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(e),
@@ -558,7 +557,8 @@ fn direct_fits(file: &File) -> bool {
     }
 }
 
-/// Whether RWF_DSYNC is taken: an empty write passes through the same checks and writes nothing.
+/// Whether `pwritev2` is there. An empty write tells no more, and need not: the kernels that have the call honour RWF_DSYNC
+/// on every file system (4.7 and later), those before and some sandboxes refuse the call itself.
 fn accepts_dsync(file: &File) -> bool {
     rustix::io::pwritev2(file, &[IoSlice::new(&[])], 0, ReadWriteFlags::DSYNC).is_ok()
 }
@@ -567,18 +567,21 @@ fn accepts_dsync(file: &File) -> bool {
 fn probe_ring(file: &File, depth: usize) -> Option<io_uring::IoUring> {
     let mut ring = io_uring::IoUring::new(depth as u32).ok()?;
     let buf = AlignedBuf::with_capacity(ALIGN);
-    let entry = durable_write(file, &buf, 0).user_data(0);
-    // SAFETY: `file` and `buf` live until the completion, or, if it cannot be waited for, are not touched by a write of 0 bytes.
+    let entry = durable_write(file, &buf, 0);
+    // SAFETY: a write of 0 bytes reads no memory, and `file` is open until its completion is seen or the ring is dropped.
     unsafe { ring.submission().push(&entry).ok()? };
     loop {
         match ring.submit_and_wait(1) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return None,
-            Ok(_) => break,
+            Ok(_) => {}
+        }
+        // An interrupted wait after a successful submission says Ok.
+        let done = ring.completion().next();
+        if let Some(done) = done {
+            return (done.result() == 0).then_some(ring);
         }
     }
-    let result = ring.completion().next()?.result();
-    (result == 0).then_some(ring)
 }
 
 fn durable_write(file: &File, buf: &AlignedBuf, offset: u64) -> io_uring::squeue::Entry {
@@ -589,7 +592,7 @@ fn durable_write(file: &File, buf: &AlignedBuf, offset: u64) -> io_uring::squeue
 }
 
 /// What every queue checks of a submission: a mistake here is the caller's and would damage neighbours.
-fn check_submission(queue: &dyn WriteQueue, offset: u64, buf: &AlignedBuf) {
+pub(crate) fn check_submission(queue: &dyn WriteQueue, offset: u64, buf: &AlignedBuf) {
     assert!(offset.is_multiple_of(ALIGN as u64), "offset {offset} of a queued write is not aligned");
     assert!(buf.len().is_multiple_of(ALIGN), "length {} of a queued write is not aligned", buf.len());
     assert!(buf.len() <= QUEUED_BYTES_MAX, "a queued write of {} bytes is above the limit", buf.len());
@@ -686,8 +689,9 @@ impl RingQueue {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                    let before = self.ready.len();
                     self.reap();
-                    if !self.ready.is_empty() {
+                    if self.ready.len() > before {
                         return;
                     }
                     std::thread::yield_now();

@@ -33,8 +33,8 @@
 
 use crate::{
     disk::{
-        ALIGN, AlignedBuf, Completion, DirEntry, Disk, DiskError, DiskErrorKind, DiskFile, OpenMode, Space,
-        TEMP_PREFIX, WriteQueue, inside,
+        AlignedBuf, Completion, DirEntry, Disk, DiskError, DiskErrorKind, DiskFile, OpenMode, Space, TEMP_PREFIX,
+        WriteQueue, inside,
     },
     rng::Rng,
 };
@@ -69,6 +69,7 @@ impl SimDisk {
             capacity: capacity.0,
             ballast: 0,
             names: vec![Arc::new(BTreeMap::new())],
+            interrupted: 0,
             inodes: BTreeMap::new(),
             flights: BTreeMap::new(),
             next: 0,
@@ -84,7 +85,8 @@ impl SimDisk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cuts the power and returns the disk as the next boot finds it. Everything on this one fails from now on.
+    /// Cuts the power and returns the disk as the next boot finds it. Everything on this one fails from now on. Calling it again
+    /// gives another disk that this cut could have left.
     pub fn power_cut(&self) -> SimDisk {
         let mut state = self.state();
         let next = state.after_power_cut();
@@ -93,7 +95,8 @@ impl SimDisk {
     }
 
     /// Kills the process: its queued writes in flight happened or did not, everything else stays as it was, unflushed
-    /// writes included: visible, and lost if the power goes before someone flushes them. Everything on this disk fails from now on.
+    /// writes included: visible, and lost if the power goes before someone flushes them. Everything on this disk fails from
+    /// now on. After a crash point was reached, this is the process killed inside that operation instead.
     pub fn kill(&self) -> SimDisk {
         let mut state = self.state();
         let mut next = state.copy();
@@ -101,6 +104,9 @@ impl SimDisk {
         // Crash points belong to the run that set them.
         next.cut_at = None;
         next.operations = 0;
+        let undone = next.rng.below(next.interrupted as u64 + 1) as usize;
+        next.names.truncate(next.names.len() - undone);
+        next.interrupted = 0;
         for (_, flight) in std::mem::take(&mut next.flights) {
             if next.rng.coin() {
                 // A full disk fails the write; nobody is left to be told.
@@ -345,19 +351,23 @@ impl Disk for SimDisk {
         }
         let before = (**state.now()).clone();
         let id = state.make_inode(Content::default());
-        let (mut with_temp, mut with_file) = (before.clone(), before.clone());
+        let (mut with_temp, mut with_file) = (before.clone(), before);
         with_temp.insert(state.temp_name(&path), Node::File(id));
         with_file.insert(path.clone(), Node::File(id));
         // As the real one does it: a name that is not there to be found, content, flush, rename.
-        state.names.push(Arc::new(with_temp.clone()));
+        state.names.push(Arc::new(with_temp));
+        state.interrupted = 1;
         let written = state.write(OP, id, &path, 0, data).and_then(|()| state.flush(OP, id, &path));
         if let Err(e) = written {
             if state.powered {
-                // The temporary file is taken back; like all clean-up after a failure, whether that lasts is left open.
-                state.names.push(Arc::new(before));
+                // The temporary file is taken back, and its room with it.
+                state.names.pop();
+                state.inodes.remove(&id);
+                state.interrupted = 0;
             }
             return Err(e);
         }
+        state.interrupted = 0;
         state.rename_all(OP, &path, vec![with_file])
     }
 
@@ -536,9 +546,7 @@ impl SimQueue {
 
 impl WriteQueue for SimQueue {
     fn submit(&mut self, id: u64, offset: u64, buf: AlignedBuf) {
-        assert!(offset.is_multiple_of(ALIGN as u64), "offset {offset} of a queued write is not aligned");
-        assert!(buf.len().is_multiple_of(ALIGN), "length {} of a queued write is not aligned", buf.len());
-        assert!(self.in_flight() < self.depth, "more than {} writes in flight", self.depth);
+        crate::os::check_submission(self, offset, &buf);
         if self.poisoned {
             let result = Err(DiskError::new(QUEUED, &self.path, DiskErrorKind::Poisoned));
             self.ready.push(Completion { id, buf, result });
@@ -622,6 +630,8 @@ struct State {
     ballast: u64,
     /// First the names that are durable, last those that are seen; between them, in order, those a power cut may leave.
     names: Vec<Arc<Names>>,
+    /// How many of the last names belong to a directory operation that never returned.
+    interrupted: usize,
     inodes: BTreeMap<InodeId, Inode>,
     flights: BTreeMap<u64, Flight>,
     /// For inodes, flights and temporary names.
@@ -710,6 +720,7 @@ impl State {
             capacity: self.capacity,
             ballast: self.ballast,
             names: self.names.clone(),
+            interrupted: self.interrupted,
             inodes,
             flights: self.flights.clone(),
             next: self.next,
@@ -760,6 +771,7 @@ impl State {
         let step = self.step(op, path)?;
         let broken = std::mem::take(&mut self.faults.directory_flush);
         if let Step::Cut = step {
+            self.interrupted += steps.len();
             self.names.extend(steps.into_iter().map(Arc::new));
         } else {
             self.names.extend(steps.into_iter().next_back().map(Arc::new));
@@ -927,6 +939,7 @@ impl State {
         next.rng = Rng::new(self.rng.next());
         next.operations = 0;
         next.cut_at = None;
+        next.interrupted = 0;
         next.faults = Faults { lying: self.faults.lying, ..Faults::default() };
         let survivor = next.rng.below(next.names.len() as u64) as usize;
         next.names = vec![next.names[survivor].clone()];

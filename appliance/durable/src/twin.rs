@@ -2,7 +2,7 @@
 //!
 //! **Format** of `<name>.a` and `<name>.b`, little-endian: magic (8 bytes) · format version u32 · body length u32 ·
 //! sequence u64 · CRC-32 of the body u32 · CRC-32 of the 28 bytes before u32 · body. Nothing follows, nothing is padding: each
-//! bit of the file is covered by a checksum.
+//! bit of the file is covered by a checksum. A later format keeps the header as it is.
 //!
 //! **Storing** raises the sequence by one and replaces both copies, the older (or damaged, or missing) one first: until that
 //! one is durable the other still holds the value before, so there is a valid copy at every moment. Both are written
@@ -15,7 +15,8 @@
 //! **Loading** takes the valid copy with the highest sequence. Copies one apart are an interrupted store, and only `a`, with
 //! sequence 1, an interrupted creation; neither is worth a word. Everything else is a [`CopyFault`], which
 //! [`Twin::fault`] reports and the next store repairs; loading itself writes nothing. Two damaged copies, two different values
-//! of one sequence and a copy of a newer format are errors.
+//! of one sequence and a copy of a newer format are errors. A process that was killed inside a store may leave a copy whose name is
+//! not durable yet: who is going to act on the value calls [`Disk::cleanup`] on its directory before it loads.
 //!
 //! **Power loss** during a store leaves the value before or the new one. After a store that *failed* either may be found;
 //! storing again is safe.
@@ -71,8 +72,8 @@ pub enum FaultReason {
 
 #[derive(Debug, thiserror::Error)]
 pub enum TwinError {
-    #[error("both copies are unusable: {a}; {b}")]
-    BothDamaged { a: CopyFault, b: CopyFault },
+    #[error("both copies are unusable: {}; {}", .0[0], .0[1])]
+    BothDamaged(Box<[CopyFault; 2]>),
     #[error("{} and its twin have the same sequence {sequence} and different contents", path.display())]
     Split { path: PathBuf, sequence: u64 },
     #[error("{} has format {found}, this version reads up to {VERSION}", path.display())]
@@ -144,7 +145,7 @@ impl Twin {
             (Err(a), Err(b)) if a.reason == FaultReason::Missing && b.reason == FaultReason::Missing => {
                 return Ok(None);
             }
-            (Err(a), Err(b)) => return Err(TwinError::BothDamaged { a, b }),
+            (Err(a), Err(b)) => return Err(TwinError::BothDamaged(Box::new([a, b]))),
             (Ok(copy), Err(fault)) => {
                 let creation = copy.sequence == 1 && fault.reason == FaultReason::Missing;
                 (twin(copy.sequence, Side::A, (!creation).then_some(fault)), copy.body)
