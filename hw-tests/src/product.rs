@@ -328,11 +328,13 @@ impl Drop for View {
     }
 }
 
-/// An agent in a folder: `agent.toml`, `state/`, `agent.log`. Nothing under `/etc` or `/var` is touched.
+/// An agent in a folder: `agent.toml`, `state/`, `run/`, `agent.log`. Nothing under `/etc` or `/var` is touched; its capture
+/// is pinned in a folder of its own on the BPF file system.
 #[derive(Debug)]
 pub struct Agent {
     bins: Binaries,
     dir: PathBuf,
+    pins: PathBuf,
     program: Option<Program>,
 }
 
@@ -341,8 +343,11 @@ impl Agent {
     pub fn start(bins: &Binaries, dir: &Path, appliance: &Appliance, host_name: &str) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
-        fs::write(dir.join("agent.toml"), format!("state_dir = {}\n", toml_text(&dir.join("state"))))?;
-        let mut this = Self { bins: bins.clone(), dir, program: None };
+        let pins = pin_dir(&dir);
+        let places = [("state_dir", dir.join("state")), ("run_dir", dir.join("run")), ("pin_dir", pins.clone())];
+        let config: String = places.iter().map(|(key, path)| format!("{key} = {}\n", toml_text(path))).collect();
+        fs::write(dir.join("agent.toml"), config)?;
+        let mut this = Self { bins: bins.clone(), dir, pins, program: None };
         if !this.dir.join("state").join("enrolled").exists() {
             let token = appliance.token(host_name)?;
             this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
@@ -386,6 +391,31 @@ impl Agent {
     pub fn protect(&self, device: &Path, group: &str) -> Result<()> {
         self.run_cli(&["protect", &device.to_string_lossy(), "--group", group]).map(drop)
     }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Err(e) = self.kill().and_then(|()| unpin(&self.pins)) {
+            eprintln!("agent in {}: {e:#}", self.dir.display());
+        }
+    }
+}
+
+/// Where the capture of the agent in `dir` is pinned. The same for each run in one folder, so that a later one can clean up.
+pub fn pin_dir(dir: &Path) -> PathBuf {
+    let name = dir
+        .to_string_lossy()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    Path::new("/sys/fs/bpf").join(format!("holdfast-{name:016x}"))
+}
+
+/// Takes a capture out of the kernel that outlived its agent.
+pub fn unpin(pins: &Path) -> Result<()> {
+    if pins.exists() {
+        fs::remove_dir_all(pins).with_context(|| format!("remove {}", pins.display()))?;
+    }
+    Ok(())
 }
 
 /// A path as a TOML string.

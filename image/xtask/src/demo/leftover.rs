@@ -1,16 +1,17 @@
-//! What a run that was killed hard left behind: mounts and loop devices over files in its folder.
+//! What a run that was killed hard left behind: its capture, mounts and loop devices over files in its folder.
 
 use anyhow::Result;
-use hw_tests::{process, tools};
+use hw_tests::{process, product, tools};
 use std::{fs, path::Path, time::Duration};
 
 const TOOL_MAX: Duration = Duration::from_secs(30);
 
-/// Unmounts and detaches everything that lies in `dir`.
+/// Takes the capture out of the kernel, unmounts and detaches everything that lies in `dir`.
 pub fn take_down(dir: &Path) -> Result<()> {
     if !tools::is_root() {
         return Ok(());
     }
+    product::unpin(&product::pin_dir(&dir.join("agent")))?;
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     for at in mounts_in(dir, &mounts) {
         println!("taking down a mount of an earlier run: {at}");
