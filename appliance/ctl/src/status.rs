@@ -131,16 +131,22 @@ fn group_lines(group: &Group, now_us: u64, lag: &LagHistory, clock: &Clock, canv
     lines.push(format!("  lag       {}", lag_text(group, now_us, lag, canvas)));
     let rate = ByteLen(group.write_rate_bytes_s.max(0.0) as u64);
     lines.push(format!("  writes    {rate}/s in {:.0} writes/s", group.write_rate_ops_s));
-    lines.push(format!("  history   {}", history_text(group, clock, canvas)));
+    lines.push(format!("  history   {}", history_text(group, canvas)));
+    if let (Some(first), Some(last)) = (group.first_time_us, group.last_time_us) {
+        lines.push(format!("  moments   {} to {}", clock.show(first), clock.show(last)));
+    }
     lines.push(format!(
-        "  journal   {} in {}, {} records; index {}, base {}; LSN {} durable, {} appended",
+        "  journal   {} in {}, index {}, base {}",
         ByteLen(group.journal_bytes),
         count(group.segments as usize, "segment"),
-        grouped(group.records),
         ByteLen(group.index_bytes),
         ByteLen(group.base_bytes),
+    ));
+    lines.push(format!(
+        "  records   {}; LSN {} durable, {} appended",
+        grouped(group.records),
         group.durable_lsn,
-        group.appended_lsn,
+        group.appended_lsn
     ));
     if let Some(kept) = kept_text(&group.retention) {
         lines.push(format!("  kept for  {kept}"));
@@ -163,17 +169,17 @@ fn lag_text(group: &Group, now_us: u64, lag: &LagHistory, canvas: Canvas) -> Str
     format!("{now}{}{}", alarm.unwrap_or_default(), curve.unwrap_or_default())
 }
 
-fn history_text(group: &Group, clock: &Clock, canvas: Canvas) -> String {
-    let (Some(first), Some(last)) = (group.first_time_us, group.last_time_us) else {
+fn history_text(group: &Group, canvas: Canvas) -> String {
+    if group.first_time_us.is_none() {
         return "none yet".to_owned();
-    };
+    }
     let hours = group.hours_of_history;
     let wanted = group.policy.as_ref().map_or_else(String::new, |policy| {
         let share = hours / f64::from(policy.window_hours.max(1));
         format!(" of {} h wanted [{}]", policy.window_hours, canvas.bar(share, 20))
     });
     let forecast = group.hours_forecast.map_or_else(String::new, |hours| format!(", {hours:.0} h will fit"));
-    format!("{hours:.1} h{wanted}{forecast}, {} to {}", clock.show_seconds(first), clock.show(last))
+    format!("{hours:.1} h{wanted}{forecast}")
 }
 
 /// `window 12, bookmark 3`: how many files are kept for which reason.
@@ -247,8 +253,10 @@ mod tests {
             "group g · host web1 · replicating · 1 volume of 1.0 MiB",
             "lag       40 ms (alarm at 10.0 s)",
             "writes    2.0 MiB/s in 310 writes/s",
-            "history   36.0 h of 72 h wanted [##########----------], 50 h will fit, 1970-01-01 00:00:00 to 1970-01-01 00:00:01.500",
-            "in 3 segments, 12,345 records",
+            "history   36.0 h of 72 h wanted [##########----------], 50 h will fit",
+            "moments   1970-01-01 00:00:00.000 to 1970-01-01 00:00:01.500",
+            "in 3 segments, index",
+            "records   12,345; LSN",
             "kept for  bookmark 1, window 2",
             "! room    alarm",
             "! the journal is full",

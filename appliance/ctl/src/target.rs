@@ -300,6 +300,8 @@ struct Device {
     sys: Option<PathBuf>,
     /// Its own number and those of its partitions, as `MAJOR:MINOR`.
     numbers: Vec<String>,
+    /// Which partition of its disk it is.
+    partition: Option<String>,
 }
 
 impl Device {
@@ -312,7 +314,8 @@ impl Device {
                 numbers.extend(read_trimmed(&part.path().join("dev")));
             }
         }
-        Self { path: path.canonicalize().unwrap_or_else(|_| path.to_owned()), sys, numbers }
+        let partition = sys.as_ref().and_then(|sys| read_trimmed(&sys.join("partition")));
+        Self { path: path.canonicalize().unwrap_or_else(|_| path.to_owned()), sys, numbers, partition }
     }
 
     fn mounted_at(&self) -> Option<String> {
@@ -337,26 +340,24 @@ impl Device {
 
     /// Whether it is this volume: the same serial, WWN or UUID; or the same name where an agent protects this machine.
     fn is(&self, volume: &Protected) -> bool {
-        let known = self.identities();
-        let words = volume.identity.split(|c: char| c.is_whitespace() || ",;=".contains(c));
-        // Short words are kinds ("wwn", "gpt"), not identities.
-        let same = |word: &str| word.len() >= 6 && known.iter().any(|id| id.contains(word));
-        if words.into_iter().any(same) {
+        if self.identities().iter().any(|known| same_disk(&volume.identity, known, self.partition.as_deref())) {
             return true;
         }
         let agent_here = Path::new("/var/lib/holdfast-agent").exists();
         agent_here && Path::new(&volume.volume).canonicalize().is_ok_and(|path| path == self.path)
     }
 
+    /// What agents write down of a disk; a partition's are its disk's.
     fn identities(&self) -> Vec<String> {
         let mut found = Vec::new();
         if let Some(sys) = &self.sys {
-            for file in ["serial", "wwid", "uuid", "device/serial", "device/wwid", "dm/uuid"] {
-                found.extend(read_trimmed(&sys.join(file)));
+            let disk = if self.partition.is_some() { sys.parent().unwrap_or(sys) } else { sys };
+            for file in ["serial", "wwid", "wwn", "device/serial", "device/wwid", "dm/uuid", "loop/backing_file"] {
+                found.extend(read_trimmed(&disk.join(file)));
             }
         }
-        for folder in fs::read_dir("/dev/disk").into_iter().flatten().flatten() {
-            for link in fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+        for folder in ["/dev/disk/by-uuid", "/dev/disk/by-partuuid"] {
+            for link in fs::read_dir(folder).into_iter().flatten().flatten() {
                 if link.path().canonicalize().is_ok_and(|path| path == self.path) {
                     found.push(link.file_name().to_string_lossy().into_owned());
                 }
@@ -364,6 +365,23 @@ impl Device {
         }
         found
     }
+}
+
+/// Whether a recorded identity (`serial:… wwn:…`, with `#N` behind each for partition N) speaks of the disk known by
+/// `known`: the whole of it, the partition we mean, or, when we mean the whole disk, any part.
+fn same_disk(identity: &str, known: &str, partition: Option<&str>) -> bool {
+    let known = known.split_whitespace().collect::<Vec<_>>().join(" ");
+    // Short ones are placeholders that many disks share ("0", "1234").
+    known.len() >= 6
+        && identity.match_indices(&known).any(|(at, _)| {
+            let begins = identity[..at].chars().next_back().is_none_or(|c| c == ':' || c.is_whitespace());
+            let rest = &identity[at + known.len()..];
+            begins
+                && match rest.strip_prefix('#') {
+                    Some(number) => partition.is_none_or(|n| number.split_whitespace().next() == Some(n)),
+                    None => rest.chars().next().is_none_or(char::is_whitespace),
+                }
+        })
 }
 
 fn read_trimmed(path: &Path) -> Option<String> {
@@ -425,6 +443,28 @@ mod tests {
         fs::write(&late, b"mine").unwrap();
         assert!(matches!(target.finish(), Err(TargetError::Exists { .. })));
         assert_eq!(fs::read(&late).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_protected_disk_is_known_by_what_its_agent_wrote_down() {
+        let whole = "serial:S4EVNX0R wwn:naa.5000c500a1b2c3d4";
+        let part = "serial:S4EVNX0R#1 wwn:naa.5000c500a1b2c3d4#1";
+        for (identity, known, partition, want) in [
+            (whole, "naa.5000c500a1b2c3d4", None, true),
+            (whole, "S4EVNX0R", Some("2"), true),
+            (part, "S4EVNX0R", None, true),
+            (part, "S4EVNX0R", Some("1"), true),
+            (part, "S4EVNX0R", Some("2"), false),
+            (part, "S4EVNX0R", Some("11"), false),
+            (whole, "S4EVNX0", None, false),
+            (whole, "4EVNX0R", None, false),
+            ("serial:1234", "1234", None, false),
+            ("loop:/var/disk.img", "/var/disk.img", None, true),
+            ("wwn:t10.ATA X 1", "t10.ATA   X  1", None, true),
+            ("unknown", "unknown-disk", None, false),
+        ] {
+            assert_eq!(same_disk(identity, known, partition), want, "{identity} {known} {partition:?}");
+        }
     }
 
     #[test]

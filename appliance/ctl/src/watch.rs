@@ -33,6 +33,7 @@ pub fn run(client: &Client, count: Option<u64>) -> anyhow::Result<()> {
         }
         looks += 1;
         if count.is_some_and(|count| looks >= count) {
+            screen.leave();
             return Ok(());
         }
         std::thread::sleep(INTERVAL);
@@ -74,12 +75,22 @@ impl Screen {
             let bar = copies.entry(group.id.clone()).or_insert_with(|| {
                 let shape =
                     "{msg} [{wide_bar}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
-                all.add(ProgressBar::new(sync.total_bytes).with_style(style(shape)).with_message(group.name.clone()))
+                let bar = ProgressBar::new(sync.total_bytes).with_style(style(shape)).with_message(group.name.clone());
+                // What was copied before anyone looked says nothing about the speed.
+                all.add(bar.with_position(sync.done_bytes).with_elapsed(Duration::ZERO))
             });
             bar.set_length(sync.total_bytes);
             bar.set_position(sync.done_bytes);
         }
         Ok(())
+    }
+
+    /// Ends with the last page standing.
+    fn leave(&self) {
+        if let Self::Terminal { page, copies, .. } = self {
+            copies.values().for_each(ProgressBar::abandon);
+            page.abandon();
+        }
     }
 
     fn trouble(&mut self, what: &str) -> std::io::Result<()> {

@@ -3,18 +3,19 @@
 use model::{Sectors, VolumeId, VolumeSpec};
 use nbd::{
     Access,
-    blocking::{Export, MemoryExport, serve},
+    blocking::{Export, ExportError, MemoryExport, serve},
 };
 use serde_json::{Value, json};
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
+    ops::Range,
     os::unix::{
         fs::{MetadataExt as _, PermissionsExt as _},
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    process::{Command, Output},
-    sync::{Arc, Mutex},
+    process::{Command, Output, Stdio},
+    sync::{Arc, Condvar, Mutex},
 };
 
 /// A request as the box saw it.
@@ -161,6 +162,19 @@ fn status_is_shown_as_a_page_as_json_and_again_and_again() {
     assert_eq!(watched.matches("box b1").count(), 2, "{watched}");
     assert!(watched.contains("40 ms (alarm at 10.0 s)  ##"), "the second look has a curve\n{watched}");
     assert!(fake.lines().iter().all(|line| line == "GET /status"), "{:?}", fake.lines());
+}
+
+#[test]
+fn watching_outlives_a_restart_of_the_daemon() {
+    let looks = Mutex::new(0);
+    let fake = FakeBox::new(Box::new(move |_| {
+        let mut looks = looks.lock().unwrap();
+        *looks += 1;
+        if *looks == 2 { (503, String::new()) } else { ok(status()) }
+    }));
+    let watched = good(fake.run(&["status", "--watch", "--count", "3"]));
+    assert_eq!(watched.matches("box b1").count(), 2, "{watched}");
+    assert!(watched.contains("503 Service Unavailable without saying why; waiting for it to come back"), "{watched}");
 }
 
 #[test]
@@ -344,10 +358,14 @@ struct Restorable {
 
 impl Restorable {
     fn new(bytes: Vec<u8>) -> Self {
+        let export = Arc::new(MemoryExport::new(bytes.clone(), Access::ReadOnly));
+        Self::serving(bytes, export, "serial:S4EVNX0R")
+    }
+    fn serving(bytes: Vec<u8>, export: Arc<dyn Export + Send + Sync>, identity: &str) -> Self {
+        let identity = identity.to_owned();
         let nbd_dir = tempfile::tempdir().unwrap();
         let socket = nbd_dir.path().join("v.sock");
         let listener = UnixListener::bind(&socket).unwrap();
-        let export = Arc::new(MemoryExport::new(bytes.clone(), Access::ReadOnly));
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (mut stream, export) = (stream.unwrap(), export.clone());
@@ -359,7 +377,11 @@ impl Restorable {
         let fake = FakeBox::new(Box::new(move |seen| {
             let _alive = &nbd_dir;
             match seen.line.as_str() {
-                "GET /groups" => ok(json!([group(&[volume(0, "/dev/sdb", len), volume(1, "/dev/sdc", 512)])])),
+                "GET /groups" => {
+                    let mut protected = volume(0, "/dev/sdb", len);
+                    protected["identity"] = identity.clone().into();
+                    ok(json!([group(&[protected, volume(1, "/dev/sdc", 512)])]))
+                }
                 "DELETE /views/v1" => ok(Value::Null),
                 line if line.ends_with("/views") => ok(json!({
                     "id": "v1", "group": "web1", "lsn": 9, "time_us": 1_763_807_400_000_000u64, "exports": [{
@@ -464,6 +486,75 @@ fn a_copy_that_breaks_off_leaves_nothing_and_closes_the_view() {
     assert_eq!(fake.lines().last().map(String::as_str), Some("DELETE /views/v1"));
 }
 
+/// Lets reads through only when told so, and tells when the first one came.
+struct Gated {
+    inner: MemoryExport,
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Gated {
+    fn wait_for(&self, is_it: impl Fn(&(bool, bool)) -> bool) {
+        let state = self.state.lock().unwrap();
+        let limit = std::time::Duration::from_secs(30);
+        let waited = self.changed.wait_timeout_while(state, limit, |state| !is_it(state)).unwrap().1;
+        assert!(!waited.timed_out(), "what was waited for never came");
+    }
+    fn set(&self, change: impl Fn(&mut (bool, bool))) {
+        change(&mut self.state.lock().unwrap());
+        self.changed.notify_all();
+    }
+}
+
+impl Export for Gated {
+    fn info(&self) -> nbd::ExportInfo {
+        self.inner.info()
+    }
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ExportError> {
+        self.set(|(came, _)| *came = true);
+        self.wait_for(|(_, open)| *open);
+        self.inner.read(offset, buf)
+    }
+    fn write(&self, _: u64, _: &[u8], _: bool) -> Result<(), ExportError> {
+        Err(ExportError::new(nbd::Errno::Perm, "a view"))
+    }
+    fn flush(&self) -> Result<(), ExportError> {
+        Ok(())
+    }
+    fn trim(&self, _: Range<u64>, _: bool) -> Result<(), ExportError> {
+        Err(ExportError::new(nbd::Errno::Perm, "a view"))
+    }
+    fn zero(&self, _: Range<u64>, _: bool) -> Result<(), ExportError> {
+        Err(ExportError::new(nbd::Errno::Perm, "a view"))
+    }
+}
+
+#[test]
+fn an_interrupted_restore_closes_its_view_and_leaves_nothing() {
+    let bytes = sample(32 << 20);
+    let inner = MemoryExport::new(bytes.clone(), Access::ReadOnly);
+    let gated = Arc::new(Gated { inner, state: Mutex::default(), changed: Condvar::new() });
+    let restorable = Restorable::serving(bytes, gated.clone(), "serial:S4EVNX0R");
+    let out = restorable.path("out.img");
+    let child = holdfast()
+        .arg("--socket")
+        .arg(restorable.path("control.sock"))
+        .args(["restore", "--at", "latest", "--volume", "0", "--to"])
+        .arg(&out)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    gated.wait_for(|(came, _)| *came);
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    gated.set(|(_, open)| *open = true);
+    let told = bad(child.wait_with_output().unwrap(), 1);
+    assert!(told.contains("nothing was left at") && told.contains("interrupted"), "{told}");
+    assert!(restorable.views_closed(), "{:?}", restorable.fake.lines());
+    assert_eq!(std::fs::read_dir(restorable.fake.path()).unwrap().count(), 1, "only the socket");
+}
+
 #[test]
 fn qcow2_is_made_by_qemu_img() {
     if Command::new("qemu-img").arg("--version").output().is_err() {
@@ -484,7 +575,7 @@ fn qcow2_is_made_by_qemu_img() {
 /// A loop device over a file of this size; None (and a word why) where that cannot be had.
 struct Loop {
     device: PathBuf,
-    _file: tempfile::NamedTempFile,
+    file: tempfile::NamedTempFile,
 }
 
 impl Loop {
@@ -493,9 +584,7 @@ impl Loop {
         file.as_file().set_len(bytes).unwrap();
         let output = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
         match output {
-            Ok(output) if output.status.success() => {
-                Some(Self { device: text(&output.stdout).trim().into(), _file: file })
-            }
+            Ok(output) if output.status.success() => Some(Self { device: text(&output.stdout).trim().into(), file }),
             Ok(output) => {
                 println!("SKIPPED: no loop device: {}", text(&output.stderr).trim());
                 None
@@ -540,6 +629,19 @@ fn a_device_that_is_too_small_is_not_touched() {
     assert!(told.contains("holds 1.0 MiB, the volume has 4.0 MiB") && told.contains("4194304"), "{told}");
     assert!(std::fs::read(&target.device).unwrap().iter().all(|b| *b == 0xee), "it was written to");
     assert!(restorable.views_closed());
+}
+
+#[test]
+fn a_device_that_is_protected_itself_is_refused() {
+    let Some(target) = Loop::new(2 << 20) else { return };
+    let bytes = sample(2 << 20);
+    let export = Arc::new(MemoryExport::new(bytes.clone(), Access::ReadOnly));
+    let identity = format!("loop:{}", target.file.path().display());
+    let restorable = Restorable::serving(bytes, export, &identity);
+    let told = bad(restorable.restore(&target.device, &["--force"]), 1);
+    assert!(told.contains("is volume /dev/sdb of protection group web1") && told.contains("unprotect"), "{told}");
+    good(restorable.restore(&target.device, &["--force", "--onto-protected"]));
+    assert!(std::fs::read(&target.device).unwrap() == restorable.bytes);
 }
 
 #[test]
