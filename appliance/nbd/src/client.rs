@@ -11,7 +11,8 @@
 //! Invariants. A server is not trusted: every length is checked against what was asked before memory is taken, data must
 //! cover a READ exactly and without overlap, and once the framing is broken ([`ClientError::is_fatal`]) the client
 //! refuses to go on. It cannot deadlock with a server that answers in order over narrow pipes: data is only sent when no
-//! READ is outstanding, and without data all requests in flight fit any socket buffer.
+//! READ is outstanding, and what then can be under way without being taken ([`MAX_IN_FLIGHT`] requests one way, as many
+//! answers without data the other) fits any socket buffer.
 //!
 //! TLS: [`start_tls`] on the plain stream, wrap it, then [`Client::connect_secured`].
 
@@ -243,14 +244,17 @@ impl<S: Read + Write> Client<S> {
         Ok(())
     }
 
+    /// With `fua` the data is durable when this returns; a server without FUA is asked to flush instead.
     pub fn write(&mut self, offset: u64, data: &[u8], fua: bool) -> Result<(), ClientError> {
+        let flush = fua && !self.export.info.flags.contains(ExportFlags::FUA);
+        let fua = fua && !flush;
         let max = self.max_payload();
         for (i, piece) in data.chunks(max).enumerate() {
             let offset = offset.saturating_add((i * max) as u64);
             let cookie = self.submit(Operation::Write { offset, data: piece, fua })?;
             self.wait(cookie)?;
         }
-        Ok(())
+        if flush { self.flush() } else { Ok(()) }
     }
 
     /// Returns when everything that completed before is durable.
@@ -440,6 +444,13 @@ impl<S: Read + Write> Client<S> {
         }
         if !info.flags.contains(needs) {
             return Err(ClientError::Unsupported { what });
+        }
+        let fua = match *operation {
+            Operation::Write { fua, .. } | Operation::Trim { fua, .. } | Operation::Zero { fua, .. } => fua,
+            _ => false,
+        };
+        if fua && !info.flags.contains(ExportFlags::FUA) {
+            return Err(ClientError::Unsupported { what: "FUA" });
         }
         if len == 0 {
             return Err(ClientError::Empty);

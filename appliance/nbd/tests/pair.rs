@@ -3,12 +3,14 @@
 mod support;
 
 use nbd::{
-    Access, Allocation, BlockSizes, Errno, ExportFlags, ExportInfo, ReplyMode, StatusExtent,
+    Access, Allocation, BlockSizes, Errno, ExportFlags, ExportInfo, Exports, HandshakeConfig, ReplyMode,
+    ServerHandshake, Session, StatusExtent, Step, TlsPolicy,
     blocking::{Export, ExportError, MemoryExport, Served, serve},
-    client::{Answer, Client, ClientError, ConnectError, MAX_IN_FLIGHT, Operation, list},
+    client::{Answer, Client, ClientError, ConnectError, MAX_IN_FLIGHT, Operation, list, start_tls},
 };
 use std::{
     collections::HashMap,
+    io::{Read as _, Write as _},
     ops::Range,
     sync::{Arc, Mutex},
     thread::{self, JoinHandle},
@@ -123,6 +125,7 @@ fn allocation_is_told_in_runs_and_holes_come_as_holes() {
 #[derive(Default)]
 struct Moody {
     asked: Mutex<Vec<String>>,
+    without: Option<fn(&mut ExportInfo)>,
 }
 
 impl Moody {
@@ -134,7 +137,11 @@ impl Moody {
 
 impl Export for Moody {
     fn info(&self) -> ExportInfo {
-        ExportInfo::read_write(model::ByteLen(1 << 20))
+        let mut info = ExportInfo::read_write(model::ByteLen(1 << 20));
+        if let Some(change) = self.without {
+            change(&mut info);
+        }
+        info
     }
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ExportError> {
         if offset >= 4096 {
@@ -198,6 +205,85 @@ fn a_read_only_export_is_not_written() {
     assert!(!client.export().info.flags.contains(ExportFlags::TRIM));
     let write = client.write(0, &[0; 512], false);
     assert!(matches!(write, Err(ClientError::Unsupported { .. })), "{write:?}");
+    client.disconnect().unwrap();
+    server.join().unwrap();
+}
+
+/// The server side of a handshake that wants TLS; the secured stream is the same one here.
+fn secured_handshake(far: &mut PipeEnd, exports: &dyn Exports) -> Option<(bool, Session)> {
+    let mut handshake = ServerHandshake::new(HandshakeConfig { tls: TlsPolicy::Required });
+    let mut secured = false;
+    loop {
+        match handshake.step(exports).ok()? {
+            Step::Write(bytes) => far.write_all(&bytes).ok()?,
+            Step::Read(len) => {
+                let mut buf = vec![0; len];
+                far.read_exact(&mut buf).ok()?;
+                handshake.feed(&buf);
+            }
+            Step::StartTls => {
+                secured = true;
+                handshake.tls_started();
+            }
+            Step::Ready(session) => return Some((secured, session)),
+            Step::Close => return None,
+        }
+    }
+}
+
+struct OneExport;
+
+impl Exports for OneExport {
+    fn find(&self, name: &str) -> Option<ExportInfo> {
+        (name == "v").then(|| ExportInfo::read_only(model::ByteLen(4096)))
+    }
+    fn list(&self) -> Vec<nbd::ExportEntry> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn tls_is_asked_for_before_anything_else_is_said() {
+    let connect = |with_tls: bool| {
+        let (mut near, mut far) = pipe(NARROW);
+        let server = thread::spawn(move || secured_handshake(&mut far, &OneExport));
+        let connected = if with_tls {
+            let secured = start_tls(&mut near).unwrap();
+            Client::connect_secured(near, secured, "v")
+        } else {
+            Client::connect(near, "v")
+        };
+        let export = connected.map(|client| client.export().clone());
+        (export, server.join().unwrap())
+    };
+    let (export, session) = connect(true);
+    let export = export.unwrap();
+    assert!(export.structured && export.block_status && export.info.size.0 == 4096, "{export:?}");
+    let (secured, session) = session.unwrap();
+    assert!(secured && session.block_status());
+
+    let (refused, session) = connect(false);
+    assert!(matches!(refused, Err(ConnectError::TlsRequired)), "{refused:?}");
+    assert!(session.is_none());
+
+    let (mut near, mut far) = pipe(NARROW);
+    let server = thread::spawn(move || serve(&mut far, &[]).map(drop).is_ok());
+    let refused = start_tls(&mut near);
+    assert!(matches!(refused, Err(ConnectError::Refused { what: "TLS", .. })), "{:?}", refused.err());
+    drop(near);
+    assert!(!server.join().unwrap());
+}
+
+#[test]
+fn a_server_without_fua_is_asked_to_flush() {
+    let without = |info: &mut ExportInfo| info.flags = info.flags.without(ExportFlags::FUA);
+    let export = Arc::new(Moody { without: Some(without), ..Moody::default() });
+    let (near, server) = start("m", export.clone());
+    let mut client = Client::connect(near, "m").unwrap();
+    client.write(0, &[0; 512], true).unwrap();
+    assert_eq!(*export.asked.lock().unwrap(), ["write 0+512 fua=false", "flush"]);
+    let sent = client.submit(Operation::Write { offset: 0, data: &[0; 512], fua: true });
+    assert!(matches!(sent, Err(ClientError::Unsupported { what: "FUA" })), "{sent:?}");
     client.disconnect().unwrap();
     server.join().unwrap();
 }
