@@ -135,14 +135,6 @@ pub struct FoldReport {
     pub bytes_zeroed: u64,
 }
 
-impl FoldReport {
-    pub fn add(&mut self, other: FoldReport) {
-        self.pieces += other.pieces;
-        self.bytes_written += other.bytes_written;
-        self.bytes_zeroed += other.bytes_zeroed;
-    }
-}
-
 /// What a check of a base looked at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct VerifiedBase {

@@ -76,9 +76,11 @@ pub struct Facts<'a> {
     pub window_us: u64,
     /// The window is never shortened below this.
     pub window_floor_us: u64,
-    /// At most this much of segments, base and index together.
+    /// At most this much of segments and `other_bytes` together. An append that needs a whole new segment to stay below a
+    /// limit needs the limit given here less that segment, as with `reserve`.
     pub bytes_max: Option<u64>,
-    /// Of the base and the index, which count against the limit.
+    /// What else counts against the limit: the index, segments made ahead. The base does not belong here: it is as large as
+    /// the volumes whatever the window is, and would shorten every history to its floor.
     pub other_bytes: u64,
     /// What the disk has free.
     pub available: u64,
@@ -338,8 +340,6 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     let steps = steps(facts, &lines);
     let used = bytes_of(facts.segments.iter()).saturating_add(facts.other_bytes);
     let abandoned = bytes_of(facts.segments.iter().filter(|s| !s.open && lines.abandoned(s)));
-    let freed = |count: usize| bytes_of(steps[..count].iter().map(|step| &step.fact)).saturating_add(abandoned);
-
     // How far by the window asked for, and how far at the very most.
     let asked = foldable(&steps, facts.now_us.saturating_sub(facts.window_us), limits.least());
     let floor_us = facts.window_floor_us.min(facts.window_us);
@@ -348,10 +348,14 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     let begun = steps.iter().take_while(|step| step.last <= facts.cutoff).count();
     let need = need(facts, used);
     let mut target = asked.max(begun);
-    while target < most && freed(target) < need {
+    let mut freed = bytes_of(steps[..target].iter().map(|step| &step.fact)).saturating_add(abandoned);
+    while target < most && freed < need {
+        freed = freed.saturating_add(steps[target].fact.bytes);
         target += 1;
     }
-    let missing = need.saturating_sub(freed(target));
+    let missing = need.saturating_sub(freed);
+    // Everything up to here goes sooner or later.
+    let target_lsn = steps[..target].iter().map(|step| step.last).max().unwrap_or(Lsn::ZERO);
 
     // This round: whole segments, as many as may be and as the disk can take.
     let folded = steps.iter().take_while(|step| step.last <= facts.floor).count();
@@ -388,7 +392,7 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         } else if let Some(last) = on_trunk {
             if last <= new_cutoff {
                 None
-            } else if steps[..target].iter().any(|step| step.fact == *segment) {
+            } else if last <= target_lsn {
                 Some(KeepReason::Unfolded)
             } else if segment.last_time_us >= window_from {
                 Some(KeepReason::Window)
@@ -818,7 +822,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_in_bytes_counts_base_and_index_too() {
+    fn a_limit_in_bytes_counts_the_index_too() {
         let mut paper = Paper::line(20);
         paper.bytes_max = Some(20 * 100 + 10);
         assert!(plan(&paper.facts()).delete.is_empty());

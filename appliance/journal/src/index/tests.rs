@@ -913,3 +913,69 @@ fn a_closed_generation_is_known_without_opening_it_and_a_wrong_hint_does_no_harm
         world.check(&store, end, Extent::new(0, SECTORS), 8);
     }
 }
+
+#[test]
+fn a_page_that_was_lost_or_is_of_an_earlier_attempt_is_noticed_by_every_read_that_needs_it() {
+    let shape = Shape::new(8).expect("a power of eight");
+    let run = RunId::new(TIMELINE, 0, 2);
+    let old = many_pieces(&mut rng(20), 2, 2000);
+    let pieces = many_pieces(&mut rng(21), 2, 2000);
+    let pages = 2 * 2000usize.div_ceil(page::PAGE_PIECES);
+    for victim in 0..pages {
+        for stale in [false, true] {
+            let dir = tempfile::tempdir().expect("a temporary directory");
+            let raw = |act: &dyn Fn(&::sled::Db)| {
+                let path = dir.path().join(format!("g{TIMELINE}-0"));
+                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+                let db = loop {
+                    match ::sled::Config::new().path(&path).flush_every_ms(None).open() {
+                        Ok(db) => break db,
+                        Err(e) => assert!(std::time::Instant::now() < deadline, "{e}"),
+                    }
+                };
+                act(&db);
+                db.flush().expect("an undamaged store can be flushed");
+            };
+            let kept = std::cell::RefCell::new(Vec::new());
+            {
+                let store = sled_at(dir.path(), shape);
+                let mut broken = ok(&old).chain([Err(IndexError::NoRun(run))]);
+                assert!(store.put_run(run, 0, &mut broken).is_err());
+            }
+            raw(&|db| {
+                let pages = db.scan_prefix(page::page_prefix(run)).collect::<Result<Vec<_>, _>>();
+                *kept.borrow_mut() = pages.expect("an undamaged store can be read");
+            });
+            sled_at(dir.path(), shape).put_run(run, 0, &mut ok(&pieces)).expect("an undamaged store takes runs");
+            raw(&|db| {
+                let keys: Vec<_> = db.scan_prefix(page::page_prefix(run)).keys().flatten().collect();
+                assert_eq!(keys.len(), pages);
+                if stale {
+                    // A page of the first attempt, put back below its own key, in place of the one that ends there.
+                    db.remove(&keys[victim]).expect("an undamaged store takes changes");
+                    for (key, bytes) in kept.borrow().iter() {
+                        db.insert(key, bytes).expect("an undamaged store takes changes");
+                    }
+                } else {
+                    db.remove(&keys[victim]).expect("an undamaged store takes changes");
+                }
+            });
+            let store = sled_at(dir.path(), shape);
+            let mut draw = rng(victim as u64 + 1);
+            let mut errors = 0;
+            for _ in 0..40 {
+                let (volume, extent) = probe(&mut draw, &pieces);
+                let mut got = Vec::new();
+                match store.lookup(run, volume, extent, &mut got) {
+                    Ok(()) => assert_eq!(got, slow_lookup(&pieces, volume, extent), "page {victim}, stale {stale}"),
+                    Err(_) => errors += 1,
+                }
+            }
+            let walk = store.run_iter(run).and_then(Iterator::collect::<Result<Vec<Piece>, _>>);
+            assert!(errors > 0 || walk.is_err(), "page {victim}, stale {stale}: nothing was noticed");
+            store.put_run(run, 0, &mut ok(&pieces)).expect("what was set aside can be built again");
+            let back: Vec<Piece> = store.run_iter(run).and_then(Iterator::collect).expect("an undamaged store answers");
+            assert_eq!(back, pieces, "page {victim}, stale {stale}");
+        }
+    }
+}
