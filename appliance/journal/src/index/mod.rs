@@ -17,9 +17,9 @@ mod run;
 mod sled;
 
 pub use mem::MemStore;
-pub use piece::{Merge, Piece, PieceKind, Version, merge, pieces_from_versions, take_missing};
-pub use run::{FANOUT, GenerationId, Inputs, MAP_SHARE, RunId, RunTask, Shape, Source};
-pub use sled::{SET_ASIDE_MAX, SledOptions, SledStore};
+pub use piece::{Piece, PieceKind, Version, merge, pieces_from_versions, take_missing};
+pub use run::{GenerationId, Inputs, RunId, RunTask, Shape, Source};
+pub use sled::{SledOptions, SledStore};
 
 use model::{Extent, VolumeId};
 use serde::{Deserialize, Serialize};
@@ -89,6 +89,7 @@ pub trait IndexStore: Send + Sync + std::fmt::Debug {
     ) -> Result<RunInfo, IndexError>;
     /// Whether the run is there, and its facts. Cheap.
     fn run(&self, run: RunId) -> Option<RunInfo>;
+    #[cfg(test)]
     fn has_run(&self, run: RunId) -> bool {
         self.run(run).is_some()
     }

@@ -114,9 +114,6 @@ impl Shape {
     pub fn segments_per_generation(&self) -> u32 {
         span(self.top)
     }
-    pub fn generation_of_segment(&self, timeline: TimelineId, ordinal: u32) -> GenerationId {
-        GenerationId { timeline, number: ordinal / self.segments_per_generation() }
-    }
     /// The generation that stores the run.
     pub fn generation(&self, run: RunId) -> GenerationId {
         let number = if run.is_map() { run.ordinal } else { self.covers(run).start / self.segments_per_generation() };
@@ -142,6 +139,7 @@ impl Shape {
     }
 
     /// The runs a view needs that starts below segment `end` and may stop at `first_kept`, newest first, when all are built.
+    #[cfg(test)]
     pub fn decompose(&self, timeline: TimelineId, first_kept: u32, end: u32) -> Vec<RunId> {
         self.cover(timeline, first_kept, end, |_| true)
             .into_iter()

@@ -318,11 +318,8 @@ impl SledStore {
         })
     }
 
-    pub fn shape(&self) -> Shape {
-        self.shape
-    }
-
     /// How many generations this process has set aside as damaged.
+    #[allow(dead_code, reason = "for the journal's statistics")]
     pub fn damaged(&self) -> u32 {
         self.set_aside.load(Ordering::Relaxed)
     }

@@ -1,6 +1,6 @@
 //! Properties of pieces, merges, runs and both stores, against one cell per sector.
 
-use super::*;
+use super::{run::MAP_SHARE, sled::SET_ASIDE_MAX, *};
 use model::{ExtentSet, Lsn, TimelineId};
 use std::{
     collections::{BTreeMap, BTreeSet},
