@@ -339,8 +339,10 @@ impl Journal {
             now_us: now.0,
             window_us: hours(policy.window_hours),
             window_floor_us: hours(policy.window_hours_floor),
-            bytes_max: policy.journal_bytes_max.map(|b| b.0),
-            other_bytes: numbers.base_bytes.0 + numbers.index_bytes.0 + self.jobs.prepared_bytes(),
+            // One segment below the limit: there must be room for the next one before it is needed. The base is not history and
+            // does not count.
+            bytes_max: policy.journal_bytes_max.map(|b| b.0.saturating_sub(self.options.segment_bytes.0)),
+            other_bytes: numbers.index_bytes.0 + self.jobs.prepared_bytes(),
             // A disk that cannot say is taken as empty of need: nothing is deleted on a doubt.
             available: self.shared.disk.space().map_or(u64::MAX, |s| s.available.0),
             reserve: self.jobs.reserve().0 + self.options.segment_bytes.0,

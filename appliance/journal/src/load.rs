@@ -122,12 +122,25 @@ impl Loader<'_> {
         }
         Ok(())
     }
+    /// Strict: removes a segment that nobody needs, unless it belongs to another group.
+    fn remove_own(&mut self, name: &SegmentName) -> Result<(), OpenError> {
+        let path = name.path(self.dir);
+        let mut block = [0; BLOCK];
+        let file = self.disk.open(&path, OpenMode::Read).map_err(OpenError::Disk)?;
+        if file.read_at(0, &mut block).is_ok()
+            && let Ok(header) = SegmentHeader::decode(&block)
+            && header.group != self.record.spec.id
+        {
+            return self.foreign(path, &header);
+        }
+        self.remove(&path)
+    }
     /// Segments of a timeline the control record does not have: one that was dropped (its number was given once), or foreign.
     fn unknown_timeline(&mut self, timeline: TimelineId, files: &[SegmentName]) -> Result<(), OpenError> {
         for name in files {
             let path = name.path(self.dir);
             if timeline.0 < self.record.next_timeline {
-                self.remove(&path)?;
+                self.remove_own(name)?;
             } else if self.mode == Mode::Strict {
                 return Err(OpenError::UnknownTimeline { file: path, timeline });
             } else {
@@ -145,9 +158,10 @@ impl Loader<'_> {
         let mut segments: Vec<Arc<Segment>> = Vec::new();
         for (i, name) in files.iter().enumerate() {
             let next_first = files.get(i + 1).map(|n| n.first_lsn);
-            let folded = next_first.is_some_and(|next| next <= start.next());
+            // All its records are in the base: its end was persisted as the floor before it was to be deleted.
+            let folded = name.first_lsn <= start && next_first.is_some_and(|next| next <= start.next());
             if name.first_lsn > end_max || folded {
-                self.remove(&name.path(self.dir))?;
+                self.remove_own(name)?;
                 continue;
             }
             let Some(segment) = self.segment(name, next_first, known.durable)? else { continue };
@@ -158,7 +172,10 @@ impl Loader<'_> {
             let expected = segments.last().map_or(start, |before| before.last_lsn()).next();
             if segment.first_lsn() > expected {
                 let what = Damage::Missing { from: expected, to: segment.first_lsn().prev() };
-                self.corrupt(segment.path(self.dir), 0, what)?;
+                // The segment before may have told of the same hole already.
+                if self.damage.last().is_none_or(|d| d.what != what) {
+                    self.corrupt(segment.path(self.dir), 0, what)?;
+                }
             }
             segments.push(Arc::new(segment));
         }
@@ -275,6 +292,18 @@ impl Loader<'_> {
         Some(Segment::new(header, State::Unsealed(Box::new(unsealed))))
     }
 
+    fn note_cut(&mut self, path: &Path, found: &Scan) {
+        if found.tail == Tail::Torn {
+            self.report.cut.push(Cut {
+                file: path.to_owned(),
+                after: found.index.last_lsn(),
+                at_offset: found.data_end,
+                records: found.behind_records,
+                bytes: ByteLen(found.behind_bytes),
+            });
+        }
+    }
+
     fn open(
         &mut self,
         name: &SegmentName,
@@ -332,22 +361,17 @@ impl Loader<'_> {
         };
         match decide(&facts) {
             Verdict::Foreign => self.foreign(path, &header).map(|()| None),
-            Verdict::RemoveEmpty => self.remove(&path).map(|()| None),
+            Verdict::RemoveEmpty => {
+                self.note_cut(&path, &found);
+                self.remove(&path).map(|()| None)
+            }
             Verdict::Corrupt(what) => {
                 let offset = if fact == HeaderFact::Good { found.data_end } else { 0 };
                 self.corrupt(path, offset, what)?;
                 Ok(if fact == HeaderFact::Good { self.unsealed(header, found, len, SegmentState::Open) } else { None })
             }
             Verdict::Keep | Verdict::SealAt { .. } => {
-                if found.tail == Tail::Torn {
-                    self.report.cut.push(Cut {
-                        file: path,
-                        after: found.index.last_lsn(),
-                        at_offset: found.data_end,
-                        records: found.behind_records,
-                        bytes: ByteLen(found.behind_bytes),
-                    });
-                }
+                self.note_cut(&path, &found);
                 Ok(self.unsealed(header, found, len, SegmentState::Open))
             }
         }

@@ -607,7 +607,9 @@ impl Journal {
     /// Whether policy and disk allow one more segment.
     pub(crate) fn room_for(&mut self, bytes: ByteLen) -> Result<(), AppendError> {
         let map = self.shared.map();
-        let have = ByteLen(map.segments().map(|s| s.summary().file_bytes).sum::<u64>() + self.jobs.prepared_bytes());
+        let index = self.shared.numbers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).index_bytes;
+        let segments: u64 = map.segments().map(|s| s.summary().file_bytes).sum();
+        let have = ByteLen(segments + self.jobs.prepared_bytes() + index.0);
         if let Some(max) = map.spec.policy.journal_bytes_max
             && have.0 + bytes.0 > max.0
         {
