@@ -151,8 +151,8 @@ impl Appliance {
         process::run(self.cli(args), COMMAND_MAX)?.ok()
     }
 
-    pub fn token(&self, host_name: &str) -> Result<String> {
-        let answer = self.control.post("/tokens", &json!({ "host_name": host_name }))?;
+    pub fn token(&self) -> Result<String> {
+        let answer = self.control.post("/tokens", &json!({}))?;
         Ok(answer["token"].as_str().with_context(|| format!("no token in {answer}"))?.to_owned())
     }
 
@@ -164,13 +164,13 @@ impl Appliance {
 
     /// Where a group's ingest target listens.
     pub fn ingest_target(&self, group: &str, volume: &str) -> Result<Export> {
+        let id = self.group(group)?["id"].clone();
         let targets = self.control.get("/ingest-targets")?;
-        let list = targets.as_array().or_else(|| targets["ingest_targets"].as_array());
-        let named =
-            |t: &&Value, key: &str, id: &str, want: &str| [key, id].iter().any(|k| t[*k].as_str() == Some(want));
-        list.into_iter()
+        targets
+            .as_array()
+            .into_iter()
             .flatten()
-            .find(|t| named(t, "group_name", "group", group) && named(t, "volume_name", "volume", volume))
+            .find(|t| t["group"] == id && t["volume_name"] == volume)
             .map(Export::from_json)
             .with_context(|| format!("no ingest target for {group}/{volume} in {targets}"))?
     }
@@ -340,7 +340,7 @@ pub struct Agent {
 
 impl Agent {
     /// Writes the configuration, enrols with the box, and starts the daemon.
-    pub fn start(bins: &Binaries, dir: &Path, appliance: &Appliance, host_name: &str) -> Result<Self> {
+    pub fn start(bins: &Binaries, dir: &Path, appliance: &Appliance) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         let pins = pin_dir(&dir);
@@ -349,7 +349,7 @@ impl Agent {
         fs::write(dir.join("agent.toml"), config)?;
         let mut this = Self { bins: bins.clone(), dir, pins, program: None };
         if !this.dir.join("state").join("enrolled").exists() {
-            let token = appliance.token(host_name)?;
+            let token = appliance.token()?;
             this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
         }
         this.run()?;

@@ -150,7 +150,7 @@ fn the_agent_captures_a_disk_under_debians_kernel() -> Result<()> {
     let mut guest = Guest::boot(&kernel, &initramfs, &dir.path().join("guest"), &args)?;
     guest.sh("/programs/mke2fs -q -t ext4 /dev/vda && mount /dev/vda /mnt", STEP_MAX)?;
     let agent = "/programs/holdfast-agent --config /etc/agent.toml";
-    let (token, port) = (appliance.token("guest")?, appliance.listen().port());
+    let (token, port) = (appliance.token()?, appliance.listen().port());
     guest.sh(&format!("{agent} enrol --box {HOST}:{port} --token {token}"), STEP_MAX)?;
     guest.sh(&format!("{agent} run >/dev/ttyS0 2>&1 &"), STEP_MAX)?;
     guest.sh("n=0; while ! [ -S /var/agent/agent.sock ] && [ $n -lt 60 ]; do n=$((n+1)); sleep 1; done", STEP_MAX)?;

@@ -146,7 +146,7 @@ impl Bench<'_> {
         let before: Vec<_> = jobs.iter().map(run).collect::<Result<_>>()?;
         let dir = self.dir.join("box");
         let mut appliance = Appliance::start(self.bins, &dir)?;
-        let mut agent = Agent::start(self.bins, &self.dir.join("agent"), &appliance, "bench")?;
+        let mut agent = Agent::start(self.bins, &self.dir.join("agent"), &appliance)?;
         agent.protect(disk.device(), GROUP)?;
         appliance.wait_state(GROUP, "replicating", FILL_MAX)?;
         for (job, alone) in jobs.iter().zip(before) {

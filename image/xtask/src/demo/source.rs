@@ -53,7 +53,7 @@ impl Source {
         let at = dir.join("mnt");
         disk.mount(&at)?;
         let workload = Workload::start(&at, 1, STEP_PAUSE);
-        let agent = Agent::start(bins, &dir.join("agent"), appliance, "newcomer")?;
+        let agent = Agent::start(bins, &dir.join("agent"), appliance)?;
         agent.protect(disk.device(), GROUP)?;
         Ok(Self::Kernel(Box::new(Kernel { workload, agent, disk })))
     }
