@@ -144,7 +144,7 @@ pub struct Config {
 /// `sun_path` holds 108 bytes with the final zero.
 const SOCKET_PATH_MAX: usize = 107;
 /// The longest file name made inside `run/nbd`: see `exports::socket_name`.
-pub const SOCKET_NAME_MAX: usize = 40;
+pub const SOCKET_NAME_MAX: usize = 48;
 
 impl Config {
     pub fn load(line: &CommandLine) -> Result<Self, ConfigError> {

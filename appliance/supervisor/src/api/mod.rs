@@ -1,0 +1,176 @@
+//! The control API: HTTP/1.1 with JSON over `run/control.sock` (mode 0600: who may open it may do everything), and `/metrics`.
+//!
+//! `GET|POST|PATCH|DELETE /api/v1/…`; every refusal is `{"error":{"code","message","remedy"}}`. Bodies are limited to
+//! [`BODY_MAX`]; [`REQUESTS_MAX`] requests at once. What may touch a disk runs on the blocking threads, never on a worker.
+
+mod routes;
+
+use crate::App;
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
+use hyper::{
+    body::{Body, Frame, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+use subtle::ConstantTimeEq as _;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::{Semaphore, mpsc, watch},
+};
+
+pub type Answer = Response<BoxBody<Bytes, Infallible>>;
+
+/// A policy, a list of volumes: nothing we take is longer.
+pub const BODY_MAX: usize = 64 * 1024;
+/// Connections at once; a request may wait for an agent or a verification.
+pub const REQUESTS_MAX: usize = 64;
+const HEADER_LIMIT: Duration = Duration::from_secs(10);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long requests may go on when the daemon stops.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// A refusal as the caller reads it.
+#[derive(Debug)]
+pub struct ApiError {
+    pub status: StatusCode,
+    pub code: &'static str,
+    pub message: String,
+    pub remedy: String,
+}
+
+impl ApiError {
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), remedy: remedy.into() }
+    }
+    fn answer(self) -> Answer {
+        let error = json!({ "code": self.code, "message": self.message, "remedy": self.remedy });
+        json_answer(self.status, &json!({ "error": error }))
+    }
+}
+
+pub fn json_answer(status: StatusCode, value: &Value) -> Answer {
+    plain(status, "application/json", value.to_string())
+}
+
+pub fn plain(status: StatusCode, kind: &'static str, text: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(text.into()).boxed());
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}
+
+/// A body of lines that somebody else is still making.
+pub struct Lines(pub mpsc::Receiver<Bytes>);
+
+impl Body for Lines {
+    type Data = Bytes;
+    type Error = Infallible;
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(cx).map(|line| line.map(|line| Ok(Frame::data(line))))
+    }
+}
+
+/// Serves the control socket until the daemon stops.
+pub async fn serve_control(app: Arc<App>, listener: UnixListener) {
+    let slots = Arc::new(Semaphore::new(REQUESTS_MAX));
+    let mut stop = app.stop.subscribe();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = crate::raised(&mut stop) => break,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let (app, stop) = (Arc::clone(&app), app.stop.subscribe());
+        tokio::spawn(async move {
+            let _slot = slot;
+            serve_connection(stream, stop, move |request| {
+                let app = Arc::clone(&app);
+                async move { routes::handle(&app, request).await.unwrap_or_else(ApiError::answer) }
+            })
+            .await;
+        });
+    }
+}
+
+/// Serves `/metrics` until the daemon stops. `token` must be shown as a bearer token.
+pub async fn serve_metrics(app: Arc<App>, listener: TcpListener, token: String) {
+    let slots = Arc::new(Semaphore::new(8));
+    let token: Arc<str> = token.into();
+    let mut stop = app.stop.subscribe();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = crate::raised(&mut stop) => return,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let (app, token, stop) = (Arc::clone(&app), Arc::clone(&token), app.stop.subscribe());
+        tokio::spawn(async move {
+            let _slot = slot;
+            serve_connection(stream, stop, move |request| {
+                let answer = metrics(&app, &token, &request);
+                async move { answer }
+            })
+            .await;
+        });
+    }
+}
+
+fn metrics(app: &App, token: &str, request: &Request<Incoming>) -> Answer {
+    let shown = request.headers().get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
+    let shown = shown.strip_prefix(b"Bearer ").unwrap_or_default();
+    if !bool::from(shown.ct_eq(token.as_bytes())) {
+        let mut answer =
+            plain(StatusCode::UNAUTHORIZED, "text/plain", "the bearer token in <data>/metrics.token is needed\n");
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        return answer;
+    }
+    if request.uri().path() != "/metrics" {
+        return plain(StatusCode::NOT_FOUND, "text/plain", "only /metrics is here\n");
+    }
+    plain(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", crate::export_metrics::page(app))
+}
+
+async fn serve_connection<S, F>(stream: S, mut stop: watch::Receiver<bool>, handle: impl Fn(Request<Incoming>) -> F)
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    F: Future<Output = Answer>,
+{
+    let service = service_fn(move |request| {
+        let answer = handle(request);
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_LIMIT)
+        .max_buf_size(64 * 1024)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        // A client that breaks off is its own business.
+        _ = connection.as_mut() => return,
+        () = crate::raised(&mut stop) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = tokio::time::timeout(STOP_LIMIT, connection).await;
+}

@@ -1,0 +1,317 @@
+//! The daemon as a whole: start, run, stop.
+
+use crate::{
+    api,
+    catalog::{Catalog, CatalogError},
+    clock::Clock,
+    config::Config,
+    events::{Event, Events},
+    exports::{Exports, pool::ReadPool},
+    files::{self, FileError, Lock, LockError},
+    links::{LinkParts, Links},
+    pki::{self, Pki, PkiError},
+    vault::{Phase, Vault, VaultError, VaultParts},
+    views::Views,
+};
+use data_encoding::HEXLOWER;
+use durable::{Disk, DiskError, OsDisk};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::JoinHandle,
+};
+
+/// How often the groups' needs for room are balanced.
+const BALANCE_EVERY: Duration = Duration::from_secs(2);
+/// How often ingest groups that have come up are looked for.
+const EXPORT_EVERY: Duration = Duration::from_millis(20);
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error("could not use the data folder")]
+    Disk(#[source] DiskError),
+    #[error("could not open the catalogue in {}", data.display())]
+    Catalog { data: PathBuf, source: CatalogError },
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    #[error("could not listen on {what} {at}")]
+    Listen { what: &'static str, at: String, source: io::Error },
+    #[error("could not start a thread")]
+    Thread(#[source] io::Error),
+    #[error("the system gave no random bytes")]
+    Random,
+}
+
+/// What requests work with.
+pub struct App {
+    pub(crate) clock: Clock,
+    pub(crate) events: Arc<Events>,
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) pki: Arc<Pki>,
+    pub(crate) vault: Arc<Vault>,
+    pub(crate) exports: Arc<Exports>,
+    pub(crate) views: Views,
+    pub(crate) links: Arc<Links>,
+    pub(crate) box_name: String,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) listen: SocketAddr,
+    pub(crate) nbd_listen: Option<SocketAddr>,
+    /// True once the daemon stops.
+    pub(crate) stop: watch::Sender<bool>,
+}
+
+impl App {
+    /// How often an event has happened; for tests and monitors inside the process.
+    pub fn event_count(&self, event: Event) -> u64 {
+        self.events.count(event)
+    }
+}
+
+/// A running daemon.
+pub struct Daemon {
+    pub app: Arc<App>,
+    pub control: PathBuf,
+    pub metrics: Option<SocketAddr>,
+    tasks: Vec<JoinHandle<()>>,
+    reads: Arc<ReadPool>,
+    _lock: Lock,
+}
+
+impl Daemon {
+    /// Starts everything; when it returns the listeners are up and every group's recovery has begun.
+    ///
+    /// ```text
+    /// <data>/lock            one daemon at a time
+    /// <data>/ca/             the authority                  (pki)
+    /// <data>/catalog.{a,b}   hosts, tokens, groups          (catalog)
+    /// <data>/groups/<id>/    journals                       (vault)
+    /// <data>/metrics.token   for Prometheus
+    /// <run>/control.sock     control API                    (api)
+    /// <run>/nbd/*.sock       exports                        (exports)
+    /// ```
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        // rustls asks for a process-wide default in places where ours does not reach; a second start in one process finds it set.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let clock = Clock::start();
+        let events = Arc::new(Events::new(clock));
+        let (stop, stopping) = watch::channel(false);
+        let opened = tokio::task::spawn_blocking({
+            let (config, events) = (config.clone(), Arc::clone(&events));
+            move || open(&config, clock, &events)
+        });
+        let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
+        let Opened { lock, catalog, pki, reads, vault, token } = opened;
+
+        let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
+        let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock);
+        let links = Links::new(LinkParts {
+            catalog: Arc::clone(&catalog),
+            pki: Arc::clone(&pki),
+            vault: Arc::clone(&vault),
+            events: Arc::clone(&events),
+            clock,
+            box_name: config.box_name.clone(),
+            silence_ms: config.heartbeat_timeout_ms,
+            stop: stopping,
+        })?;
+        let (agents, listen) = bind("agents", config.listen).await?;
+        let nbd = match config.nbd_listen {
+            Some(at) => Some(bind("NBD", at).await?),
+            None => None,
+        };
+        let metrics = match config.metrics_listen {
+            Some(at) => Some(bind("metrics", at).await?),
+            None => None,
+        };
+        let control = config.control_socket();
+        let control_listener = bind_unix(&control)?;
+        let nbd_tls = pki.nbd_config()?;
+        let app = Arc::new(App {
+            clock,
+            events,
+            catalog,
+            pki,
+            vault,
+            exports: Arc::clone(&exports),
+            views,
+            links: Arc::clone(&links),
+            box_name: config.box_name,
+            data_dir: config.data,
+            listen,
+            nbd_listen: nbd.as_ref().map(|(_, at)| *at),
+            stop,
+        });
+        let mut tasks = vec![
+            tokio::spawn(links.serve(agents)),
+            tokio::spawn(api::serve_control(Arc::clone(&app), control_listener)),
+            tokio::spawn(export_ingest_groups(Arc::clone(&app))),
+            tokio::spawn(balance(Arc::clone(&app))),
+        ];
+        if let Some((listener, _)) = nbd {
+            tasks.push(tokio::spawn(exports.serve_tls(listener, nbd_tls)));
+        }
+        let metrics_at = metrics.as_ref().map(|(_, at)| *at);
+        if let Some((listener, _)) = metrics {
+            tasks.push(tokio::spawn(api::serve_metrics(Arc::clone(&app), listener, token)));
+        }
+        app.events.note(Event::Started, &app.box_name, format!("version {}", env!("CARGO_PKG_VERSION")));
+        Ok(Self { app, control, metrics: metrics_at, tasks, reads, _lock: lock })
+    }
+
+    pub fn listen(&self) -> SocketAddr {
+        self.app.listen
+    }
+    pub fn nbd_listen(&self) -> Option<SocketAddr> {
+        self.app.nbd_listen
+    }
+
+    /// Stops in good order: sessions are told, everything taken is durable, threads are joined.
+    pub async fn stop(self) {
+        self.app.events.note(Event::Stopping, &self.app.box_name, "");
+        self.app.stop.send_replace(true);
+        for task in self.tasks {
+            let _ = task.await;
+        }
+        for view in self.app.views.list() {
+            self.app.views.close(&view.id);
+        }
+        let (vault, reads) = (Arc::clone(&self.app.vault), self.reads);
+        let closed = tokio::task::spawn_blocking(move || {
+            vault.close();
+            reads.stop();
+        });
+        let _ = closed.await;
+        let _ = std::fs::remove_file(&self.control);
+    }
+}
+
+struct Opened {
+    lock: Lock,
+    catalog: Arc<Catalog>,
+    pki: Arc<Pki>,
+    reads: Arc<ReadPool>,
+    vault: Arc<Vault>,
+    token: String,
+}
+
+/// Everything that touches the disk. Blocking.
+fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, StartError> {
+    files::private_dir(&config.data)?;
+    files::private_dir(&config.run)?;
+    files::private_dir(&config.nbd_dir())?;
+    let lock = files::lock(&config.data)?;
+    let disk: Arc<dyn Disk> = Arc::new(OsDisk::new(&config.data).map_err(StartError::Disk)?);
+    disk.cleanup(Path::new("")).map_err(StartError::Disk)?;
+    let catalog_error = |source| StartError::Catalog { data: config.data.clone(), source };
+    let (catalog, fault) = Catalog::open(Arc::clone(&disk)).map_err(catalog_error)?;
+    if let Some(fault) = fault {
+        events.note(Event::Stray, "catalog", format!("one of its two copies was not used: {fault}"));
+    }
+    let catalog = Arc::new(catalog);
+    let hosts = catalog.data().hosts.len();
+    let pki = Arc::new(Pki::open(&config.data.join("ca"), &config.names, hosts, clock.wall_us())?);
+    let token = metrics_token(&config.data)?;
+    sweep_sockets(&config.nbd_dir());
+    let reads = Arc::new(ReadPool::start(events).map_err(StartError::Thread)?);
+    let vault = Vault::start(VaultParts {
+        root: config.data.clone(),
+        disk,
+        journal: config.journal.clone(),
+        clock,
+        events: Arc::clone(events),
+        catalog: Arc::clone(&catalog),
+        reads: Arc::clone(&reads),
+    })?;
+    Ok(Opened { lock, catalog, pki, reads, vault, token })
+}
+
+fn metrics_token(data: &Path) -> Result<String, StartError> {
+    let path = data.join("metrics.token");
+    if let Some(token) = files::read_small(&path)?
+        && let Ok(token) = String::from_utf8(token)
+        && token.trim().len() >= 32
+    {
+        return Ok(token.trim().to_owned());
+    }
+    let token = HEXLOWER.encode(&pki::random_128().ok_or(StartError::Random)?);
+    files::write_secret(&path, format!("{token}\n").as_bytes())?;
+    Ok(token)
+}
+
+/// Removes sockets that a killed daemon left: whoever finds one must find somebody behind it.
+fn sweep_sockets(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().ends_with(".sock") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+async fn bind(what: &'static str, at: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen { what, at: at.to_string(), source };
+    let listener = TcpListener::bind(at).await.map_err(failed)?;
+    let at = listener.local_addr().map_err(failed)?;
+    Ok((listener, at))
+}
+
+fn bind_unix(path: &Path) -> Result<UnixListener, StartError> {
+    let _ = std::fs::remove_file(path); // the lock is ours: nobody is behind it
+    let failed = |source| StartError::Listen { what: "the control socket", at: path.display().to_string(), source };
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    files::make_private(path)?;
+    Ok(listener)
+}
+
+/// Exports the volumes of ingest groups as soon as their journals are open and say what those are.
+async fn export_ingest_groups(app: Arc<App>) {
+    let mut stop = app.stop.subscribe();
+    loop {
+        let mut waiting = false;
+        for group in app.vault.groups().iter().filter(|g| g.shared.host.is_none()) {
+            if !app.exports.of_group(group.id()).is_empty() {
+                continue;
+            }
+            match group.shared.phase() {
+                Phase::Opening => waiting = true,
+                Phase::Running(_) => {
+                    let volumes = group.shared.spec().volumes;
+                    if let Err(e) = app.exports.add_ingest(group, &volumes, app.nbd_listen.is_some()) {
+                        app.events.note(Event::JobFailed, group.name(), crate::chain(&e));
+                    }
+                }
+                Phase::Stopped { .. } | Phase::Closed => {}
+            }
+        }
+        let pause = if waiting { EXPORT_EVERY } else { Duration::from_secs(1) };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = crate::raised(&mut stop) => return,
+        }
+    }
+}
+
+/// Shares the disk's room among the groups.
+async fn balance(app: Arc<App>) {
+    let mut stop = app.stop.subscribe();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(BALANCE_EVERY) => {}
+            () = crate::raised(&mut stop) => return,
+        }
+        let vault = Arc::clone(&app.vault);
+        let _ = tokio::task::spawn_blocking(move || vault.balance()).await;
+    }
+}

@@ -1,0 +1,47 @@
+//! An NBD connection as those see it who carry its requests out.
+
+use crate::outbox::Outbox;
+use model::VolumeId;
+use nbd::{Errno, Request, Session};
+use std::sync::Arc;
+
+/// Data of requests a connection may have unanswered before its next request is read: deep queues of small requests, one
+/// largest request (32 MiB) on top. So a connection holds at most 40 MiB of requests and as much again of answers to reads.
+pub const BUDGET_BYTES: usize = 8 << 20;
+/// What a request costs beside its data, so that requests without data are bounded too.
+const REQUEST_COST: usize = 512;
+
+pub struct Lane {
+    pub session: Session,
+    pub volume: VolumeId,
+    pub outbox: Arc<Outbox>,
+}
+
+/// What a request counts against [`BUDGET_BYTES`].
+pub fn cost(request: &Request) -> usize {
+    let data = match request.command {
+        nbd::Command::Read { .. } | nbd::Command::Write { .. } => request.len as usize,
+        nbd::Command::BlockStatus { .. } => nbd::MAX_STATUS_EXTENTS * 8,
+        _ => 0,
+    };
+    REQUEST_COST + data
+}
+
+impl Lane {
+    pub fn new(session: Session, volume: VolumeId) -> Self {
+        Self { session, volume, outbox: Arc::default() }
+    }
+    /// Puts the answer to `request` into the outbox; wake it after the last of many.
+    pub fn answer(&self, request: &Request, encode: impl FnOnce(&Session, &mut Vec<u8>)) {
+        self.outbox.put(cost(request), |out| encode(&self.session, out));
+    }
+    pub fn done(&self, request: &Request) {
+        self.answer(request, |session, out| session.push_done(out, request.cookie));
+    }
+    pub fn fail(&self, request: &Request, errno: Errno, text: &str) {
+        self.answer(request, |session, out| session.push_error(out, request.cookie, errno, text));
+    }
+    pub fn wake(&self) {
+        self.outbox.wake();
+    }
+}

@@ -1,0 +1,396 @@
+//! A control connection: what the agent says of itself, what it wants protected, what the box asks of it.
+
+use super::{
+    Agent, Links, Tls,
+    frames::{LinkError, Talk},
+    refusal,
+    sessions::Session,
+};
+use crate::{catalog::clean_name, events::Event, pki, vault::Group};
+use model::{BookmarkName, GroupId, GroupPolicy, GroupSpec, HostId, SyncMode, VolumeId, VolumeSpec};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep_until, timeout},
+};
+use wire::{AgentStatus, Command, CommandResult, Message, Refusal, RefuseCode};
+
+/// Commands waiting to be sent to one agent; the operator's clicks, not a data path.
+const COMMANDS_QUEUED_MAX: usize = 32;
+/// Commands sent and not answered.
+const COMMANDS_OPEN_MAX: usize = 64;
+/// How long an agent may take; a file-system freeze is in it.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is known of a host beyond the catalogue.
+#[derive(Clone, Debug, Default)]
+pub struct HostLive {
+    pub connected: bool,
+    pub last_heard_us: Option<u64>,
+    pub agent_version: Option<String>,
+    pub status: Option<AgentStatus>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    #[error("the host's agent is not connected")]
+    NotConnected,
+    #[error("the agent is busy with other commands")]
+    Busy,
+    #[error("the agent did not answer within {} s", COMMAND_LIMIT.as_secs())]
+    NoAnswer,
+    #[error("the connection ended before the agent answered")]
+    Disconnected,
+    #[error("the agent could not do it: {0}")]
+    Failed(String),
+}
+
+struct Order {
+    what: Command,
+    answer: oneshot::Sender<CommandResult>,
+}
+
+/// The hosts that have been heard since the daemon started.
+#[derive(Default)]
+pub struct Hosts {
+    known: Mutex<BTreeMap<HostId, Known>>,
+}
+
+#[derive(Default)]
+struct Known {
+    live: HostLive,
+    /// The connection it speaks on, newest last to have come.
+    orders: Option<(u64, mpsc::Sender<Order>)>,
+}
+
+impl Hosts {
+    pub fn live(&self, host: HostId) -> HostLive {
+        crate::lock(&self.known).get(&host).map(|k| k.live.clone()).unwrap_or_default()
+    }
+    fn change(&self, host: HostId, change: impl FnOnce(&mut Known)) {
+        change(crate::lock(&self.known).entry(host).or_default());
+    }
+
+    /// Asks a host's agent to do something and waits for what became of it.
+    pub async fn command(&self, host: HostId, what: Command) -> Result<CommandResult, CommandError> {
+        let orders = crate::lock(&self.known).get(&host).and_then(|k| k.orders.as_ref().map(|(_, o)| o.clone()));
+        let orders = orders.ok_or(CommandError::NotConnected)?;
+        let (answer, answered) = oneshot::channel();
+        orders.try_send(Order { what, answer }).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(_) => CommandError::Busy,
+            mpsc::error::TrySendError::Closed(_) => CommandError::NotConnected,
+        })?;
+        match timeout(COMMAND_LIMIT, answered).await {
+            Err(_) => Err(CommandError::NoAnswer),
+            Ok(Err(_)) => Err(CommandError::Disconnected),
+            Ok(Ok(CommandResult::Failed { text })) => Err(CommandError::Failed(text)),
+            Ok(Ok(result)) => Ok(result),
+        }
+    }
+}
+
+/// Marks the host as gone when the connection ends, however it ends.
+struct Presence<'a> {
+    links: &'a Links,
+    agent: &'a Agent,
+    number: u64,
+}
+
+impl Drop for Presence<'_> {
+    fn drop(&mut self) {
+        let mut gone = false;
+        self.links.hosts.change(self.agent.host, |known| {
+            // A newer connection of the same host stays.
+            if known.orders.as_ref().is_some_and(|(number, _)| *number == self.number) {
+                known.orders = None;
+                known.live.connected = false;
+                gone = true;
+            }
+        });
+        if gone {
+            self.links.events.note(Event::HostDisconnected, self.agent.subject(), "control connection ended");
+        }
+    }
+}
+
+pub async fn serve(
+    links: &Arc<Links>,
+    talk: &mut Talk<Tls>,
+    agent: &Agent,
+    session: &Session,
+    agent_version: String,
+) -> Result<(), LinkError> {
+    let (sender, mut orders) = mpsc::channel(COMMANDS_QUEUED_MAX);
+    let number = session_number();
+    let now_us = links.clock.wall_us();
+    links.hosts.change(agent.host, |known| {
+        known.orders = Some((number, sender));
+        known.live.connected = true;
+        known.live.last_heard_us = Some(now_us);
+        known.live.agent_version = Some(clean_name(&agent_version, "unknown"));
+    });
+    let _presence = Presence { links, agent, number };
+    links.events.note(Event::HostConnected, agent.subject(), format!("agent {agent_version}"));
+    let silence = Duration::from_millis(links.silence_ms);
+    let mut deadline = Instant::now() + silence;
+    let mut open: BTreeMap<u64, oneshot::Sender<CommandResult>> = BTreeMap::new();
+    let mut next_id = 1u64;
+    let mut stop = links.stop.clone();
+    loop {
+        tokio::select! {
+            heard = talk.hear() => {
+                let Some(message) = heard? else { return Ok(()) };
+                deadline = Instant::now() + silence;
+                links.heard(session);
+                let now_us = links.clock.wall_us();
+                links.hosts.change(agent.host, |known| known.live.last_heard_us = Some(now_us));
+                match answer(links, agent, message, &mut open).await {
+                    Ok(None) => {}
+                    Ok(Some(message)) => talk.say(&message).await?,
+                    Err(refusal) => {
+                        links.events.note(Event::FrameRefused, agent.subject(), &refusal);
+                        talk.refuse(refusal).await;
+                        return Ok(());
+                    }
+                }
+            }
+            Some(order) = orders.recv() => {
+                open.retain(|_, answer| !answer.is_closed());
+                if open.len() >= COMMANDS_OPEN_MAX {
+                    let _ = order.answer.send(CommandResult::Failed { text: "too many commands are waiting".into() });
+                    continue;
+                }
+                open.insert(next_id, order.answer);
+                talk.say(&Message::Command { id: next_id, what: order.what }).await?;
+                next_id += 1;
+            }
+            () = sleep_until(deadline) => {
+                let text = format!("nothing was heard for {} ms", links.silence_ms);
+                links.events.note(Event::HostSilent, agent.subject(), &text);
+                talk.refuse(refusal(RefuseCode::Silent, text)).await;
+                return Ok(());
+            }
+            why = session.ended() => {
+                talk.refuse(why).await;
+                return Ok(());
+            }
+            () = crate::raised(&mut stop) => {
+                talk.refuse(refusal(RefuseCode::ShuttingDown, "the box is shutting down")).await;
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn session_number() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// What the box says to a message. An error ends the connection.
+async fn answer(
+    links: &Arc<Links>,
+    agent: &Agent,
+    message: Message,
+    open: &mut BTreeMap<u64, oneshot::Sender<CommandResult>>,
+) -> Result<Option<Message>, Refusal> {
+    let blocking = |work: Box<dyn FnOnce(&Arc<Links>) -> Result<Message, Refusal> + Send>| {
+        let links = Arc::clone(links);
+        async move {
+            let done = tokio::task::spawn_blocking(move || work(&links)).await;
+            let done = done.unwrap_or_else(|_| Err(refusal(RefuseCode::Internal, "it failed on the box")));
+            Ok(Some(done.unwrap_or_else(Message::Declined)))
+        }
+    };
+    match message {
+        Message::Heartbeat { number, .. } => Ok(Some(Message::HeartbeatAck { number })),
+        Message::HeartbeatAck { .. } => Ok(None),
+        Message::Status(status) => {
+            links.hosts.change(agent.host, |known| known.live.status = Some(status));
+            Ok(None)
+        }
+        Message::CommandDone { id, result } => {
+            // An answer to nothing is one that came after its asker had given up.
+            if let Some(answer) = open.remove(&id) {
+                let _ = answer.send(result);
+            }
+            Ok(None)
+        }
+        Message::ListGroups => {
+            let of_host = |g: &Arc<Group>| g.shared.host == Some(agent.host) && !is_released(g);
+            let specs = links.vault.groups().iter().filter(|g| of_host(g)).map(|g| g.shared.spec()).collect();
+            Ok(Some(Message::Groups(specs)))
+        }
+        Message::Protect { group_name, volumes, mode } => {
+            let host = agent.host;
+            // `replace_spec` asks the journal thread and waits: it runs here, the rest may block.
+            match plan_protection(links, host, &group_name, &volumes, mode) {
+                Err(refusal) => Ok(Some(Message::Declined(refusal))),
+                Ok(Protection::New(spec)) => {
+                    blocking(Box::new(move |links| match links.vault.create(spec) {
+                        Ok(group) => Ok(Message::Protected { spec: group.shared.spec() }),
+                        Err(e) => Err(refusal(RefuseCode::Internal, crate::chain(&e))),
+                    }))
+                    .await
+                }
+                Ok(Protection::Again { group, spec }) => {
+                    if spec != group.shared.spec()
+                        && let Err(e) = group.replace_spec(spec.clone()).await
+                    {
+                        return Ok(Some(Message::decline(RefuseCode::Internal, crate::chain(&e))));
+                    }
+                    blocking(Box::new(move |links| match links.vault.set_released(&group, false) {
+                        Ok(()) => Ok(Message::Protected { spec }),
+                        Err(e) => Err(refusal(RefuseCode::Internal, crate::chain(&e))),
+                    }))
+                    .await
+                }
+            }
+        }
+        Message::Unprotect { group } => {
+            let Some(found) = links.vault.get(group).filter(|g| g.shared.host == Some(agent.host)) else {
+                return Ok(Some(Message::decline(RefuseCode::UnknownGroup, "the box has no such group of this host")));
+            };
+            let host = agent.host;
+            blocking(Box::new(move |links| match links.vault.set_released(&found, true) {
+                Ok(()) => {
+                    let why = refusal(RefuseCode::UnknownGroup, "the group is not protected any more");
+                    links.sessions.cut_stream(host, group, &why);
+                    Ok(Message::Unprotected { group })
+                }
+                Err(e) => Err(refusal(RefuseCode::Internal, crate::chain(&e))),
+            }))
+            .await
+        }
+        Message::Renew { csr_der } => {
+            let (host, subject) = (agent.host, agent.subject());
+            blocking(Box::new(move |links| renew(links, host, &subject, &csr_der))).await
+        }
+        other => Err(refusal(RefuseCode::OutOfPlace, format!("a {} on a control connection", other.name()))),
+    }
+}
+
+fn is_released(group: &Group) -> bool {
+    group.shared.released.load(std::sync::atomic::Ordering::Relaxed)
+}
+
+fn renew(links: &Links, host: HostId, subject: &str, csr_der: &[u8]) -> Result<Message, Refusal> {
+    let issued = links.pki.sign_host(csr_der, host, links.clock.wall_us());
+    let issued = issued.map_err(|e| refusal(RefuseCode::BadRequest, crate::chain(&e)))?;
+    let kept = links.catalog.change(|data| data.add_serial(host, issued.serial.clone()));
+    kept.map_err(|e| refusal(RefuseCode::Internal, crate::chain(&e)))?;
+    links.events.note(Event::HostRenewed, subject, &issued.serial);
+    Ok(Message::Enrolled { host, certificate_pem: issued.certificate_pem, ca_pem: links.pki.ca_pem().to_owned() })
+}
+
+enum Protection {
+    New(GroupSpec),
+    /// The host had it before; the same disks, perhaps more.
+    Again {
+        group: Arc<Group>,
+        spec: GroupSpec,
+    },
+}
+
+/// Decides what a wish to protect means. Volumes keep their numbers by identity; the box gives the numbers of new ones.
+fn plan_protection(
+    links: &Links,
+    host: HostId,
+    group_name: &str,
+    volumes: &[VolumeSpec],
+    mode: SyncMode,
+) -> Result<Protection, Refusal> {
+    let name = group_name.parse::<BookmarkName>().map_err(|_| {
+        refusal(RefuseCode::BadRequest, "a group's name has 1 to 128 characters, none of them a control character")
+    })?;
+    if volumes.is_empty() {
+        return Err(refusal(RefuseCode::BadRequest, "a group needs at least one volume"));
+    }
+    for (i, volume) in volumes.iter().enumerate() {
+        if volume.sectors.0 == 0 {
+            return Err(refusal(RefuseCode::BadRequest, format!("{} has no size", volume.name)));
+        }
+        let same = |other: &VolumeSpec| other.identity == volume.identity;
+        if volumes[..i].iter().any(same) {
+            return Err(refusal(RefuseCode::BadRequest, format!("{} is named twice", volume.name)));
+        }
+    }
+    let Some(group) = links.vault.find(name.as_str()) else {
+        let id = pki::random_128().ok_or_else(|| refusal(RefuseCode::Internal, "no random bytes"))?;
+        let policy = GroupPolicy { mode, ..GroupPolicy::default() };
+        let volumes = number(&[], volumes);
+        return Ok(Protection::New(GroupSpec {
+            id: GroupId(id),
+            name: name.into(),
+            host: Some(host),
+            volumes,
+            policy,
+        }));
+    };
+    if group.shared.host != Some(host) {
+        return Err(refusal(RefuseCode::NameTaken, "the box has a group of this name already; choose another one"));
+    }
+    group.reader().map_err(|e| refusal(RefuseCode::Stopped, e.to_string()))?;
+    let have = group.shared.spec();
+    if let Some(missing) = have.volumes.iter().find(|h| volumes.iter().all(|v| v.identity != h.identity)) {
+        let text =
+            format!("the group also protects {}: name all its disks, or give the group another name", missing.name);
+        return Err(refusal(RefuseCode::VolumeChanged, text));
+    }
+    if let Some(changed) =
+        have.volumes.iter().find(|h| volumes.iter().any(|v| v.identity == h.identity && v.sectors < h.sectors))
+    {
+        return Err(refusal(RefuseCode::VolumeChanged, format!("{} is smaller than it was", changed.name)));
+    }
+    let volumes = number(&have.volumes, volumes);
+    let spec = GroupSpec { volumes, policy: GroupPolicy { mode, ..have.policy.clone() }, ..have };
+    Ok(Protection::Again { group, spec })
+}
+
+/// Gives volumes their numbers: those known by identity keep theirs, new ones get the next.
+fn number(have: &[VolumeSpec], wanted: &[VolumeSpec]) -> Vec<VolumeSpec> {
+    let mut next = have.iter().map(|v| v.id.0 + 1).max().unwrap_or(0);
+    let mut volumes: Vec<VolumeSpec> = wanted
+        .iter()
+        .map(|volume| {
+            let id = have.iter().find(|h| h.identity == volume.identity).map_or_else(
+                || {
+                    next += 1;
+                    VolumeId(next - 1)
+                },
+                |h| h.id,
+            );
+            VolumeSpec { id, ..volume.clone() }
+        })
+        .collect();
+    volumes.sort_by_key(|v| v.id);
+    volumes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::Sectors;
+
+    fn volume(id: u32, identity: &str) -> VolumeSpec {
+        VolumeSpec {
+            id: VolumeId(id),
+            name: format!("/dev/{identity}"),
+            sectors: Sectors(8),
+            identity: identity.into(),
+        }
+    }
+
+    #[test]
+    fn volumes_keep_their_numbers() {
+        let first = number(&[], &[volume(7, "a"), volume(9, "b")]);
+        assert_eq!(first.iter().map(|v| (v.id.0, &*v.identity)).collect::<Vec<_>>(), [(0, "a"), (1, "b")]);
+        let more = number(&first, &[volume(0, "c"), volume(1, "b"), volume(2, "a")]);
+        assert_eq!(more.iter().map(|v| (v.id.0, &*v.identity)).collect::<Vec<_>>(), [(0, "a"), (1, "b"), (2, "c")]);
+    }
+}

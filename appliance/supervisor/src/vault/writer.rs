@@ -1,0 +1,1168 @@
+//! The journal thread: the one owner of a group's [`Journal`].
+//!
+//! ```text
+//!            ┌────────────── JobDone ──────────── job threads
+//! NBD ──┐    ▼
+//! agent ├─▶ inbox ─▶ pending ─▶ append ─▶ submit ─▶ poll ─▶ answers, acks ─▶ outboxes
+//! API ──┘              (in order)
+//! ```
+//!
+//! **Group commit without a timer.** One turn takes everything that is queued, appends it, submits, and only then waits: for
+//! completions when somebody needs them, for commands otherwise. Under load a batch is what came in while the last ones were being
+//! written. When nobody waits for durability (plain writes, no flush), what comes in while a write is under way is gathered into
+//! the next one instead of making many small ones.
+//!
+//! **Answers.** A plain NBD write is answered when it is appended: the client was promised a volatile cache. FUA and flush are answered
+//! when the LSN they mean is durable. A read of an ingest target goes to the readers once everything appended before it is written. An
+//! agent is told *durable* by [`Target`] from the journal's progress, never earlier.
+//!
+//! **No room.** A record that does not fit stays at the head of the queue while jobs may still make room (prepare, fold within the
+//! window's floor). When they could not, the group is *full*: NBD writes fail with "no space", an agent is told and keeps a dirty map;
+//! nothing acknowledged is touched. It is tried again with every job and every second.
+//!
+//! **Failure.** A failed write poisons the journal: all who wait are told, the stream connection is cut, and the journal is opened again,
+//! which recovers it. Damage stops the group for good, with file and offset in its status.
+//!
+//! **Limits.** What is queued is bounded by its producers, see [`Inbox`]; `waiters` and `reads` hold at most what those have
+//! unanswered.
+
+use super::{
+    Command, Counters, GroupError, LinkInfo, Marked, Phase, Shared, StreamOpening,
+    group::Live,
+    inbox::{Inbox, Wait},
+    jobs::{self, JobPool},
+};
+use crate::{
+    clock::Clock,
+    events::{Event, Events},
+    exports::{
+        driver::Op,
+        lane::Lane,
+        pool::{ReadJob, ReadPool, Source},
+    },
+    links::lane::{Inbound, LinkLane},
+    outbox::Outbox,
+};
+use durable::Disk;
+use journal::{AppendError, Journal, JournalOptions, JournalReader, MAX_RECORD_BYTES, NewRecord, OpenError, Progress};
+use model::{
+    Codec, Extent, GroupSpec, HistoryTime, Lsn, Mark, MonoTime, RecordKind, SECTOR, SourceSeq, StreamId, WriteFlags,
+};
+use nbd::{Command as Nbd, Errno};
+use replication::{Had, Target, TargetAction, TargetConfig, TargetEvent, TargetState};
+use std::{collections::VecDeque, path::PathBuf, sync::Arc, time::Duration};
+use tokio::sync::oneshot;
+use wire::{FrameHeader, Message, Refusal, RefuseCode, Resume};
+
+/// With nothing to do, the thread looks at retention and rates this often.
+const TICK_MS: u64 = 1000;
+/// With an agent connected, acks and silence are looked at this often.
+const LINK_TICK_MS: u64 = 100;
+/// Plain writes under way and nobody waiting: new ones are gathered for so long at most before completions are looked at.
+const GATHER: Duration = Duration::from_micros(500);
+/// Jobs that may end without making room before a record that does not fit means "full". Several, because one prepares, one folds, one
+/// deletes.
+const JOBS_BEFORE_FULL: u32 = 4;
+/// After so much was appended, jobs are looked for without waiting for the next tick: segments must be prepared ahead of a fast writer.
+const JOBS_EVERY_BYTES: u64 = 8 << 20;
+/// Waits before a stopped group is tried again.
+const RETRY_MS: [u64; 5] = [500, 2_000, 5_000, 15_000, 30_000];
+
+/// What a journal thread works with.
+pub struct Context {
+    pub disk: Arc<dyn Disk>,
+    /// The group's folder, relative to the disk.
+    pub dir: PathBuf,
+    pub options: JournalOptions,
+    pub clock: Clock,
+    pub events: Arc<Events>,
+    pub jobs: Arc<JobPool>,
+    pub reads: Arc<ReadPool>,
+}
+
+/// Runs a group until it is closed.
+pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>) {
+    let mut failures = 0;
+    loop {
+        shared.set_phase(Phase::Opening);
+        let now = context.clock.history();
+        let (reason, damaged) =
+            match Journal::open(Arc::clone(&context.disk), &context.dir, context.options.clone(), now) {
+                Ok((journal, report)) => {
+                    note_opened(context, shared, &report, failures);
+                    shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
+                    match Writer::new(context, shared, inbox, journal).run() {
+                        End::Closed => break,
+                        End::Failed(reason) => (reason, false),
+                    }
+                }
+                Err(e) => (crate::chain(&e), is_damage(&e)),
+            };
+        context.events.note(Event::GroupStopped, &shared.name, &reason);
+        let since_us = context.clock.wall_us();
+        shared.set_phase(Phase::Stopped { reason: reason.clone(), damaged, since_us });
+        shared.change_live(|live| *live = Live { recovery: live.recovery.take(), ..Live::default() });
+        let retry_ms = (!damaged).then(|| RETRY_MS[failures.min(RETRY_MS.len() - 1)]);
+        failures += 1;
+        if !refuse_until(context, inbox, &reason, retry_ms) {
+            break;
+        }
+    }
+    shared.set_phase(Phase::Closed);
+    inbox.close();
+    let mut left = VecDeque::new();
+    inbox.take(&mut left, Wait::No);
+    left.into_iter().for_each(|command| refuse(command, "the group is closed"));
+}
+
+fn note_opened(context: &Context, shared: &Shared, report: &journal::RecoveryReport, failures: usize) {
+    let event = if failures > 0 { Event::GroupReopened } else { Event::GroupOpened };
+    let text = format!("LSN {} to {} in {} segments", report.first_lsn, report.last_lsn, report.segments);
+    context.events.note(event, &shared.name, text);
+    for cut in &report.cut {
+        let text = format!(
+            "{}: {} records in {} after LSN {} were not acknowledged and are cut",
+            cut.file.display(),
+            cut.records,
+            cut.bytes,
+            cut.after
+        );
+        context.events.note(Event::GroupRecovered, &shared.name, text);
+    }
+}
+
+/// Whether trying again cannot help.
+fn is_damage(e: &OpenError) -> bool {
+    !matches!(e, OpenError::Disk(_) | OpenError::Control(journal::ControlError::Disk(_)))
+}
+
+/// Answers everything with the reason until it is time to try again (true) or the group is closed (false).
+fn refuse_until(context: &Context, inbox: &Inbox<Command>, reason: &str, retry_ms: Option<u64>) -> bool {
+    let from = context.clock.mono();
+    let text = format!("the group is stopped: {reason}");
+    let mut queue = VecDeque::new();
+    loop {
+        let waited = context.clock.mono().ms_since(from);
+        let left = match retry_ms {
+            Some(ms) if waited >= ms => return true,
+            Some(ms) => ms - waited,
+            None => 60_000,
+        };
+        inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(left)));
+        for command in queue.drain(..) {
+            if matches!(command, Command::Close) {
+                return false;
+            }
+            refuse(command, &text);
+        }
+    }
+}
+
+/// Tells whoever sent `command` that it cannot be carried out.
+fn refuse(command: Command, text: &str) {
+    let stopped = || GroupError::Stopped { reason: text.to_owned() };
+    match command {
+        Command::Nbd { lane, ops } => {
+            ops.iter().for_each(|op| lane.fail(&op.request, Errno::Io, text));
+            lane.wake();
+        }
+        Command::Frames { link, cost, .. } => {
+            link.outbox.put(cost, |_| {});
+            link.say(&Message::refuse(RefuseCode::Stopped, text));
+            link.outbox.close();
+        }
+        Command::Attach { reply, .. } => {
+            let _ = reply.send(Err(Refusal { code: RefuseCode::Stopped, text: text.to_owned() }));
+        }
+        Command::Mark { reply, .. } => {
+            let _ = reply.send(Err(stopped()));
+        }
+        Command::SetSpec { reply, .. } | Command::ReleaseBookmark { reply, .. } => {
+            let _ = reply.send(Err(stopped()));
+        }
+        Command::Detach { .. }
+        | Command::MustFree { .. }
+        | Command::Share { .. }
+        | Command::JobDone(_)
+        | Command::JobPanicked { .. }
+        | Command::Close => {}
+    }
+}
+
+enum End {
+    Closed,
+    Failed(String),
+}
+
+/// Work in the order it came; at most its first piece is half done.
+enum Work {
+    Ops {
+        lane: Arc<Lane>,
+        ops: std::vec::IntoIter<Op>,
+    },
+    /// A write of which `done` bytes are appended.
+    Write {
+        lane: Arc<Lane>,
+        op: Op,
+        done: usize,
+    },
+    Frames {
+        link: Arc<LinkLane>,
+        frames: std::vec::IntoIter<Inbound>,
+        cost: usize,
+    },
+    /// A record the target has accepted.
+    Record {
+        link: Arc<LinkLane>,
+        header: FrameHeader,
+        payload: bytes::Bytes,
+        time: HistoryTime,
+    },
+    SourceMark {
+        link: Arc<LinkLane>,
+        mark: Mark,
+        time: HistoryTime,
+        seq: SourceSeq,
+    },
+    Mark {
+        mark: Mark,
+        reply: oneshot::Sender<Result<Marked, GroupError>>,
+    },
+}
+
+/// What became of a piece of work.
+enum Step {
+    Done,
+    /// There is more of it.
+    Again(Work),
+    /// It does not fit; it stays first in line.
+    Held(Work),
+}
+
+/// Somebody who is told when `lsn` is durable.
+struct Waiter {
+    lsn: Lsn,
+    who: Who,
+}
+
+enum Who {
+    Client {
+        lane: Arc<Lane>,
+        op: Op,
+    },
+    Mark {
+        time: HistoryTime,
+        reply: oneshot::Sender<Result<Marked, GroupError>>,
+    },
+    /// The agent's source, by way of the target.
+    Source,
+}
+
+/// A read of an ingest target that must see everything up to `lsn`.
+struct Reading {
+    lsn: Lsn,
+    lane: Arc<Lane>,
+    op: Op,
+}
+
+/// Why a record was not appended.
+enum Refused {
+    NoRoom(String),
+    /// This record, and no other, cannot be taken.
+    Record(AppendError),
+    /// The journal takes nothing any more.
+    Failed(String),
+}
+
+struct Attached {
+    lane: Arc<LinkLane>,
+    stream: StreamId,
+    target: Target,
+}
+
+/// A piece of work that waits for room.
+#[derive(Clone, Copy)]
+struct Held {
+    /// Jobs that have ended since without making room.
+    jobs: u32,
+    /// One has ended since it was tried last.
+    due: bool,
+    tried: MonoTime,
+}
+
+struct Writer<'a> {
+    context: &'a Context,
+    shared: &'a Arc<Shared>,
+    inbox: &'a Arc<Inbox<Command>>,
+    journal: Journal,
+    reader: JournalReader,
+    queue: VecDeque<Command>,
+    pending: VecDeque<Work>,
+    waiters: VecDeque<Waiter>,
+    reads: VecDeque<Reading>,
+    /// Outboxes with answers whose tasks are not woken yet.
+    touched: Vec<Arc<Outbox>>,
+    link: Option<Attached>,
+    actions: Vec<TargetAction>,
+    jobs_running: usize,
+    appended_since_jobs: u64,
+    /// Set while the head of `pending` does not fit.
+    held: Option<Held>,
+    full: bool,
+    ticked: MonoTime,
+    rated: (MonoTime, u64, u64),
+    closing: bool,
+    failed: Option<String>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(context: &'a Context, shared: &'a Arc<Shared>, inbox: &'a Arc<Inbox<Command>>, journal: Journal) -> Self {
+        let now = context.clock.mono();
+        let reader = journal.reader();
+        shared.set_spec(GroupSpec::clone(&journal.spec()));
+        Self {
+            context,
+            shared,
+            inbox,
+            reader,
+            journal,
+            queue: VecDeque::new(),
+            pending: VecDeque::new(),
+            waiters: VecDeque::new(),
+            reads: VecDeque::new(),
+            touched: Vec::new(),
+            link: None,
+            actions: Vec::new(),
+            jobs_running: 0,
+            appended_since_jobs: 0,
+            held: None,
+            full: false,
+            ticked: now,
+            rated: (now, Counters::get(&shared.counters.bytes), Counters::get(&shared.counters.records)),
+            closing: false,
+            failed: None,
+        }
+    }
+
+    fn run(mut self) -> End {
+        self.begin_if_new();
+        self.start_jobs();
+        self.publish();
+        if self.failed.is_none() {
+            self.shared.set_phase(Phase::Running(self.reader.clone()));
+        }
+        while self.failed.is_none() && !(self.closing && self.pending.is_empty()) {
+            self.turn();
+        }
+        self.end()
+    }
+
+    /// An ingest group is valid from its first LSN on: an empty disk is a consistent one.
+    fn begin_if_new(&mut self) {
+        if self.shared.host.is_none() && self.journal.in_gap().is_some() {
+            match self.append_mark(
+                &Mark::Consistent,
+                self.context.clock.history(),
+                StreamId::default(),
+                SourceSeq::ZERO,
+            ) {
+                Ok(_) => self.settle(),
+                Err(Refused::NoRoom(text) | Refused::Failed(text)) => self.failed = Some(text),
+                Err(Refused::Record(e)) => self.failed = Some(crate::chain(&e)),
+            }
+        }
+    }
+
+    fn turn(&mut self) {
+        let wait = self.wait();
+        self.inbox.take(&mut self.queue, wait);
+        while let Some(command) = self.queue.pop_front() {
+            self.command(command);
+        }
+        self.drain();
+        self.submit();
+        self.wake();
+        // Whoever needs a completion waits for one, unless there is more to submit first.
+        let progress = self.journal.progress();
+        self.collect(self.wanted(&progress) && progress.in_flight > 0 && self.inbox.is_empty());
+        self.wake();
+        self.tick();
+        self.publish();
+    }
+
+    /// Whether somebody waits for what is not there yet.
+    fn wanted(&self, progress: &Progress) -> bool {
+        !self.waiters.is_empty() || self.reads.front().is_some_and(|r| r.lsn > progress.written) || self.closing
+    }
+
+    fn wait(&self) -> Wait {
+        let progress = self.journal.progress();
+        let ready = !self.pending.is_empty() && self.held.is_none_or(|h| h.due);
+        if ready || self.closing || (self.wanted(&progress) && progress.in_flight > 0) {
+            return Wait::No;
+        }
+        if progress.in_flight > 0 {
+            return Wait::AtMost(GATHER);
+        }
+        let every = if self.link.is_some() { LINK_TICK_MS } else { TICK_MS };
+        let since = self.context.clock.mono().ms_since(self.ticked);
+        Wait::AtMost(Duration::from_millis(every.saturating_sub(since).max(1)))
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Nbd { lane, ops } => self.pending.push_back(Work::Ops { lane, ops: ops.into_iter() }),
+            Command::Frames { link, frames, cost } => {
+                self.pending.push_back(Work::Frames { link, frames: frames.into_iter(), cost });
+            }
+            Command::Attach { link, open, reply } => {
+                let answer = self.attach(link, &open);
+                let _ = reply.send(answer);
+            }
+            Command::Detach { link } => {
+                if self.link.as_ref().is_some_and(|l| l.lane.id == link) {
+                    self.drop_link();
+                }
+            }
+            Command::Mark { mark, reply } => self.pending.push_back(Work::Mark { mark, reply }),
+            Command::SetSpec { spec, reply } => {
+                let result = self.journal.set_spec(*spec).map_err(GroupError::Control);
+                if result.is_ok() {
+                    self.shared.set_spec(GroupSpec::clone(&self.journal.spec()));
+                    self.start_jobs();
+                }
+                let _ = reply.send(result);
+            }
+            Command::ReleaseBookmark { name, reply } => {
+                let result = self.journal.release_bookmark(&name).map_err(GroupError::Bookmark);
+                let _ = reply.send(result);
+                self.start_jobs();
+            }
+            Command::MustFree { bytes } => {
+                self.journal.set_must_free(bytes);
+                self.start_jobs();
+            }
+            Command::Share { reply } => {
+                let _ = reply.send(self.journal.share(self.context.clock.history()));
+            }
+            Command::JobDone(done) => {
+                self.jobs_running = self.jobs_running.saturating_sub(1);
+                self.job_done(*done);
+            }
+            Command::JobPanicked { what } => {
+                self.jobs_running = self.jobs_running.saturating_sub(1);
+                self.failed = Some(format!("{what} panicked; the group is opened again"));
+            }
+            Command::Close => self.closing = true,
+        }
+    }
+
+    // ---- the queue
+
+    /// Appends what is pending, in order, until something does not fit.
+    fn drain(&mut self) {
+        if let Some(held) = self.held
+            && !held.due
+            && !self.closing
+            && self.context.clock.mono().ms_since(held.tried) < TICK_MS
+        {
+            return;
+        }
+        while self.failed.is_none()
+            && let Some(work) = self.pending.pop_front()
+        {
+            match self.step(work) {
+                Step::Done => {}
+                Step::Again(work) => self.pending.push_front(work),
+                Step::Held(work) => {
+                    self.pending.push_front(work);
+                    break;
+                }
+            }
+        }
+        if self.closing && self.held.is_some() {
+            // Nobody waits for room at the end: what was not appended was not acknowledged.
+            self.pending.drain(..).for_each(|work| fail_work(work, "the box is shutting down"));
+        }
+    }
+
+    fn step(&mut self, work: Work) -> Step {
+        match work {
+            Work::Ops { lane, mut ops } => {
+                let Some(op) = ops.next() else { return Step::Done };
+                match self.op(&lane, op) {
+                    Step::Held(held) | Step::Again(held) => {
+                        self.pending.push_front(Work::Ops { lane, ops });
+                        Step::Held(held)
+                    }
+                    Step::Done => Step::Again(Work::Ops { lane, ops }),
+                }
+            }
+            Work::Write { lane, op, done } => self.write(lane, op, done),
+            Work::Frames { link, mut frames, cost } => match frames.next() {
+                // What an ended connection still had in its buffers must not be appended any more.
+                Some(frame) if self.is_current(&link) => {
+                    self.pending.push_front(Work::Frames { link: Arc::clone(&link), frames, cost });
+                    self.frame(&link, frame);
+                    Step::Done
+                }
+                _ => {
+                    link.outbox.put(cost, |_| {});
+                    self.touch(&link.outbox);
+                    Step::Done
+                }
+            },
+            Work::Record { link, header, payload, time } => self.record(link, header, payload, time),
+            Work::SourceMark { link, mark, time, seq } => self.source_mark(link, mark, time, seq),
+            Work::Mark { mark, reply } => self.mark(mark, reply),
+        }
+    }
+
+    // ---- NBD
+
+    fn op(&mut self, lane: &Arc<Lane>, op: Op) -> Step {
+        let request = op.request;
+        match request.command {
+            Nbd::Write { .. } => self.write(Arc::clone(lane), op, 0),
+            Nbd::WriteZeroes { .. } | Nbd::Trim { .. } => self.write(Arc::clone(lane), op, 0),
+            Nbd::Flush => {
+                Counters::add(&self.shared.counters.flushes, 1);
+                let progress = self.journal.progress();
+                if progress.durable >= progress.appended {
+                    lane.done(&request);
+                    self.touch(&lane.outbox);
+                } else {
+                    let who = Who::Client { lane: Arc::clone(lane), op };
+                    self.waiters.push_back(Waiter { lsn: progress.appended, who });
+                }
+                Step::Done
+            }
+            Nbd::Read { .. } | Nbd::BlockStatus { .. } => {
+                let progress = self.journal.progress();
+                let reading = Reading { lsn: progress.appended, lane: Arc::clone(lane), op };
+                if reading.lsn <= progress.written {
+                    self.read(reading)
+                } else {
+                    self.reads.push_back(reading)
+                }
+                Step::Done
+            }
+            Nbd::Cache => {
+                lane.done(&request);
+                self.touch(&lane.outbox);
+                Step::Done
+            }
+        }
+    }
+
+    fn read(&self, reading: Reading) {
+        let source = Source::Head(self.reader.clone());
+        self.context.reads.push(ReadJob { lane: reading.lane, request: reading.op.request, source });
+    }
+
+    /// Appends a write, trim or zeroing from byte `done` on, and sees to its answer.
+    fn write(&mut self, lane: Arc<Lane>, op: Op, mut done: usize) -> Step {
+        let request = op.request;
+        let len = request.len as usize;
+        let fua = request.fua();
+        let kind = match request.command {
+            Nbd::Trim { .. } => RecordKind::Discard,
+            Nbd::WriteZeroes { .. } => RecordKind::Zero,
+            _ => RecordKind::Write,
+        };
+        let time = self.context.clock.history();
+        while done < len {
+            // Only data is split: a range without data fits one record whatever its length.
+            let piece = if kind == RecordKind::Write { (len - done).min(MAX_RECORD_BYTES) } else { len };
+            let mut flags = WriteFlags::NONE;
+            if fua {
+                flags = flags | WriteFlags::FUA;
+            }
+            if done + piece < len {
+                flags = flags | WriteFlags::MORE;
+            }
+            let payload = if kind == RecordKind::Write { &op.payload[done..done + piece] } else { &[][..] };
+            let record = NewRecord {
+                kind,
+                flags,
+                volume: lane.volume,
+                extent: Extent::new((request.offset + done as u64) / SECTOR, piece as u64 / SECTOR),
+                codec: Codec::Raw,
+                payload,
+                payload_crc: crc32fast::hash(payload),
+                time,
+                source_wall_us: time.0,
+                stream: StreamId::default(),
+                seq: SourceSeq::ZERO,
+            };
+            match self.append(&record) {
+                Ok(_) => done += piece,
+                Err(Refused::NoRoom(text)) => {
+                    if self.hold(&text) {
+                        return Step::Held(Work::Write { lane, op, done });
+                    }
+                    Counters::add(&self.shared.counters.refused_full, 1);
+                    return self.fail_op(&lane, &op, Errno::NoSpace, &format!("the journal is full: {text}"));
+                }
+                Err(Refused::Record(e)) => return self.fail_op(&lane, &op, Errno::Io, &crate::chain(&e)),
+                Err(Refused::Failed(text)) => {
+                    self.fail_op(&lane, &op, Errno::Io, &text);
+                    self.failed = Some(text);
+                    return Step::Done;
+                }
+            }
+        }
+        if fua {
+            let lsn = self.journal.progress().appended;
+            self.waiters.push_back(Waiter { lsn, who: Who::Client { lane, op } });
+        } else {
+            lane.done(&request);
+            self.touch(&lane.outbox);
+        }
+        Step::Done
+    }
+
+    fn fail_op(&mut self, lane: &Arc<Lane>, op: &Op, errno: Errno, text: &str) -> Step {
+        lane.fail(&op.request, errno, text);
+        self.touch(&lane.outbox);
+        Step::Done
+    }
+
+    // ---- the agent's stream
+
+    fn is_current(&self, link: &LinkLane) -> bool {
+        self.link.as_ref().is_some_and(|l| l.lane.id == link.id)
+    }
+
+    fn attach(&mut self, lane: Arc<LinkLane>, open: &StreamOpening) -> Result<(), Refusal> {
+        let spec = GroupSpec::clone(&self.journal.spec());
+        if let Some(text) = volumes_differ(&spec.volumes, &open.volumes) {
+            return Err(Refusal { code: RefuseCode::VolumeChanged, text });
+        }
+        // What the connection before had sent and was not appended is dropped; its source sends it again.
+        self.drop_link();
+        // The resume point is then all durable, and the first ack tells the source so.
+        self.settle();
+        if let Some(reason) = &self.failed {
+            return Err(Refusal { code: RefuseCode::Stopped, text: reason.clone() });
+        }
+        let position = self.journal.source_position();
+        let resume = replication::resume(position.map(|p| (p.stream, p.appended)), &open.facts);
+        let config = TargetConfig {
+            in_gap: self.journal.in_gap().map(|(_, reason)| reason),
+            silence_ms: open.silence_ms,
+            last_time: self.journal.last_time(),
+            had: position.map(|p| Had { durable: p.durable, appended_lsn: self.journal.progress().appended }),
+            ..TargetConfig::new(spec.id, open.facts.stream, spec.volumes.clone(), resume)
+        };
+        let clock = &self.context.clock;
+        let (target, ready) = Target::open(config, spec, open.mono, clock.history(), clock.mono());
+        lane.say(&ready);
+        let text = match resume {
+            Resume::Continue { next } => format!("stream {} goes on at {next}", open.facts.stream),
+            Resume::Restart => format!("stream {} begins", open.facts.stream),
+        };
+        self.context.events.note(Event::StreamOpened, &self.shared.name, text);
+        let link = LinkInfo { id: lane.id, since_us: clock.wall_us() };
+        self.shared.change_live(|live| live.link = Some(link));
+        self.touch(&lane.outbox);
+        self.link = Some(Attached { lane, stream: open.facts.stream, target });
+        if self.full {
+            self.target_event(TargetEvent::Room(false), None);
+        }
+        Ok(())
+    }
+
+    fn drop_link(&mut self) {
+        let Some(link) = self.link.take() else { return };
+        link.lane.outbox.close();
+        let now = self.context.clock.wall_us();
+        self.shared.change_live(|live| (live.link, live.link_lost_us) = (None, Some(now)));
+        self.context.events.note(Event::StreamClosed, &self.shared.name, &link.lane.peer);
+        let before = self.pending.len();
+        self.pending.retain(|work| !matches!(work, Work::Record { .. } | Work::SourceMark { .. }));
+        if self.pending.len() != before {
+            self.held = None;
+        }
+    }
+
+    fn frame(&mut self, link: &Arc<LinkLane>, frame: Inbound) {
+        match frame {
+            Inbound::Message(message) => self.target_event(TargetEvent::Message(&message), None),
+            Inbound::Record { header, payload } => {
+                let event = TargetEvent::Frame { header: &header, payload: &payload };
+                let work = |time| Work::Record { link: Arc::clone(link), header, payload: payload.clone(), time };
+                self.target_event(event, Some(&work));
+            }
+        }
+    }
+
+    /// Lets the target see an event and does what it says. Appends go to the front of the queue.
+    fn target_event(&mut self, event: TargetEvent<'_>, append: Option<&dyn Fn(HistoryTime) -> Work>) {
+        let Some(link) = &mut self.link else { return };
+        let (now, wall) = (self.context.clock.mono(), self.context.clock.history());
+        let mut actions = std::mem::take(&mut self.actions);
+        link.target.on(event, now, wall, &mut actions);
+        let lane = Arc::clone(&link.lane);
+        for action in actions.drain(..) {
+            match action {
+                TargetAction::Append { time } => {
+                    if let Some(work) = append {
+                        self.pending.push_front(work(time));
+                    }
+                }
+                TargetAction::AppendMark { mark, time, seq } => {
+                    self.pending.push_front(Work::SourceMark { link: Arc::clone(&lane), mark, time, seq });
+                }
+                TargetAction::SendAck(ack) => {
+                    lane.outbox.put(0, |out| ack.encode(out));
+                    self.touch(&lane.outbox);
+                }
+                TargetAction::Send(message) => {
+                    lane.say(&message);
+                    self.touch(&lane.outbox);
+                }
+                TargetAction::Refuse(refusal) => {
+                    let event =
+                        if refusal.code == RefuseCode::Silent { Event::HostSilent } else { Event::FrameRefused };
+                    self.context.events.note(event, &lane.peer, &refusal);
+                    lane.say(&Message::Refuse(refusal));
+                    self.drop_link();
+                }
+                TargetAction::Proven { until, .. } => {
+                    self.shared.change_live(|live| live.proven = live.proven.max(Some(until)));
+                }
+                TargetAction::State(state) => {
+                    if state != TargetState::Refused {
+                        tracing::debug!(group = %self.shared.name, ?state, "stream");
+                    }
+                }
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn record(&mut self, link: Arc<LinkLane>, header: FrameHeader, payload: bytes::Bytes, time: HistoryTime) -> Step {
+        let wire::FrameKind::Record(kind) = header.kind else { return Step::Done };
+        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
+            return Step::Done;
+        };
+        let record = NewRecord {
+            kind,
+            flags: header.flags,
+            volume: header.volume,
+            extent: header.extent,
+            codec: header.codec,
+            payload: &payload,
+            payload_crc: header.payload_crc,
+            time,
+            source_wall_us: header.wall_us,
+            stream,
+            seq: header.seq,
+        };
+        match self.append(&record) {
+            Ok(lsn) => {
+                self.waiters.push_back(Waiter { lsn, who: Who::Source });
+                self.target_event(TargetEvent::Appended { seq: header.seq, lsn }, None);
+                Step::Done
+            }
+            Err(refused) => {
+                self.source_refused(&link, refused, Work::Record { link: Arc::clone(&link), header, payload, time })
+            }
+        }
+    }
+
+    fn source_mark(&mut self, link: Arc<LinkLane>, mark: Mark, time: HistoryTime, seq: SourceSeq) -> Step {
+        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
+            return Step::Done;
+        };
+        match self.append_mark(&mark, time, stream, seq) {
+            Ok(lsn) => {
+                if let Mark::Bookmark { name, .. } = &mark {
+                    self.context.events.note(Event::BookmarkMade, &self.shared.name, name);
+                }
+                self.waiters.push_back(Waiter { lsn, who: Who::Source });
+                self.target_event(TargetEvent::Appended { seq, lsn }, None);
+                Step::Done
+            }
+            Err(refused) => {
+                self.source_refused(&link, refused, Work::SourceMark { link: Arc::clone(&link), mark, time, seq })
+            }
+        }
+    }
+
+    fn source_refused(&mut self, link: &Arc<LinkLane>, refused: Refused, work: Work) -> Step {
+        match refused {
+            Refused::NoRoom(text) => {
+                // Full or not, the record stays: the source is told, and what it sent is appended when there is room.
+                if !self.hold(&text) {
+                    self.held = Some(Held { jobs: 0, due: false, tried: self.context.clock.mono() });
+                }
+                Step::Held(work)
+            }
+            Refused::Record(e) => {
+                let refusal = Refusal { code: RefuseCode::BadFrame, text: crate::chain(&e) };
+                self.context.events.note(Event::FrameRefused, &link.peer, &refusal);
+                link.say(&Message::Refuse(refusal));
+                self.drop_link();
+                Step::Done
+            }
+            Refused::Failed(text) => {
+                self.failed = Some(text);
+                Step::Held(work)
+            }
+        }
+    }
+
+    // ---- marks of the box's own
+
+    fn mark(&mut self, mark: Mark, reply: oneshot::Sender<Result<Marked, GroupError>>) -> Step {
+        let time = self.context.clock.history();
+        match self.append_mark(&mark, time, StreamId::default(), SourceSeq::ZERO) {
+            Ok(lsn) => self.waiters.push_back(Waiter { lsn, who: Who::Mark { time, reply } }),
+            Err(Refused::NoRoom(reason)) => {
+                if self.hold(&reason) {
+                    return Step::Held(Work::Mark { mark, reply });
+                }
+                let _ = reply.send(Err(GroupError::Full { reason }));
+            }
+            Err(Refused::Record(e)) => {
+                let _ = reply.send(Err(GroupError::Append(e)));
+            }
+            Err(Refused::Failed(reason)) => {
+                let _ = reply.send(Err(GroupError::Stopped { reason: reason.clone() }));
+                self.failed = Some(reason);
+            }
+        }
+        Step::Done
+    }
+
+    // ---- the journal
+
+    fn append(&mut self, record: &NewRecord<'_>) -> Result<Lsn, Refused> {
+        loop {
+            match self.journal.append(record) {
+                Ok(lsn) => {
+                    let bytes = if record.kind == RecordKind::Write { record.extent.bytes() } else { 0 };
+                    Counters::add(&self.shared.counters.bytes, bytes);
+                    Counters::add(&self.shared.counters.records, 1);
+                    self.appended_since_jobs += record.payload.len() as u64 + 128;
+                    self.took();
+                    return Ok(lsn);
+                }
+                Err(AppendError::Busy { .. }) => self.make_way()?,
+                Err(e) => return Err(sort(e)),
+            }
+        }
+    }
+
+    fn append_mark(
+        &mut self,
+        mark: &Mark,
+        time: HistoryTime,
+        stream: StreamId,
+        seq: SourceSeq,
+    ) -> Result<Lsn, Refused> {
+        loop {
+            match self.journal.append_mark(mark, time, stream, seq) {
+                Ok(lsn) => {
+                    self.took();
+                    return Ok(lsn);
+                }
+                Err(AppendError::Busy { .. }) => self.make_way()?,
+                Err(e) => return Err(sort(e)),
+            }
+        }
+    }
+
+    /// All writes are in flight and the batch is full: answers go out while one of them ends.
+    fn make_way(&mut self) -> Result<(), Refused> {
+        self.wake();
+        self.collect(true);
+        self.wake();
+        match self.failed.take() {
+            None => Ok(()),
+            Some(text) => Err(Refused::Failed(text)),
+        }
+    }
+
+    /// Something was appended: there is room.
+    fn took(&mut self) {
+        self.held = None;
+        if self.full {
+            self.full = false;
+            self.shared.change_live(|live| live.full = None);
+            self.context.events.note(Event::JournalRoom, &self.shared.name, "writes are taken again");
+            self.target_event(TargetEvent::Room(true), None);
+        }
+        if self.appended_since_jobs >= JOBS_EVERY_BYTES {
+            self.start_jobs();
+        }
+    }
+
+    /// The head of the queue does not fit. True: jobs may still make room, it waits. False: the group is full.
+    fn hold(&mut self, text: &str) -> bool {
+        let jobs = self.held.map_or(0, |h| h.jobs);
+        self.start_jobs();
+        if !self.full && self.jobs_running > 0 && jobs < JOBS_BEFORE_FULL {
+            self.held = Some(Held { jobs, due: false, tried: self.context.clock.mono() });
+            return true;
+        }
+        self.held = None;
+        if !self.full {
+            self.full = true;
+            self.shared.change_live(|live| live.full = Some(text.to_owned()));
+            self.context.events.note(Event::JournalFull, &self.shared.name, text);
+            self.target_event(TargetEvent::Room(false), None);
+        }
+        false
+    }
+
+    fn submit(&mut self) {
+        let progress = self.journal.progress();
+        if progress.unsent_bytes == 0 || !(self.wanted(&progress) || progress.in_flight == 0) {
+            return;
+        }
+        Counters::add(&self.shared.counters.batches, 1);
+        match self.journal.submit() {
+            Ok(()) | Err(AppendError::Busy { .. }) => {}
+            Err(e) => self.failed = Some(crate::chain(&e)),
+        }
+    }
+
+    /// Takes in completions and answers who waited for them.
+    fn collect(&mut self, block: bool) {
+        let progress = match self.journal.poll(block) {
+            Ok(progress) => progress,
+            Err(e) => {
+                self.failed = Some(crate::chain(&e));
+                return;
+            }
+        };
+        let mut source = false;
+        while let Some(front) = self.waiters.front()
+            && front.lsn <= progress.durable
+            && let Some(waiter) = self.waiters.pop_front()
+        {
+            match waiter.who {
+                Who::Client { lane, op } => {
+                    lane.done(&op.request);
+                    self.touch(&lane.outbox);
+                }
+                Who::Mark { time, reply } => {
+                    let _ = reply.send(Ok(Marked { lsn: waiter.lsn, time }));
+                }
+                Who::Source => source = true,
+            }
+        }
+        while let Some(front) = self.reads.front()
+            && front.lsn <= progress.written
+            && let Some(reading) = self.reads.pop_front()
+        {
+            self.read(reading);
+        }
+        if source {
+            self.target_event(TargetEvent::Progress { written: progress.written, durable: progress.durable }, None);
+        }
+    }
+
+    /// Makes everything appended durable.
+    fn settle(&mut self) {
+        loop {
+            let progress = self.journal.progress();
+            if self.failed.is_some() || progress.durable >= progress.appended {
+                return;
+            }
+            match self.journal.submit() {
+                Ok(()) | Err(AppendError::Busy { .. }) => self.collect(true),
+                Err(e) => self.failed = Some(crate::chain(&e)),
+            }
+        }
+    }
+
+    // ---- jobs
+
+    fn start_jobs(&mut self) {
+        self.appended_since_jobs = 0;
+        while self.jobs_running < jobs::PER_GROUP
+            && !self.closing
+            && let Some(job) = self.journal.next_job(self.context.clock.history())
+        {
+            tracing::debug!(group = %self.shared.name, job = job.what(), "job");
+            if self.context.jobs.push(job, self.inbox).is_err() {
+                return; // the box is shutting down
+            }
+            self.jobs_running += 1;
+        }
+    }
+
+    fn job_done(&mut self, done: journal::JobDone) {
+        if let Some(held) = &mut self.held {
+            held.jobs += 1;
+            held.due = true;
+        }
+        match self.journal.job_done(done) {
+            Ok(outcome) => tracing::debug!(group = %self.shared.name, ?outcome, "job done"),
+            Err(e) => {
+                self.context.events.note(Event::JobFailed, &self.shared.name, crate::chain(&e));
+                // Not at once: a job that fails for lack of room would be tried in a loop.
+                return;
+            }
+        }
+        self.start_jobs();
+    }
+
+    // ---- housekeeping
+
+    fn touch(&mut self, outbox: &Arc<Outbox>) {
+        if !self.touched.iter().any(|o| Arc::ptr_eq(o, outbox)) {
+            self.touched.push(Arc::clone(outbox));
+        }
+    }
+    fn wake(&mut self) {
+        self.touched.drain(..).for_each(|outbox| outbox.wake());
+    }
+
+    fn tick(&mut self) {
+        let now = self.context.clock.mono();
+        let every = if self.link.is_some() { LINK_TICK_MS } else { TICK_MS };
+        if now.ms_since(self.ticked) < every {
+            return;
+        }
+        self.ticked = now;
+        self.target_event(TargetEvent::Tick, None);
+        self.wake();
+        let (since, bytes, records) = self.rated;
+        let ms = now.ms_since(since);
+        if ms >= TICK_MS {
+            let counters = &self.shared.counters;
+            let (b, r) = (Counters::get(&counters.bytes), Counters::get(&counters.records));
+            let per_s = |n: u64| n as f64 * 1000.0 / ms as f64;
+            let (rate_b, rate_r) = (per_s(b - bytes), per_s(r - records));
+            // Half of what it was each second: steady enough to read, quick enough to be true.
+            self.shared.change_live(|live| {
+                live.write_rate_bytes = (live.write_rate_bytes + rate_b) / 2.0;
+                live.write_rate_ops = (live.write_rate_ops + rate_r) / 2.0;
+            });
+            self.rated = (now, b, r);
+            self.start_jobs();
+        }
+    }
+
+    fn publish(&self) {
+        let (progress, gap) = (self.journal.progress(), self.journal.in_gap());
+        self.shared.change_live(|live| (live.progress, live.gap) = (progress, gap));
+    }
+
+    /// Ends the thread's work: everything durable if it can be, everybody told, no job left running.
+    fn end(mut self) -> End {
+        if self.failed.is_none() {
+            self.settle();
+        }
+        let reason = self.failed.clone();
+        let text = reason.as_deref().unwrap_or("the box is shutting down");
+        for work in self.pending.drain(..) {
+            fail_work(work, text);
+        }
+        for waiter in self.waiters.drain(..) {
+            match waiter.who {
+                Who::Client { lane, op } => {
+                    lane.fail(&op.request, Errno::Io, text);
+                    lane.wake();
+                }
+                Who::Mark { reply, .. } => {
+                    let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
+                }
+                Who::Source => {}
+            }
+        }
+        for reading in self.reads.drain(..) {
+            reading.lane.fail(&reading.op.request, Errno::Io, text);
+            reading.lane.wake();
+        }
+        if let Some(link) = &self.link {
+            let code = if reason.is_some() { RefuseCode::Stopped } else { RefuseCode::ShuttingDown };
+            link.lane.say(&Message::refuse(code, text));
+        }
+        self.drop_link();
+        self.wake();
+        // A job works on the journal's files: the next opening must not meet it.
+        while self.jobs_running > 0 {
+            let mut queue = VecDeque::new();
+            self.inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(TICK_MS)));
+            for command in queue {
+                match command {
+                    Command::JobDone(done) => {
+                        self.jobs_running -= 1;
+                        if let Err(e) = self.journal.job_done(*done) {
+                            self.context.events.note(Event::JobFailed, &self.shared.name, crate::chain(&e));
+                        }
+                    }
+                    Command::JobPanicked { .. } => self.jobs_running -= 1,
+                    Command::Close => self.closing = true,
+                    other => refuse(other, text),
+                }
+            }
+        }
+        match reason {
+            Some(reason) if !self.closing => End::Failed(reason),
+            Some(_) => End::Closed,
+            None => {
+                if let Err(e) = self.journal.close() {
+                    self.context.events.note(Event::GroupStopped, &self.shared.name, crate::chain(&e));
+                }
+                End::Closed
+            }
+        }
+    }
+}
+
+fn fail_work(work: Work, text: &str) {
+    match work {
+        Work::Ops { lane, ops } => {
+            ops.for_each(|op| lane.fail(&op.request, Errno::Io, text));
+            lane.wake();
+        }
+        Work::Write { lane, op, .. } => {
+            lane.fail(&op.request, Errno::Io, text);
+            lane.wake();
+        }
+        Work::Frames { link, cost, .. } => link.outbox.put(cost, |_| {}),
+        Work::Record { .. } | Work::SourceMark { .. } => {}
+        Work::Mark { reply, .. } => {
+            let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
+        }
+    }
+}
+
+fn sort(e: AppendError) -> Refused {
+    match e {
+        AppendError::NoSpace { .. } | AppendError::OverLimit { .. } => Refused::NoRoom(e.to_string()),
+        AppendError::Poisoned(_) | AppendError::Roll(_) | AppendError::Control(_) => Refused::Failed(crate::chain(&e)),
+        e => Refused::Record(e),
+    }
+}
+
+/// Says how what a source calls its volumes differs from what the journal recorded.
+fn volumes_differ(have: &[model::VolumeSpec], said: &[model::VolumeSpec]) -> Option<String> {
+    for volume in have {
+        let Some(s) = said.iter().find(|s| s.id == volume.id) else {
+            return Some(format!("volume {} ({}) is missing", volume.id, volume.name));
+        };
+        if s.sectors != volume.sectors {
+            return Some(format!(
+                "{} had {} sectors and has {} now: its size changed",
+                volume.name, volume.sectors.0, s.sectors.0
+            ));
+        }
+        if s.identity != volume.identity {
+            return Some(format!(
+                "{} is another disk than before: {:?} instead of {:?}",
+                volume.name, s.identity, volume.identity
+            ));
+        }
+    }
+    said.iter()
+        .find(|s| !have.iter().any(|h| h.id == s.id))
+        .map(|s| format!("volume {} ({}) is not part of the group", s.id, s.name))
+}

@@ -1,0 +1,120 @@
+//! Open views: which recovery points are exported, and where.
+//!
+//! A view holds a lease of its journal, so that nothing it needs is folded or deleted; it lasts until it is closed, its group is
+//! deleted, or the daemon ends. Views are read-only.
+//!
+//! **Limit.** [`VIEWS_MAX`] at once.
+
+use crate::{
+    clock::Clock,
+    events::{Event, Events},
+    exports::{Export, ExportError, Exports},
+    pki,
+    vault::{Group, GroupError},
+};
+use data_encoding::HEXLOWER;
+use journal::{OpenViewError, ResolveError, ResolvedPoint, View};
+use model::{GroupId, RecoveryPoint};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+/// Each holds back the folding of its group; more than this is a forgotten script.
+pub const VIEWS_MAX: usize = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    #[error("could not open the view")]
+    Open(#[from] OpenViewError),
+    #[error("could not export the view")]
+    Export(#[from] ExportError),
+    #[error("{VIEWS_MAX} views are open, which is the limit")]
+    TooMany,
+    #[error("the system gave no random bytes")]
+    Random,
+}
+
+pub struct OpenView {
+    pub id: String,
+    pub group: GroupId,
+    pub group_name: String,
+    pub point: ResolvedPoint,
+    pub exports: Vec<Arc<Export>>,
+    pub opened_us: u64,
+    /// From the request to the last export being there.
+    pub open_ms: f64,
+}
+
+pub struct Views {
+    exports: Arc<Exports>,
+    events: Arc<Events>,
+    clock: Clock,
+    open: Mutex<BTreeMap<String, Arc<OpenView>>>,
+}
+
+impl Views {
+    pub fn new(exports: Arc<Exports>, events: Arc<Events>, clock: Clock) -> Self {
+        Self { exports, events, clock, open: Mutex::default() }
+    }
+
+    /// Finds the point, opens it and exports its volumes. Blocking: the search may read a segment's index. Within a runtime.
+    pub fn open(&self, group: &Group, at: &RecoveryPoint, tcp: bool) -> Result<Arc<OpenView>, ViewError> {
+        let started = Instant::now();
+        let reader = group.reader()?;
+        let point = reader.resolve(at)?;
+        let view: Arc<View> = Arc::new(reader.view(point)?);
+        if crate::lock(&self.open).len() >= VIEWS_MAX {
+            return Err(ViewError::TooMany);
+        }
+        let id = HEXLOWER.encode(&pki::random_128().ok_or(ViewError::Random)?[..4]);
+        let mut exports: Vec<Arc<Export>> = Vec::new();
+        for volume in view.volumes() {
+            match self.exports.add_view(format!("view-{id}-{}", volume.id), group.id(), volume, tcp, &view) {
+                Ok(export) => exports.push(export),
+                Err(e) => {
+                    exports.iter().for_each(|e| self.exports.remove(&e.name));
+                    return Err(e.into());
+                }
+            }
+        }
+        let open = Arc::new(OpenView {
+            id: id.clone(),
+            group: group.id(),
+            group_name: group.name().to_owned(),
+            point,
+            exports,
+            opened_us: self.clock.wall_us(),
+            open_ms: started.elapsed().as_secs_f64() * 1000.0,
+        });
+        crate::lock(&self.open).insert(id, Arc::clone(&open));
+        self.events.note(Event::ViewOpened, group.name(), format!("{} at LSN {}", open.id, point.lsn));
+        Ok(open)
+    }
+
+    /// False: there is no such view.
+    pub fn close(&self, id: &str) -> bool {
+        let Some(view) = crate::lock(&self.open).remove(id) else { return false };
+        self.take_down(&view);
+        true
+    }
+    pub fn close_group(&self, group: GroupId) {
+        let of_group: Vec<_> = self.list().into_iter().filter(|v| v.group == group).collect();
+        for view in of_group {
+            self.close(&view.id);
+        }
+    }
+    fn take_down(&self, view: &OpenView) {
+        view.exports.iter().for_each(|e| self.exports.remove(&e.name));
+        self.events.note(Event::ViewClosed, &view.group_name, &view.id);
+    }
+
+    pub fn list(&self) -> Vec<Arc<OpenView>> {
+        crate::lock(&self.open).values().cloned().collect()
+    }
+}
