@@ -892,9 +892,13 @@ impl State {
         let lying = self.faults.lying;
         let inode = self.inode(id);
         if fails {
-            // The kernel marks the pages clean: visible, at risk, and out of reach of the next flush.
-            let mut lost = std::mem::take(&mut inode.pending);
+            // The kernel marks the pages clean: visible, at risk, and out of reach of the next flush. A length is not data: the
+            // next flush that works saves it.
+            let (lost, kept) =
+                std::mem::take(&mut inode.pending).into_iter().partition(|c| matches!(c, Change::Data { .. }));
+            let mut lost: Vec<Change> = lost;
             inode.failed.append(&mut lost);
+            inode.pending = kept;
             return Err(injected(op, path));
         }
         if !lying {
@@ -990,13 +994,12 @@ impl Inode {
     /// Makes everything pending durable.
     fn commit(&mut self) {
         for change in std::mem::take(&mut self.pending) {
-            if let Change::Data { at, data } = &change {
-                trim(&mut self.failed, *at, at + data.len());
+            match &change {
+                Change::Data { at, data } => trim(&mut self.failed, *at, at + data.len()),
+                Change::Len(len) => trim(&mut self.failed, *len, u64::MAX),
             }
             change.apply(&mut self.durable);
         }
-        // Data that lies past the end was cut off later on.
-        self.durable.clip();
     }
 
     fn pending_write(&mut self, at: u64, data: &[u8]) {

@@ -370,24 +370,68 @@ fn a_failed_flush_poisons_and_a_later_one_saves_nothing() {
     let mut lost = 0;
     for seed in 0..100 {
         let disk = SimDisk::new(seed, ROOM);
-        let file = disk.create_zeroed(p("f"), ByteLen(8192)).expect("made");
-        file.write_at(0, &[1; 8192]).expect("written");
+        let file = disk.create_zeroed(p("f"), ByteLen(12288)).expect("made");
+        file.write_at(0, &[1; 12288]).expect("written");
         disk.fail_next_flush();
         file.flush().expect_err("asked for");
         for refused in [file.flush(), file.write_at(0, &[1]), file.set_len(ByteLen(1)), file.punch_hole(0, 1)] {
             assert!(matches!(refused.expect_err("poisoned").kind, DiskErrorKind::Poisoned), "seed {seed}");
         }
         let again = disk.open(p("f"), OpenMode::ReadWrite).expect("opened");
-        assert_eq!(read(&disk, "f"), [1; 8192], "visible all the same");
+        assert_eq!(read(&disk, "f"), [1; 12288], "visible all the same");
         again.flush().expect("the pages are clean, so this succeeds");
-        // What is written again is safe again.
-        again.write_at(4096, &[2; 4096]).expect("written");
+        // What is written again is safe again, either way of writing.
+        again.write_at(4096, &[2; 2048]).expect("written");
         again.flush().expect("flushed");
+        again.write_at(6144, &[2; 2048]).expect("written");
+        again.flush().expect("flushed");
+        let mut queue = disk.write_queue(p("f"), 1).expect("a queue");
+        queue.submit(1, 8192, buffer(2, 4096));
+        assert!(queue.complete(true)[0].result.is_ok());
         let found = read(&disk.power_cut(), "f");
         assert!(found[4096..].iter().all(|b| *b == 2), "seed {seed}");
         lost += usize::from(found[0] == 0);
     }
     assert!(lost > 20, "a failed flush lost data only {lost} times");
+}
+
+#[test]
+fn a_length_from_before_a_failed_flush_is_saved_by_the_next() {
+    for seed in 0..100 {
+        let disk = SimDisk::new(seed, ROOM);
+        let file = disk.create_sparse(p("f"), ByteLen(0)).expect("made");
+        file.write_at(0, &[1; 1000]).expect("written");
+        file.set_len(ByteLen(100)).expect("cut");
+        file.write_at(0, &[2; 2000]).expect("written");
+        disk.fail_next_flush();
+        file.flush().expect_err("asked for");
+        let again = disk.open(p("f"), OpenMode::ReadWrite).expect("opened");
+        again.write_at(500, &[3; 500]).expect("written");
+        again.flush().expect("flushed");
+        let found = read(&disk.power_cut(), "f");
+        assert_eq!(found.len(), 2000, "seed {seed}");
+        assert!(found[500..1000].iter().all(|b| *b == 3), "seed {seed}: a flushed write is gone");
+        assert!(found[100..500].iter().all(|b| *b != 1), "seed {seed}: what was cut off came back");
+    }
+}
+
+#[test]
+fn a_process_killed_inside_a_rename_leaves_either_name_and_only_a_cleanup_makes_it_last() {
+    let (mut seen, mut later) = (BTreeSet::new(), BTreeSet::new());
+    for seed in 0..100 {
+        let disk = SimDisk::new(seed, ROOM);
+        disk.replace(p("x"), b"x").expect("made");
+        disk.cut_after(0);
+        disk.rename(p("x"), p("y")).expect_err("the process dies");
+        let next = disk.kill();
+        seen.insert(next.paths());
+        later.insert((next.paths(), next.fork(seed).power_cut().paths()));
+        next.cleanup(p("")).expect("flushed");
+        assert_eq!(next.paths(), next.power_cut().paths(), "seed {seed}");
+    }
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    let goes_back = (vec![p("y").to_owned()], vec![p("x").to_owned()]);
+    assert!(later.contains(&goes_back), "a name that was seen must be able to go back: {later:?}");
 }
 
 #[test]

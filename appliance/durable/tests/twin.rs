@@ -266,6 +266,43 @@ fn a_newer_format_is_refused_rather_than_going_back_to_the_older_copy() {
 }
 
 #[test]
+fn another_kind_of_file_is_no_twin_record() {
+    let disk = disk(1);
+    create(&disk, b"value").expect("made");
+    forge(&disk, "b", 0, b"JOURNAL!");
+    let (twin, found) = load(&disk).expect("one copy is enough").expect("there");
+    assert_eq!(found, b"value");
+    assert_eq!(twin.fault().expect("reported").to_string(), "group/control.b: magic of a twin record at 0x0");
+}
+
+/// After a store that wrote one copy only, the retry must begin with the other: the copies stay one apart, and a crash in the
+/// retry is no damage either.
+#[test]
+fn a_crash_while_repeating_a_half_done_store_is_no_damage() {
+    for side in ["a", "b"] {
+        for point in 0..6 {
+            for seed in 0..20 {
+                let at = format!("copy {side}, crash point {point}, seed {seed}");
+                let disk = disk(seed);
+                let mut twin = create(&disk, &body(1)).expect(&at);
+                // The copy that is written second alternates.
+                if side == "b" {
+                    twin.store(&disk, &body(1)).expect(&at);
+                }
+                disk.fail_write_at(path(side));
+                twin.store(&disk, &body(2)).expect_err(&at);
+                assert_eq!(twin.fault().map(|f| &f.reason), Some(&FaultReason::NotWritten), "{at}");
+                disk.cut_after(point);
+                twin.store(&disk, &body(3)).expect_err(&at);
+                let (twin, found) = load(&disk.power_cut()).expect(&at).expect(&at);
+                assert!(found == body(2) || found == body(3), "{at}: garbage");
+                assert_eq!(twin.fault(), None, "{at}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_last_sequence_number_is_an_error_not_a_wrap() {
     let disk = disk(1);
     create(&disk, b"value").expect("made");
