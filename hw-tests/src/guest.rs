@@ -15,13 +15,19 @@ use anyhow::{Context, Result, bail, ensure};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
     os::{
         fd::AsRawFd,
         unix::{fs::PermissionsExt, net::UnixStream},
     },
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -210,7 +216,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 mount -t tmpfs run /run
-mkdir -p /sys/fs/bpf /sys/kernel/debug
+mkdir -p /sys/fs/bpf /sys/kernel/debug /var/lock
 mount -t bpf bpf /sys/fs/bpf
 mount -t debugfs debug /sys/kernel/debug
 INSMODS
@@ -337,6 +343,61 @@ impl Guest {
             }
         }
     }
+}
+
+/// Carries TCP connections from a guest to a unix socket of this machine, as a tunnel would. Loopback only; ends when dropped.
+#[derive(Debug)]
+pub struct Bridge {
+    port: u16,
+    stop: Arc<AtomicBool>,
+}
+
+impl Bridge {
+    pub fn to(socket: &Path) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let port = listener.local_addr()?.port();
+        let (stop, socket) = (Arc::new(AtomicBool::new(false)), socket.to_owned());
+        let stopped = stop.clone();
+        thread::spawn(move || {
+            for arrived in listener.incoming() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Err(e) = arrived.map_err(Into::into).and_then(|guest| carry(guest, &socket)) {
+                    eprintln!("bridge to {}: {e:#}", socket.display());
+                }
+            }
+        });
+        Ok(Self { port, stop })
+    }
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wakes the listener; if it is already gone, so much the better.
+        drop(TcpStream::connect(("127.0.0.1", self.port)));
+    }
+}
+
+fn carry(guest: TcpStream, socket: &Path) -> Result<()> {
+    let ours = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
+    guest.set_nodelay(true)?;
+    let (mut from_guest, mut to_guest) = (guest.try_clone()?, guest);
+    let (mut from_us, mut to_us) = (ours.try_clone()?, ours);
+    // Either end's close is passed on; what is then unsent has nobody left to read it.
+    thread::spawn(move || {
+        drop(io::copy(&mut from_guest, &mut to_us));
+        drop(to_us.shutdown(Shutdown::Both));
+    });
+    thread::spawn(move || {
+        drop(io::copy(&mut from_us, &mut to_guest));
+        drop(to_guest.shutdown(Shutdown::Both));
+    });
+    Ok(())
 }
 
 #[cfg(test)]

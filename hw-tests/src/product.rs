@@ -162,17 +162,15 @@ impl Appliance {
         self.control.post("/groups", &json!({ "name": name, "volumes": volumes })).map(drop)
     }
 
-    /// Where a group's ingest target listens.
+    /// Where a group's ingest target listens; after a restart it is there once the group's journal is open.
     pub fn ingest_target(&self, group: &str, volume: &str) -> Result<Export> {
         let id = self.group(group)?["id"].clone();
-        let targets = self.control.get("/ingest-targets")?;
-        targets
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|t| t["group"] == id && t["volume_name"] == volume)
-            .map(Export::from_json)
-            .with_context(|| format!("no ingest target for {group}/{volume} in {targets}"))?
+        let found = wait_for(&format!("the ingest target of {group}/{volume}"), START_MAX, || {
+            let targets = self.control.get("/ingest-targets")?;
+            let mut list = targets.as_array().into_iter().flatten();
+            Ok(list.find(|t| t["group"] == id && t["volume_name"] == volume).cloned())
+        })?;
+        Export::from_json(&found)
     }
 
     pub fn group(&self, name: &str) -> Result<Value> {
