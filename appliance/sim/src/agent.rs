@@ -484,7 +484,9 @@ impl Agent {
                 }
             }
             Action::Persist { serial, state } => {
-                let done_at = around.now_ms + self.rng.below(40);
+                // A disk under load takes its time now and then.
+                let slow = if self.rng.one_in(4) { 400 } else { 40 };
+                let done_at = around.now_ms + self.rng.below(slow);
                 self.waiting.push_back(Waiting::Store { serial, state, done_at });
             }
             Action::Drain { barrier } => {

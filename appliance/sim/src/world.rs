@@ -219,20 +219,20 @@ impl Luck {
         Self {
             cut: chance(40, 400),
             half_open: chance(100, 600),
-            agent_dies: chance(100, 700),
+            agent_dies: chance(20, 400),
             agent_stops: chance(60, 300),
-            power_cut: chance(80, 500),
-            kill: chance(100, 600),
+            power_cut: chance(30, 400),
+            kill: chance(60, 600),
             box_restart: chance(100, 600),
             full: chance(200, 700),
             resync: chance(300, 900),
             bookmark: chance(20, 100),
             pause: chance(200, 700),
             pressure: chance(60, 400),
-            spool_lost: chance(200, 800),
+            spool_lost: chance(80, 600),
             mode: chance(150, 700),
             betray: if chance(1, 4) == 1 { 500 } else { 0 },
-            load: rng.between(1, 6),
+            load: rng.between(1, 4),
             pace: rng.between(2, 40),
         }
     }
@@ -281,6 +281,7 @@ struct World {
     quiet: bool,
     paused_until: Option<u64>,
     stopping_until: Option<u64>,
+    dies_at: Option<u64>,
     next_bookmark: u64,
     summary: Summary,
 }
@@ -345,6 +346,7 @@ impl World {
             quiet: false,
             paused_until: None,
             stopping_until: None,
+            dies_at: None,
             next_bookmark: 1,
             summary: Summary::default(),
         })
@@ -407,6 +409,10 @@ impl World {
             self.trace.line("agent", "start", "");
             let agent = Agent::start(&mut self.around())?;
             self.agent = Some(agent);
+            // What a start does first is stored a moment later: deaths in between are the interesting ones.
+            if self.luck.agent_dies > 0 && self.rng.one_in(4) && !self.quiet {
+                self.dies_at = Some(self.now_ms + self.rng.below(150));
+            }
         }
         if self.paused_until.is_some_and(|until| self.now_ms >= until || self.quiet) {
             self.paused_until = None;
@@ -449,6 +455,7 @@ impl World {
         self.host.flushes.clear();
         self.paused_until = None;
         self.stopping_until = None;
+        self.dies_at = None;
         self.agent_back_at = self.now_ms + self.rng.below(400);
     }
 
@@ -483,7 +490,7 @@ impl World {
             connection.half_open = true;
             self.trace.line("net", "half", "");
         }
-        if self.rng.one_in(self.luck.agent_dies) {
+        if self.rng.one_in(self.luck.agent_dies) || self.dies_at.is_some_and(|at| self.now_ms >= at) {
             self.agent_ends(false);
         }
         if self.rng.one_in(self.luck.agent_stops) && self.agent.is_some() && self.stopping_until.is_none() {
@@ -832,8 +839,17 @@ impl World {
             .filter(|lsn| *lsn <= written && self.the_box.log[lsn.0 as usize - 1].valid && is_offered(*lsn))
             .collect();
         let Some(newest) = points.last().copied() else { return Ok(()) };
-        for turn in 0..=count {
-            let lsn = if turn == 0 { newest } else { points[self.rng.below(points.len() as u64) as usize] };
+        self.check_point(newest)?;
+        // Where things go wrong: at both ends of a stretch between gaps.
+        let is_edge = |lsn: &Lsn| {
+            let at = lsn.0 as usize - 1;
+            let neighbours = self.the_box.log[at.saturating_sub(1)..(at + 2).min(self.the_box.log.len())].iter();
+            at == 0 || neighbours.clone().any(|logged| logged.in_gap)
+        };
+        let edges: Vec<Lsn> = points.iter().copied().filter(is_edge).collect();
+        for turn in 0..count {
+            let from = if turn % 2 == 0 && !edges.is_empty() { &edges } else { &points };
+            let lsn = from[self.rng.below(from.len() as u64) as usize];
             self.check_point(lsn)?;
         }
         Ok(())

@@ -19,8 +19,6 @@ pub(super) struct Read {
     pub(super) extent: Extent,
     /// Sectors the host wrote since: the stream has them already, and newer than this read may have seen.
     masked: ExtentSet,
-    /// What it reads is of no use any more.
-    stale: bool,
 }
 
 #[derive(Debug)]
@@ -46,8 +44,8 @@ impl Copying {
             }
         }
     }
-    pub(super) fn make_stale(&mut self) {
-        self.reads.iter_mut().for_each(|read| read.stale = true);
+    pub(super) fn mask_all(&mut self) {
+        self.reads.iter_mut().for_each(|read| read.masked.insert(read.extent));
     }
     fn bytes_in_flight(&self) -> u64 {
         self.reads.iter().map(|read| read.extent.bytes()).sum()
@@ -96,7 +94,7 @@ impl Source {
             self.copying.cursor = (volume, run.end);
             let id = ReadId(self.copying.next_id);
             self.copying.next_id += 1;
-            self.copying.reads.push(Read { id, volume, extent, masked: ExtentSet::new(), stale: false });
+            self.copying.reads.push(Read { id, volume, extent, masked: ExtentSet::new() });
             out.push(Action::ReadVolume { read: id, volume: state.spec.id, extent });
             let delay = match self.pressure {
                 Pressure::Delay { ms } => ms,
@@ -123,7 +121,8 @@ impl Source {
         let Some(at) = self.copying.reads.iter().position(|read| read.id == id) else { return };
         let read = self.copying.reads.swap_remove(at);
         let copying = self.gap.as_ref().is_some_and(|gap| gap.phase == Phase::Copying);
-        if read.stale || !copying {
+        if !copying {
+            // No room now; later it is read again.
             self.mark_dirty(read.volume, &read.extent);
             out.push(Action::ReadFinished { read: id });
             return;

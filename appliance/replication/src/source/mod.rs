@@ -586,12 +586,12 @@ impl Source {
         match what {
             Lost::Everything => {
                 self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
-                // What is being read now may be older than the loss.
-                self.copying.make_stale();
+                self.copying.mask_all();
             }
             Lost::Extents(extents) => {
                 for (volume, extent) in extents {
                     if let Some(at) = self.volumes.iter().position(|v| v.spec.id == volume) {
+                        // A read in flight may have seen what was there before, and come back behind the one that is ordered now.
                         self.copying.mask(at, &extent);
                         self.mark_dirty(at, &extent);
                     }
@@ -676,7 +676,6 @@ impl Source {
     fn history_lost(&mut self, next: SourceSeq, alarm: Alarm, out: &mut Vec<Action>) {
         out.push(Action::Alarm(alarm));
         self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
-        self.copying.make_stale();
         self.durable = next.prev();
         self.start_over(next, GapReason::HistoryLost, out);
         // Which moment the box still has is not known here.
