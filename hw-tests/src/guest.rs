@@ -282,11 +282,13 @@ impl Guest {
         command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]);
         command.args(args);
         let mut qemu = Program::start("qemu", command, &at("console.log"))?;
-        let shell = wait_for("QEMU's sockets", TOOL_MAX, || {
-            qemu.expect_running()?;
-            Ok(UnixStream::connect(at("shell")).ok())
-        })?;
-        let qmp = Qmp::connect(&at("qmp"))?;
+        let mut connect = |name: &str| {
+            wait_for(&format!("QEMU's socket {name}"), TOOL_MAX, || {
+                qemu.expect_running()?;
+                Ok(UnixStream::connect(at(name)).ok())
+            })
+        };
+        let (shell, qmp) = (connect("shell")?, Qmp::over(connect("qmp")?)?);
         let mut guest = Self { qemu, shell, qmp, unread: String::new(), commands: 0 };
         guest.until("HF-SHELL\n", BOOT_MAX).context("the guest did not come up")?;
         Ok(guest)

@@ -6,7 +6,6 @@ use std::{
     collections::VecDeque,
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -25,8 +24,8 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    pub fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
+    /// Over a connection just made: QEMU greets first.
+    pub fn over(stream: UnixStream) -> Result<Self> {
         let mut this = Self { reader: BufReader::new(stream), events: VecDeque::new(), partial: String::new() };
         let greeting = this.line(ANSWER_MAX)?;
         if greeting.get("QMP").is_none() {
