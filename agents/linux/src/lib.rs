@@ -2,7 +2,22 @@
 
 pub mod capture;
 pub mod clock;
+pub mod config;
 pub mod disks;
+pub mod engine;
+pub mod enrol;
+pub mod extents;
+pub mod freeze;
+pub mod link;
+pub mod local;
+pub mod net;
+pub mod psi;
+pub mod reader;
+pub mod spool;
+pub mod state;
+pub mod tls;
+
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// An error and its causes as one sentence, outermost first.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

@@ -1,1 +1,312 @@
-fn main() {}
+//! `holdfast-agent`: the command line and the daemon.
+
+mod show;
+
+use agent_linux::{
+    capture::{
+        Capture, CaptureError,
+        bpf::{BpfCapture, Options, Pins},
+    },
+    config::{Config, LogFormat},
+    disks::Disks,
+    engine::Engine,
+    enrol, freeze, local,
+    state::StateDir,
+};
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+#[derive(Parser)]
+#[command(name = "holdfast-agent", version, about = "Sends every write of this host's disks to a Holdfast box")]
+struct Cli {
+    /// Configuration file [default: /etc/holdfast-agent/config.toml, if it is there]
+    #[arg(long, global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make this host known to a box, with a token made there (`holdfast host token`)
+    Enrol {
+        /// HOST:PORT of the box
+        #[arg(long = "box")]
+        box_address: String,
+        #[arg(long)]
+        token: String,
+        /// Name of this host on the box [default: its host name]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Run the agent (what the service does)
+    Run,
+    /// Show the disks of this host, and what a choice would take along
+    Disks {
+        /// Device, mount point or volume to resolve
+        choice: Vec<String>,
+    },
+    /// Protect disks, partitions, volumes or what is mounted somewhere
+    Protect {
+        #[arg(required = true)]
+        devices: Vec<String>,
+        /// Name of the protection group
+        #[arg(long)]
+        group: Option<String>,
+        /// Protect the whole disks under the choice, boot sectors and all
+        #[arg(long)]
+        whole_image: bool,
+    },
+    /// Stop protecting a group; the box keeps its history
+    Unprotect { group: String },
+    /// Show what the agent is doing
+    Status {
+        #[arg(long)]
+        json: bool,
+        /// Keep showing, with a bar while a copy runs
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+    },
+    /// Name this moment, so that it can be opened later and is kept
+    Bookmark {
+        name: String,
+        #[arg(long)]
+        group: Option<String>,
+        #[arg(long, value_enum, default_value_t = Level::Crash)]
+        consistency: Level,
+    },
+    /// Copy a group again
+    Resync { group: String },
+    /// Take everything of the agent out of the running kernel (the agent must be stopped)
+    Remove {
+        /// Remove identity and state too
+        #[arg(long)]
+        purge: bool,
+    },
+    /// Ends a freeze; started by the agent itself
+    #[command(name = freeze::GUARD_COMMAND, hide = true)]
+    ThawGuard { mounts: Vec<PathBuf> },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Level {
+    /// As after a power cut
+    Crash,
+    /// File systems are frozen for the moment
+    Filesystem,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match execute(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("holdfast-agent: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(cli: Cli) -> anyhow::Result<()> {
+    // The guard must not depend on anything, not even a readable configuration.
+    if let Command::ThawGuard { mounts } = &cli.command {
+        return Ok(freeze::guard(mounts)?);
+    }
+    let config = Config::load(cli.config.as_deref())?;
+    let ask = |request| local::ask(&config.socket(), &request);
+    match cli.command {
+        Command::ThawGuard { .. } => Ok(()),
+        Command::Enrol { box_address, token, name } => {
+            let state = StateDir::open(&config.state_dir, &config.run_dir)?;
+            let _lock = state.lock()?;
+            let name = name.unwrap_or_else(enrol::host_name);
+            let identity = enrol::enrol(&state, &box_address, &token, &name)?;
+            println!("enrolled as host {} ({name}) at {box_address}", identity.host);
+            println!("next: systemctl enable --now holdfast-agent, then holdfast-agent protect DEVICE");
+            Ok(())
+        }
+        Command::Run => run(config),
+        Command::Disks { choice } => {
+            let disks = Disks::here()?;
+            if choice.is_empty() {
+                print!("{disks}");
+                return Ok(());
+            }
+            let resolution = disks.resolve(&choice)?;
+            for leaf in &resolution.leaves {
+                println!(
+                    "/dev/{:<20} {:>10}  {}",
+                    leaf.volume,
+                    model::ByteLen(leaf.range.bytes()).to_string(),
+                    leaf.why
+                );
+            }
+            resolution.notes.iter().for_each(|note| println!("{note}"));
+            Ok(())
+        }
+        Command::Protect { devices, group, whole_image } => {
+            let value = ask(local::Request::Protect { devices, group, whole_image })?;
+            show::protected(&value);
+            Ok(())
+        }
+        Command::Unprotect { group } => {
+            ask(local::Request::Unprotect { group: group.clone() })?;
+            println!("{group} is not protected any more; its history stays on the box");
+            Ok(())
+        }
+        Command::Status { json, watch } => {
+            if watch {
+                return show::watch(|| ask(local::Request::Status));
+            }
+            let value = ask(local::Request::Status)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&value)?);
+            } else {
+                print!("{}", show::status(&value));
+            }
+            Ok(())
+        }
+        Command::Bookmark { name, group, consistency } => {
+            let consistency = match consistency {
+                Level::Crash => model::Consistency::Crash,
+                Level::Filesystem => model::Consistency::Filesystem,
+            };
+            let value = ask(local::Request::Bookmark { group, name: name.clone(), consistency })?;
+            println!(
+                "bookmark {name:?} is durable on the box (record {} of stream {})",
+                value["seq"],
+                show::text(&value["stream"])
+            );
+            Ok(())
+        }
+        Command::Resync { group } => {
+            ask(local::Request::Resync { group: group.clone() })?;
+            println!("{group} is copied again; older moments stay open");
+            Ok(())
+        }
+        Command::Remove { purge } => remove(&config, purge),
+    }
+}
+
+fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
+    let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
+    let lock = state.lock()?;
+    if let Some(pins) = Pins::existing(&config.pin_dir) {
+        pins.remove()?;
+        println!("capture is out of the kernel");
+    }
+    match state.load_groups() {
+        Ok(groups) => groups.iter().for_each(agent_linux::engine::restore_requests),
+        Err(e) if purge => eprintln!("holdfast-agent: {}", agent_linux::error_chain(&e)),
+        Err(e) => return Err(e.into()),
+    }
+    if purge {
+        drop(lock);
+        for dir in [&config.run_dir, &config.state_dir] {
+            match std::fs::remove_dir_all(dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    bail!("could not remove {}: {e}", dir.display());
+                }
+                _ => println!("removed {}", dir.display()),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn log(config: &Config) {
+    let filter = tracing_subscriber::EnvFilter::new(&config.log.level);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log.format {
+        LogFormat::Json => builder.json().init(),
+        // The journal has its own times.
+        LogFormat::Text if std::env::var_os("JOURNAL_STREAM").is_some() => {
+            builder.without_time().with_ansi(false).init()
+        }
+        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
+    }
+}
+
+/// Under memory pressure others go first: a killed agent is made anew by systemd and goes on, but it costs a gap.
+fn lower_oom_score() {
+    if let Err(e) = std::fs::write("/proc/self/oom_score_adj", "-500") {
+        tracing::debug!(error = %e, "could not lower the OOM score");
+    }
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    log(&config);
+    lower_oom_score();
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("another TLS provider is installed"))?;
+    // Blocked before any thread is made, so that all inherit it and only the wait below gets them.
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block().context("could not block signals")?;
+    let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
+    let start = move |on: Option<(&Path, agent_linux::capture::DevNo)>| start_capture(&options, on);
+    let engine = Engine::new(config, Box::new(start))?;
+    let stopper = engine.stopper();
+    let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        let result = engine.run();
+        // Wakes the wait below when the engine ended by itself.
+        // SAFETY: our own process id and a signal that is blocked everywhere but in the wait.
+        unsafe { libc::kill(libc::getpid(), libc::SIGHUP) };
+        result
+    })?;
+    notify_ready();
+    tracing::info!(version = agent_linux::VERSION, "agent runs");
+    loop {
+        match signals.wait().context("could not wait for signals")? {
+            // From a terminal that went away, or from the engine's end.
+            Signal::SIGHUP if !worker.is_finished() => {
+                // The engine sends it as its very last act; give it the moment to end.
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                if worker.is_finished() {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    stopper.stop();
+    match worker.join() {
+        Ok(result) => Ok(result?),
+        Err(_) => bail!("the engine thread panicked"),
+    }
+}
+
+/// The kernel half of another version of the agent is taken out and made anew; what it held is copied.
+fn start_capture(
+    options: &Options,
+    on: Option<(&Path, agent_linux::capture::DevNo)>,
+) -> Result<Box<dyn Capture>, CaptureError> {
+    match BpfCapture::start(options, on) {
+        Err(e @ CaptureError::Layout { .. }) => {
+            tracing::warn!(why = %e, "the capture in the kernel is made anew");
+            if let Some(pins) = Pins::existing(&options.pins) {
+                pins.clear()?;
+            }
+            Ok(Box::new(BpfCapture::start(options, on)?))
+        }
+        other => Ok(Box::new(other?)),
+    }
+}
+
+/// Tells systemd that the agent is up, if it asked.
+fn notify_ready() {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let told = std::os::unix::net::UnixDatagram::unbound().and_then(|socket| socket.send_to(b"READY=1", path));
+    if let Err(e) = told {
+        tracing::debug!(error = %e, "could not tell systemd");
+    }
+}

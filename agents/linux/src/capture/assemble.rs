@@ -42,6 +42,8 @@ struct InFlight {
     target: TargetId,
     extents: Vec<Extent>,
     bytes_left: u64,
+    /// Could not be copied: lost when handed out, and lost again once it has reached the disk.
+    faults: Vec<Extent>,
     since: MonoTime,
     /// Counts requests handed out, so that a reader can ask for those before its own begin.
     number: u64,
@@ -151,9 +153,11 @@ impl Assembler {
         }
         if done.request.op != Op::Flush {
             let mut extents = done.request.extents.clone();
-            extents.extend(done.faults);
+            extents.extend(done.faults.iter().copied());
             let bytes_left = extents.iter().map(Extent::bytes).sum();
-            let flight = InFlight { target, extents, bytes_left, since: done.request.mono, number: self.handed_out };
+            let number = self.handed_out;
+            let flight =
+                InFlight { target, extents, bytes_left, faults: done.faults, since: done.request.mono, number };
             self.in_flight.insert(rq, flight);
             if self.in_flight.len() > IN_FLIGHT_MAX {
                 self.forget_oldest(out);
@@ -206,7 +210,11 @@ impl Assembler {
         }
         flight.bytes_left = flight.bytes_left.saturating_sub(u64::from(event.len));
         if flight.bytes_left == 0 {
+            let faults = std::mem::take(&mut flight.faults);
             self.in_flight.remove(&event.rq);
+            if !faults.is_empty() {
+                out.push(Captured::Lost { target, extents: faults, why: LostWhy::Unreadable });
+            }
             out.push(Captured::Done { target, id: RequestId(event.rq) });
         }
     }
@@ -242,7 +250,7 @@ impl Assembler {
     }
 
     pub fn in_flight(&self) -> usize {
-        self.in_flight.len()
+        self.in_flight.len() + self.pending.len()
     }
 }
 
@@ -340,7 +348,11 @@ mod tests {
                 if extents == &[Extent::new(8, 8)] && r.extents == [Extent::new(0, 8), Extent::new(16, 8)] && r.data.len() == 8192),
             "{out:?}"
         );
-        assert_eq!(feed(&mut a, chunk(1, 0, 12288, 0, E_COMPLETE), 0).len(), 1);
+        let out = feed(&mut a, chunk(1, 0, 12288, 0, E_COMPLETE), 0);
+        assert!(
+            matches!(&out[..], [Captured::Lost { extents, .. }, Captured::Done { .. }] if extents == &[Extent::new(8, 8)]),
+            "read again once it is on the disk: {out:?}"
+        );
     }
 
     #[test]

@@ -176,6 +176,12 @@ pub trait Capture: Send {
     /// starts anew goes on from there.
     fn release(&mut self, position: Position);
     fn barrier(&self) -> Arc<dyn Barrier>;
+    /// How many requests have been handed out so far.
+    fn handed_out(&self) -> u64;
+    /// Whether a request that was among the first `number` handed out, and that touches `extent`, has not reached the disk yet.
+    fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool;
+    /// Requests handed out, or begun to be, that have not reached the disk yet.
+    fn in_flight(&self) -> usize;
     /// Bytes waiting and room in all, of the buffer between kernel and agent.
     fn fill(&self) -> (u64, u64);
     fn counters(&self) -> Result<Counters, CaptureError>;

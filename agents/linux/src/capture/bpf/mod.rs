@@ -678,6 +678,18 @@ impl Capture for BpfCapture {
         self.ring.barrier()
     }
 
+    fn handed_out(&self) -> u64 {
+        self.assembler.handed_out()
+    }
+
+    fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool {
+        self.assembler.writes_before(number, target, extent)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.assembler.in_flight()
+    }
+
     fn fill(&self) -> (u64, u64) {
         self.ring.fill()
     }

@@ -1,0 +1,223 @@
+//! The agent's configuration: a TOML file that refuses what it does not know.
+
+use model::ByteLen;
+use serde::Deserialize;
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
+
+pub const DEFAULT_PATH: &str = "/etc/holdfast-agent/config.toml";
+
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Identity, groups and spool files; survives reboots.
+    pub state_dir: PathBuf,
+    /// What has to survive the agent but not the host; best on tmpfs.
+    pub run_dir: PathBuf,
+    /// On a BPF file system.
+    pub pin_dir: PathBuf,
+    /// Buffer between kernel and agent, for all disks.
+    pub ring_mib: u32,
+    /// Ring and spools in memory of all groups together may take this much.
+    pub memory_mib: u32,
+    /// Of each group: writes that the box does not have yet, in memory.
+    pub spool_memory_mib: u32,
+    /// Of each group: the same in a file of the state directory, once memory is used up. 0: no file.
+    pub spool_mib: u32,
+    /// Initial sync and resync read at most this much from the disks each second. 0: no limit.
+    pub copy_mib_s: u32,
+    pub log: Log,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    pub format: LogFormat,
+    /// As `RUST_LOG` understands it: `info`, `debug`, …
+    pub level: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, level: "info".to_owned() }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/holdfast-agent".into(),
+            run_dir: "/run/holdfast-agent".into(),
+            pin_dir: crate::capture::bpf::PIN_ROOT.into(),
+            ring_mib: 128,
+            memory_mib: 512,
+            spool_memory_mib: 64,
+            spool_mib: 512,
+            copy_mib_s: 0,
+            log: Log::default(),
+        }
+    }
+}
+
+/// A configuration that cannot be used; says where and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("could not read {}; give another with --config, or leave it out to use the defaults", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "{} is empty: it may have been cut off by a crash; write at least `ring_mib = 128`, or remove the file to use the defaults",
+        path.display()
+    )]
+    Empty { path: PathBuf },
+    #[error("{}, line {line}: {what}; correct the line and start again", path.display())]
+    Syntax { path: PathBuf, line: usize, what: String },
+    #[error("{}: {key} is {value}, it must be {allowed}", path.display())]
+    Value { path: PathBuf, key: &'static str, value: String, allowed: String },
+    #[error(
+        "{}: ring_mib ({ring}) and spool_memory_mib ({spool}) together exceed memory_mib ({memory}): raise memory_mib or lower \
+         one of the two",
+        path.display()
+    )]
+    Memory { path: PathBuf, ring: u32, spool: u32, memory: u32 },
+}
+
+impl Config {
+    /// Reads `path`; without one, the default file if it is there, else the defaults.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let at = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(at) {
+            Ok(text) => Self::parse(&text, at),
+            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: at.to_owned(), source }),
+        }
+    }
+
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        if text.trim().is_empty() {
+            return Err(ConfigError::Empty { path: path.to_owned() });
+        }
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let before = e.span().map_or("", |s| text.get(..s.start).unwrap_or(text));
+            ConfigError::Syntax {
+                path: path.to_owned(),
+                line: before.matches('\n').count() + 1,
+                what: e.message().trim().replace('\n', " "),
+            }
+        })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let value = |key, value: String, allowed: &str| {
+            Err(ConfigError::Value { path: path.to_owned(), key, value, allowed: allowed.to_owned() })
+        };
+        for (key, dir) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir), ("pin_dir", &self.pin_dir)] {
+            if !dir.is_absolute() {
+                return value(key, format!("{:?}", dir.display()), "an absolute path");
+            }
+        }
+        // The kernel wants a power of two; 1 GiB is the largest that its 32-bit length can say with room to spare.
+        if !self.ring_mib.is_power_of_two() || self.ring_mib > 1024 {
+            return value("ring_mib", self.ring_mib.to_string(), "a power of two from 1 to 1024");
+        }
+        if self.spool_memory_mib < 8 {
+            return value("spool_memory_mib", self.spool_memory_mib.to_string(), "8 or more");
+        }
+        if self.ring_mib.saturating_add(self.spool_memory_mib) > self.memory_mib {
+            return Err(ConfigError::Memory {
+                path: path.to_owned(),
+                ring: self.ring_mib,
+                spool: self.spool_memory_mib,
+                memory: self.memory_mib,
+            });
+        }
+        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
+            return value("log.level", format!("{:?}", self.log.level), "error, warn, info, debug or trace");
+        }
+        Ok(())
+    }
+
+    /// How many groups fit under the memory ceiling.
+    pub fn groups_max(&self) -> usize {
+        (self.memory_mib.saturating_sub(self.ring_mib) / self.spool_memory_mib.max(1)) as usize
+    }
+
+    pub fn ring_bytes(&self) -> u32 {
+        self.ring_mib << 20
+    }
+    pub fn spool_memory(&self) -> ByteLen {
+        ByteLen(u64::from(self.spool_memory_mib) << 20)
+    }
+    pub fn spool_file(&self) -> ByteLen {
+        ByteLen(u64::from(self.spool_mib) << 20)
+    }
+    pub fn socket(&self) -> PathBuf {
+        self.state_dir.join("agent.sock")
+    }
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        Config::parse(text, Path::new("/etc/x.toml")).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let config = Config::parse("ring_mib = 64\n[log]\nformat = \"json\"", Path::new("x")).unwrap();
+        assert_eq!(config.ring_mib, 64);
+        assert_eq!(config.log.format, LogFormat::Json);
+        assert_eq!(config.state_dir, Path::new("/var/lib/holdfast-agent"));
+        assert_eq!(config.groups_max(), 7);
+    }
+
+    #[test]
+    fn errors_name_file_line_and_remedy() {
+        let unknown = refused("ring_mib = 64\n\nrnig = 3");
+        assert!(
+            unknown.contains("/etc/x.toml, line 3") && unknown.contains("rnig") && unknown.contains("ring_mib"),
+            "{unknown}"
+        );
+        let kind = refused("ring_mib = \"big\"");
+        assert!(kind.contains("line 1") && kind.contains("correct the line"), "{kind}");
+        let empty = refused(" \n");
+        assert!(empty.contains("is empty") && empty.contains("remove the file"), "{empty}");
+        let syntax = refused("ring_mib = 64\n]]");
+        assert!(syntax.contains("line 2"), "{syntax}");
+        assert!(refused("ring_mib = 100").contains("a power of two"));
+        assert!(refused("state_dir = \"here\"").contains("absolute"));
+        assert!(refused("memory_mib = 150").contains("raise memory_mib"));
+        assert!(refused("[log]\nlevel = \"a=b=c\"").contains("log.level"));
+    }
+
+    #[test]
+    fn a_missing_file_is_an_error_only_when_it_was_asked_for() {
+        let missing = Config::load(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
+        assert!(missing.to_string().contains("--config"), "{missing}");
+    }
+}

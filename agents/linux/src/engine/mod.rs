@@ -1,0 +1,566 @@
+//! The agent at work: one thread that owns capture, all groups and their machines, and takes one event at a time.
+//!
+//! ```text
+//!  capture ring ──poll──▶┐                         ┌──▶ link threads (one per group, one for control) ◀──▶ box
+//!  link threads ──inbox─▶│ engine: Source machines │──▶ reader threads ──inbox──▶
+//!  readers, CLI ──inbox─▶┘   spool, dirty maps     └──▶ run_dir (stored states)
+//! ```
+//!
+//! **Nothing is let go too early.** What capture handed out keeps its place in the ring until the machine says that an agent that dies
+//! would not lose it (durable on the box, or in the stored dirty map); losses likewise. A new agent goes on at that place.
+//!
+//! **Copying is right** because of two rules that are kept here: a read begins after every write handed in before it was ordered has
+//! completed, and its result is handed in after everything that was issued before the read ended.
+//!
+//! **The host never waits for us.** This thread may be slow or dead: the ring fills, the kernel half marks what it drops, and the machine is
+//! told in order.
+//!
+//! **Bounds.** Inbox [`INBOX_MAX`]; bytes per round [`POLL_BUDGET`]; the rest is bounded by ring and spools, whose sum is under the
+//! configured ceiling.
+
+mod commands;
+mod group;
+mod start;
+mod status;
+
+pub use start::restore_requests;
+
+use crate::{
+    capture::{Capture, CaptureError, Captured, DevNo, Position, TargetId},
+    clock,
+    config::Config,
+    disks::Disks,
+    freeze::{FreezeError, Frozen},
+    link::{FromLink, Link, LinkId, Peer, Who},
+    local::{Answer, Request},
+    psi,
+    reader::{Job, Outcome, Pool},
+    state::{self, HostIdentity, RunState, StateDir, StateError},
+    tls::{self, TlsError},
+};
+use group::{Batch, Group, Running};
+use model::{BookmarkName, Consistency, Extent, GroupId, MonoTime};
+use replication::{Event, PressureInput};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io,
+    path::Path,
+    sync::{Arc, Mutex, mpsc},
+    time::Duration,
+};
+use wire::Message;
+
+/// Events of other threads that wait; who would add one more waits too.
+const INBOX_MAX: usize = 4096;
+/// Captured bytes that are handled before other events get their turn.
+const POLL_BUDGET: usize = 4 << 20;
+/// The ring is looked at this often while there is something in it, and at least this often when there is not.
+const SLEEP_BUSY: Duration = Duration::from_micros(500);
+const SLEEP_IDLE: Duration = Duration::from_millis(20);
+const TICK_MS: u64 = 100;
+const SECOND_MS: u64 = 1_000;
+/// A control connection that says nothing for this long is made anew.
+const CONTROL_SILENCE_MS: u64 = 15_000;
+/// States are stored for the time after a reboot this often.
+const BOOT_STORE_MS: u64 = 600_000;
+/// At a stop, requests in flight are waited for this long; with some left the next start opens a gap.
+const STOP_WAIT_MS: u64 = 1_000;
+/// Reads at once, over all groups.
+const READERS: usize = 4;
+/// Certificates are for 90 days; renewed when a third of that is over.
+const RENEW_US: u64 = 30 * 86_400 * 1_000_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("could not start a thread or make a descriptor")]
+    System(#[source] io::Error),
+    #[error("could not listen on the control socket {path}")]
+    Socket {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("capture broke")]
+    Capture(#[source] CaptureError),
+}
+
+/// How capture comes about: the one seam that tests of the engine replace.
+pub type CaptureStart = Box<dyn FnMut(Option<(&Path, DevNo)>) -> Result<Box<dyn Capture>, CaptureError> + Send>;
+
+enum Input {
+    Link(LinkId, u64, FromLink),
+    Read(Outcome),
+    Request(Request, Answer),
+    Frozen { group: GroupId, id: u64, name: BookmarkName, result: Result<Frozen, FreezeError> },
+    Stop,
+}
+
+/// Something that has to wait until capture is drained to a position.
+enum Wait {
+    Drained { group: GroupId, barrier: u64 },
+    Read(Outcome),
+    Bookmark { group: GroupId, id: u64, name: BookmarkName, consistency: Consistency },
+}
+
+/// What the groups share.
+struct Ctx {
+    state: StateDir,
+    boot_id: String,
+    capture: Option<Box<dyn Capture>>,
+    pool: Option<Pool>,
+    captures: u64,
+    waits: Vec<(Position, Wait)>,
+    open_losses: BTreeSet<(GroupId, u64)>,
+    losses_settled: bool,
+    retry_persist: Vec<(GroupId, u64, RunState)>,
+}
+
+impl Ctx {
+    fn next_capture(&mut self) -> u64 {
+        self.captures += 1;
+        self.captures
+    }
+    fn handed_out(&self) -> u64 {
+        self.capture.as_ref().map_or(0, |c| c.handed_out())
+    }
+    fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool {
+        self.capture.as_ref().is_some_and(|c| c.writes_before(number, target, extent))
+    }
+    fn wait(&mut self, wait: Wait) {
+        let at = self.capture.as_ref().map_or(Position(0), |c| c.barrier().now());
+        self.waits.push((at, wait));
+    }
+    fn read(&self, job: Job) {
+        if let Some(pool) = &self.pool {
+            pool.read(job);
+        }
+    }
+    fn loss_recorded(&mut self, group: GroupId, id: u64) {
+        self.open_losses.remove(&(group, id));
+        self.losses_settled = self.open_losses.is_empty();
+    }
+}
+
+pub struct Engine {
+    config: Config,
+    identity: HostIdentity,
+    peer: Peer,
+    ctx: Ctx,
+    groups: Vec<Group>,
+    start_capture: CaptureStart,
+    capture_error: String,
+    control: Option<Link>,
+    control_up: Option<u64>,
+    control_reason: String,
+    control_heard: MonoTime,
+    box_name: String,
+    inbox: mpsc::Receiver<Input>,
+    to_self: mpsc::SyncSender<Input>,
+    batches: VecDeque<Batch>,
+    pending: Option<commands::Pending>,
+    renewing: Option<String>,
+    next_bookmark: u64,
+    host_pressure: PressureInput,
+    started: MonoTime,
+    last_tick: MonoTime,
+    last_second: MonoTime,
+    last_boot_store: MonoTime,
+    heartbeats: u64,
+    stopping: bool,
+    _lock: durable::DirLock,
+}
+
+/// Tells a running engine to stop; the engine thread ends by itself then.
+#[derive(Clone)]
+pub struct Stopper(mpsc::SyncSender<Input>);
+
+impl Stopper {
+    pub fn stop(&self) {
+        let _ = self.0.send(Input::Stop);
+    }
+}
+
+impl Engine {
+    /// Opens everything that does not need the box: state, capture, groups, the control socket.
+    pub fn new(config: Config, start_capture: CaptureStart) -> Result<Self, EngineError> {
+        let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
+        let lock = state.lock()?;
+        let identity = state.identity()?;
+        let records = state.load_groups()?;
+        let tls = tls::session_config(&state.read("ca.pem")?, &state.read("host.pem")?, &state.read("host.key")?)?;
+        let boot_id = state::boot_id();
+        let who = Who {
+            host: identity.host,
+            boot_id: boot_id.clone(),
+            instance: state::random_128().map_err(EngineError::System)?,
+        };
+        let peer = Peer { address: identity.box_address.clone(), who, config: Arc::new(Mutex::new(tls)) };
+        let (to_self, inbox) = mpsc::sync_channel(INBOX_MAX);
+        let now = clock::mono();
+        let mut engine = Self {
+            identity,
+            peer,
+            ctx: Ctx {
+                state,
+                boot_id,
+                capture: None,
+                pool: None,
+                captures: 0,
+                waits: Vec::new(),
+                open_losses: BTreeSet::new(),
+                losses_settled: false,
+                retry_persist: Vec::new(),
+            },
+            groups: Vec::new(),
+            start_capture,
+            capture_error: String::new(),
+            control: None,
+            control_up: None,
+            control_reason: "not connected yet".to_owned(),
+            control_heard: now,
+            box_name: String::new(),
+            inbox,
+            to_self,
+            batches: VecDeque::new(),
+            pending: None,
+            renewing: None,
+            next_bookmark: 1,
+            host_pressure: PressureInput::default(),
+            started: now,
+            last_tick: now,
+            last_second: now,
+            last_boot_store: now,
+            heartbeats: 0,
+            stopping: false,
+            _lock: lock,
+            config,
+        };
+        engine.start_groups(records)?;
+        let sender = engine.to_self.clone();
+        let path = engine.config.socket();
+        crate::local::serve(&path, move |request, answer| sender.send(Input::Request(request, answer)).is_ok())
+            .map_err(|source| EngineError::Socket { path: path.display().to_string(), source })?;
+        engine.control = Some(engine.link(LinkId::Control)?);
+        Ok(engine)
+    }
+
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.to_self.clone())
+    }
+
+    fn link(&self, id: LinkId) -> Result<Link, EngineError> {
+        let sender = self.to_self.clone();
+        let deliver = Box::new(move |id, generation, what| sender.send(Input::Link(id, generation, what)).is_ok());
+        Link::start(id, self.peer.clone(), deliver).map_err(EngineError::System)
+    }
+
+    /// Works until told to stop. An error is one that a new start may mend.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        let mut sleep = SLEEP_BUSY;
+        while !self.stopping {
+            match self.inbox.recv_timeout(sleep) {
+                Ok(input) => {
+                    self.input(input);
+                    // What else is there, but not for ever: capture must have its turn.
+                    for _ in 0..256 {
+                        let Ok(input) = self.inbox.try_recv() else { break };
+                        self.input(input);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                // We hold a sender ourselves.
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+            let (handled, more) = self.work()?;
+            sleep = match (more, handled) {
+                (true, _) => Duration::ZERO,
+                (false, true) => SLEEP_BUSY,
+                (false, false) => (sleep.max(SLEEP_BUSY) * 2).min(SLEEP_IDLE),
+            };
+        }
+        self.shut_down()
+    }
+
+    /// One round: what was captured, what waited for it, time.
+    fn work(&mut self) -> Result<(bool, bool), EngineError> {
+        let (handled, more) = self.poll()?;
+        self.each_running(|running, ctx, id| running.begin_reads(ctx, id));
+        self.let_go()?;
+        let now = clock::mono();
+        if now.ms_since(self.last_tick) >= TICK_MS {
+            self.last_tick = now;
+            let second = now.ms_since(self.last_second) >= SECOND_MS;
+            if second {
+                self.last_second = now;
+                psi::read(Path::new("/proc"), &mut self.host_pressure);
+            }
+            let host = self.host_pressure;
+            self.each_running(|running, ctx, id| running.tick(ctx, id, &host, second));
+            if second {
+                self.each_second(now);
+            }
+        }
+        self.answer_box();
+        Ok((handled, more))
+    }
+
+    fn each_running(&mut self, mut f: impl FnMut(&mut Running, &mut Ctx, GroupId)) {
+        for group in &mut self.groups {
+            let id = group.id();
+            if let Some(running) = &mut group.running {
+                f(running, &mut self.ctx, id);
+            }
+        }
+    }
+
+    fn running(&mut self, id: GroupId) -> Option<(&mut Running, &mut Ctx)> {
+        let running = self.groups.iter_mut().find(|g| g.id() == id)?.running.as_mut()?;
+        Some((running, &mut self.ctx))
+    }
+
+    /// Takes from capture; then hands out what waited for that.
+    fn poll(&mut self) -> Result<(bool, bool), EngineError> {
+        let now = clock::mono();
+        let exact = self.groups.iter().filter_map(|g| g.running.as_ref()).any(|r| r.source.status().gap.is_none());
+        let Some(capture) = &mut self.ctx.capture else {
+            // Nothing is captured, so nothing can be missed before a wait.
+            let waits = std::mem::take(&mut self.ctx.waits);
+            waits.into_iter().for_each(|(_, wait)| self.waited(wait));
+            return Ok((false, false));
+        };
+        let mut events = Vec::new();
+        let polled = capture.poll(POLL_BUDGET, exact, now, &mut events).map_err(EngineError::Capture)?;
+        let reads_wait = self.ctx.waits.iter().any(|(at, _)| *at <= polled.position);
+        if reads_wait {
+            capture.flush_losses(&mut events).map_err(EngineError::Capture)?;
+        }
+        let handled = !events.is_empty();
+        self.hand_in(polled.position, events);
+        if reads_wait {
+            let waits = std::mem::take(&mut self.ctx.waits);
+            for (at, wait) in waits {
+                if at <= polled.position { self.waited(wait) } else { self.ctx.waits.push((at, wait)) }
+            }
+        }
+        Ok((handled, polled.more))
+    }
+
+    fn hand_in(&mut self, position: Position, events: Vec<Captured>) {
+        let mut batch = Batch { position, captures: Vec::new(), losses: Vec::new() };
+        for event in events {
+            match event {
+                Captured::Request(mut request) => {
+                    let data = Arc::new(std::mem::take(&mut request.data));
+                    self.each_running(|running, ctx, id| {
+                        if let Some(no) = running.request(ctx, id, &request, &data) {
+                            match batch.captures.iter_mut().find(|(g, _)| *g == id) {
+                                Some((_, last)) => *last = no,
+                                None => batch.captures.push((id, no)),
+                            }
+                        }
+                    });
+                }
+                Captured::Done { .. } => {}
+                Captured::Lost { target, extents, why } => self.each_running(|running, ctx, id| {
+                    if let Some(loss) = running.lost(ctx, id, target, &extents, why) {
+                        ctx.open_losses.insert((id, loss));
+                        batch.losses.push((id, loss));
+                    }
+                }),
+            }
+        }
+        let empty = batch.captures.is_empty() && batch.losses.is_empty();
+        match self.batches.back_mut() {
+            // Nothing of ours: it goes with the batch before.
+            Some(last) if empty => last.position = last.position.max(position),
+            _ => self.batches.push_back(batch),
+        }
+    }
+
+    fn waited(&mut self, wait: Wait) {
+        match wait {
+            Wait::Drained { group, barrier } => {
+                if let Some((running, ctx)) = self.running(group) {
+                    running.on(ctx, group, Event::Drained { barrier });
+                }
+            }
+            Wait::Read(outcome) => {
+                let group = outcome.group;
+                if let Some((running, ctx)) = self.running(group) {
+                    running.read_done(ctx, group, outcome);
+                }
+            }
+            Wait::Bookmark { group, id, name, consistency } => {
+                if let Some((running, ctx)) = self.running(group) {
+                    running.on(ctx, group, Event::Bookmark { id, name, consistency });
+                }
+            }
+        }
+    }
+
+    /// Gives capture's memory back as far as nobody would miss it.
+    fn let_go(&mut self) -> Result<(), EngineError> {
+        let released = |groups: &[Group], id: GroupId, no: u64| {
+            groups.iter().find(|g| g.id() == id).and_then(|g| g.running.as_ref()).is_none_or(|r| r.released >= no)
+        };
+        let mut to = None;
+        while let Some(batch) = self.batches.front() {
+            let free = batch.captures.iter().all(|(id, no)| released(&self.groups, *id, *no))
+                && batch.losses.iter().all(|loss| !self.ctx.open_losses.contains(loss));
+            if !free {
+                break;
+            }
+            to = Some(batch.position);
+            self.batches.pop_front();
+        }
+        let Some(capture) = &mut self.ctx.capture else { return Ok(()) };
+        if let Some(to) = to {
+            capture.release(to);
+        }
+        if self.ctx.losses_settled {
+            self.ctx.losses_settled = false;
+            capture.confirm_losses().map_err(EngineError::Capture)?;
+        }
+        Ok(())
+    }
+
+    fn input(&mut self, input: Input) {
+        match input {
+            Input::Stop => self.stopping = true,
+            Input::Read(outcome) => {
+                let at = outcome.barrier;
+                self.ctx.waits.push((at, Wait::Read(outcome)));
+            }
+            Input::Link(LinkId::Control, generation, what) => self.from_control(generation, what),
+            Input::Link(LinkId::Stream(group), generation, what) => {
+                if let Some((running, ctx)) = self.running(group) {
+                    running.from_link(ctx, group, generation, what);
+                }
+            }
+            Input::Request(request, answer) => self.request(request, answer),
+            Input::Frozen { group, id, name, result } => self.frozen(group, id, name, result),
+        }
+    }
+
+    fn each_second(&mut self, now: MonoTime) {
+        for (group, serial, run) in std::mem::take(&mut self.ctx.retry_persist) {
+            match self.ctx.state.store_run(group, &run) {
+                Ok(()) => {
+                    if let Some((running, ctx)) = self.running(group) {
+                        running.last_alarm.clear();
+                        running.on(ctx, group, Event::Persisted { serial });
+                    }
+                }
+                Err(_) => self.ctx.retry_persist.push((group, serial, run)),
+            }
+        }
+        if let Some(generation) = self.control_up {
+            if now.ms_since(self.control_heard) >= CONTROL_SILENCE_MS {
+                self.control_up = None;
+                if let Some(link) = &self.control {
+                    link.close(generation, format!("nothing was heard from the box for {CONTROL_SILENCE_MS} ms"));
+                }
+            } else {
+                self.heartbeats += 1;
+                self.tell(Message::heartbeat(self.heartbeats, now));
+                let status = self.agent_status();
+                self.tell(Message::Status(status));
+            }
+        }
+        if now.ms_since(self.last_boot_store) >= BOOT_STORE_MS {
+            self.last_boot_store = now;
+            self.store_for_boot();
+            self.note_contents();
+        }
+    }
+
+    fn tell(&self, message: Message) {
+        if let (Some(generation), Some(link)) = (self.control_up, &self.control) {
+            link.message(generation, message);
+        }
+    }
+
+    fn answer_box(&mut self) {
+        let mut answers = Vec::new();
+        self.each_running(|running, _, _| answers.append(&mut running.box_answers));
+        for (id, result) in answers {
+            self.tell(Message::CommandDone { id, result });
+        }
+    }
+
+    fn store_for_boot(&self) {
+        for group in &self.groups {
+            if let Some(running) = &group.running {
+                let (state, _) = running.source.final_state();
+                if let Err(e) = self.ctx.state.store_boot(group.id(), &state) {
+                    tracing::warn!(group = %group.id(), error = %crate::error_chain(&e), "could not store the group's state for the next boot");
+                }
+            }
+        }
+    }
+
+    /// A file system that was made anew on a protected disk changes what the disk is known by, if it is known by nothing else.
+    fn note_contents(&mut self) {
+        let Ok(disks) = Disks::here() else { return };
+        let mut changed = false;
+        for group in &mut self.groups {
+            let Some(running) = &group.running else { continue };
+            for volume in &mut group.record.volumes {
+                let at = running.volumes.iter().find(|v| v.id == volume.id).and_then(|v| disks.get(&v.device));
+                if let Some(device) = at
+                    && device.identity.content != volume.identity.content
+                {
+                    volume.identity.content = device.identity.content.clone();
+                    changed = true;
+                }
+            }
+        }
+        if changed {
+            self.store_groups();
+        }
+    }
+
+    fn store_groups(&mut self) -> bool {
+        let records: Vec<_> = self.groups.iter().map(|g| g.record.clone()).collect();
+        match self.ctx.state.store_groups(&records) {
+            Ok(()) => true,
+            Err(e) => {
+                tracing::error!(error = %crate::error_chain(&e), "could not store the list of groups");
+                false
+            }
+        }
+    }
+
+    /// Everything that is known is stored; capture goes on in the kernel.
+    fn shut_down(mut self) -> Result<(), EngineError> {
+        let begun = clock::mono();
+        // Requests that were handed out and have not completed would look unmatched to the next agent.
+        loop {
+            self.work()?;
+            let in_flight = self.ctx.capture.as_ref().map_or(0, |c| c.in_flight());
+            if in_flight == 0 || clock::mono().ms_since(begun) >= STOP_WAIT_MS {
+                break;
+            }
+            while let Ok(input) = self.inbox.try_recv() {
+                self.input(input);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.let_go()?;
+        self.note_contents();
+        for group in &self.groups {
+            if let Some(running) = &group.running {
+                let (source, clean) = running.source.final_state();
+                tracing::info!(group = %group.id(), clean, "group stopped");
+                self.ctx.state.store_run(group.id(), &RunState { boot_id: self.ctx.boot_id.clone(), source })?;
+            }
+        }
+        self.store_for_boot();
+        let _ = std::fs::remove_file(self.config.socket());
+        Ok(())
+    }
+}

@@ -1,0 +1,210 @@
+//! What the agent says about itself, to people and to the box.
+
+use super::{Engine, clock};
+use model::{ByteLen, SyncMode};
+use replication::{Lag, Pressure, SourceStatus};
+use serde_json::{Value, json};
+use wire::{AgentStatus, GroupAgentState, GroupAgentStatus};
+
+/// Resident memory of this process.
+pub fn rss_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = text.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
+    pages * 4096
+}
+
+pub fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+fn pressure_text(pressure: Pressure) -> String {
+    match pressure {
+        Pressure::None => "none".to_owned(),
+        Pressure::Delay { ms } => format!("copying pauses {ms} ms after each read"),
+        Pressure::SpillOnly => "copying is stopped".to_owned(),
+        Pressure::DirtyMapOnly => "writes are only marked".to_owned(),
+    }
+}
+
+/// The limit of this process's memory cgroup, if there is one.
+fn memory_limit() -> Option<u64> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = own.lines().find_map(|l| l.strip_prefix("0::"))?;
+    std::fs::read_to_string(format!("/sys/fs/cgroup{path}/memory.max")).ok()?.trim().parse().ok()
+}
+
+impl Engine {
+    fn backend(&self) -> String {
+        match (&self.ctx.capture, self.capture_error.is_empty()) {
+            (Some(capture), _) => capture.name().to_owned(),
+            (None, true) => "none: nothing is protected".to_owned(),
+            (None, false) => format!("none: {}", self.capture_error),
+        }
+    }
+
+    pub(super) fn agent_status(&self) -> AgentStatus {
+        let groups = self
+            .groups
+            .iter()
+            .map(|group| {
+                let asked_sync = matches!(group.record.spec.policy.mode, SyncMode::Sync { .. });
+                let gate =
+                    if asked_sync { "async (capture backend bpf-rq cannot make the host wait)" } else { "async" };
+                match &group.running {
+                    None => GroupAgentStatus {
+                        group: group.id(),
+                        state: GroupAgentState::Stopped,
+                        text: group.stopped.clone(),
+                        lag_ms: None,
+                        spool_bytes: ByteLen(0),
+                        spool_bytes_max: ByteLen(0),
+                        dirty_bytes: ByteLen(0),
+                        sync_done: ByteLen(0),
+                        sync_total: ByteLen(0),
+                        durable: model::SourceSeq::ZERO,
+                        gate: gate.to_owned(),
+                        captured_bytes: ByteLen(0),
+                        captured_records: 0,
+                    },
+                    Some(running) => {
+                        let s = running.source.status();
+                        GroupAgentStatus {
+                            group: group.id(),
+                            state: s.state,
+                            text: text_of(&[&running.box_reason, &running.last_alarm, &running.spool_note]),
+                            lag_ms: if let Lag::Known { ms } = s.lag { Some(ms) } else { None },
+                            spool_bytes: s.window_bytes,
+                            spool_bytes_max: ByteLen(running.spool_max),
+                            dirty_bytes: s.dirty,
+                            sync_done: s.sync_done,
+                            sync_total: s.sync_total,
+                            durable: s.durable,
+                            gate: gate.to_owned(),
+                            captured_bytes: s.captured_bytes,
+                            captured_records: s.captured_records,
+                        }
+                    }
+                }
+            })
+            .collect();
+        let now = clock::mono();
+        AgentStatus {
+            agent_version: crate::VERSION.to_owned(),
+            kernel: kernel(),
+            backend: self.backend(),
+            uptime_s: now.ms_since(self.started) / 1000,
+            rss_bytes: ByteLen(rss_bytes()),
+            mono_ns: now.0,
+            wall_us: clock::wall_us(),
+            groups,
+        }
+    }
+
+    pub(super) fn status_json(&self) -> Value {
+        let counters = self.ctx.capture.as_ref().and_then(|c| c.counters().ok());
+        let (ring_used, ring_size) = self.ctx.capture.as_ref().map_or((0, 0), |c| c.fill());
+        let groups: Vec<Value> = self.groups.iter().map(|g| self.group_json(g)).collect();
+        json!({
+            "version": crate::VERSION,
+            "kernel": kernel(),
+            "host": self.identity.host,
+            "box": {
+                "address": self.peer.address,
+                "name": self.box_name,
+                "connected": self.control_up.is_some(),
+                "reason": self.control_reason,
+            },
+            "backend": self.backend(),
+            "uptime_s": clock::mono().ms_since(self.started) / 1000,
+            "rss_bytes": rss_bytes(),
+            "memory_limit_bytes": memory_limit(),
+            "ring": { "used_bytes": ring_used, "size_bytes": ring_size },
+            "pressure": { "memory": self.host_pressure.psi_mem, "io": self.host_pressure.psi_io, "cpu": self.host_pressure.psi_cpu },
+            "capture": counters.map(|c| json!({
+                "requests": c.requests,
+                "bytes": c.bytes,
+                "dropped": c.drops,
+                "dropped_bytes": c.drop_bytes,
+                "unreadable": c.faults,
+                "too_long": c.truncated,
+                "passthrough": c.passthrough,
+                "unknown": c.unknown,
+            })),
+            "groups": groups,
+        })
+    }
+
+    fn group_json(&self, group: &super::Group) -> Value {
+        let spec = &group.record.spec;
+        let volumes: Vec<Value> = group
+            .record
+            .volumes
+            .iter()
+            .map(|v| json!({ "id": v.id, "device": format!("/dev/{}", v.device), "bytes": v.sectors * 512, "identity": v.identity.to_string() }))
+            .collect();
+        let mut value = json!({
+            "id": spec.id,
+            "name": spec.name,
+            "volumes": volumes,
+            "policy": spec.policy,
+        });
+        let more = match &group.running {
+            None => json!({ "state": "stopped", "reason": group.stopped }),
+            Some(running) => {
+                let s: SourceStatus = running.source.status();
+                let lag = match s.lag {
+                    Lag::Known { ms } => json!(ms),
+                    Lag::Never | Lag::Unknown { .. } => Value::Null,
+                };
+                let since = match s.lag {
+                    Lag::Unknown { since } => json!(clock::mono().ms_since(since)),
+                    Lag::Never | Lag::Known { .. } => Value::Null,
+                };
+                let (state, reason) = state_text(&s);
+                json!({
+                    "state": state,
+                    "reason": text_of(&[&reason, &running.box_reason, &running.last_alarm]),
+                    "stream": s.stream,
+                    "lag_ms": lag,
+                    "unknown_for_ms": since,
+                    "synced_once": s.lag != Lag::Never,
+                    "spool_bytes": s.window_bytes,
+                    "spool_bytes_max": running.spool_max,
+                    "spool_records": s.window_records,
+                    "spool_memory_bytes": running.spool.memory(),
+                    "spool_file_bytes": running.spool.in_file(),
+                    "spool_note": running.spool_note,
+                    "dirty_bytes": s.dirty,
+                    "sync_done_bytes": s.sync_done,
+                    "sync_total_bytes": s.sync_total,
+                    "durable": s.durable,
+                    "next": s.next,
+                    "pressure": pressure_text(running.pressure),
+                    "captured_bytes": s.captured_bytes,
+                    "captured_records": s.captured_records,
+                    "journal_full": s.journal_full,
+                })
+            }
+        };
+        if let (Value::Object(value), Value::Object(more)) = (&mut value, more) {
+            value.extend(more);
+        }
+        value
+    }
+}
+
+fn state_text(s: &SourceStatus) -> (&'static str, String) {
+    match s.state {
+        GroupAgentState::Disconnected => ("disconnected", String::new()),
+        GroupAgentState::Opening => ("opening", String::new()),
+        GroupAgentState::Syncing { reason } => ("syncing", reason.to_string()),
+        GroupAgentState::Marking { reason } => ("marking", reason.to_string()),
+        GroupAgentState::Replicating => ("replicating", String::new()),
+        GroupAgentState::Paused => ("paused", String::new()),
+        GroupAgentState::Stopped => ("stopped", String::new()),
+    }
+}
+
+fn text_of(parts: &[&String]) -> String {
+    parts.iter().filter(|p| !p.is_empty()).map(|p| p.as_str()).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,142 @@
+//! Freezing file systems for the moment of a bookmark, so that they are let go whatever happens to the agent.
+//!
+//! A frozen file system blocks every writer of the host. So before anything is frozen a guard process is started that holds the mount
+//! points open and lets them go when the agent says so, when the agent dies (its end of a pipe closes), or after
+//! [`FREEZE_MAX`], whichever is first. The guard does nothing else: no log, no allocation on the way, no write to a file system.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+/// Writers of the host wait this long at most.
+pub const FREEZE_MAX: Duration = Duration::from_secs(10);
+/// The hidden subcommand that the guard runs.
+pub const GUARD_COMMAND: &str = "thaw-guard";
+
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    #[error("could not open the mount point {}", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not start the process that ends the freeze")]
+    Guard(#[source] io::Error),
+    #[error("the process that ends the freeze did not get ready")]
+    GuardDead,
+    #[error("{} cannot be frozen", path.display())]
+    Freeze {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("nothing of this group is mounted: there is no file system to freeze; use --consistency crash")]
+    NothingMounted,
+}
+
+mod ioctl {
+    // FIFREEZE and FITHAW of linux/fs.h.
+    nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
+    nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
+}
+
+fn freeze(dir: &File) -> io::Result<()> {
+    let mut zero = 0;
+    // SAFETY: a valid descriptor; the argument is not used by the kernel.
+    unsafe { ioctl::fifreeze(dir.as_raw_fd(), &mut zero) }.map(drop).map_err(io::Error::from)
+}
+
+fn thaw(dir: &File) -> io::Result<()> {
+    let mut zero = 0;
+    // SAFETY: as above.
+    unsafe { ioctl::fithaw(dir.as_raw_fd(), &mut zero) }.map(drop).map_err(io::Error::from)
+}
+
+/// File systems held still until this is dropped.
+pub struct Frozen {
+    dirs: Vec<File>,
+    guard: Guard,
+}
+
+struct Guard {
+    child: Child,
+}
+
+/// Freezes what is mounted at `mounts`, in that order; all or none.
+pub fn freeze_all(mounts: &[String]) -> Result<Frozen, FreezeError> {
+    if mounts.is_empty() {
+        return Err(FreezeError::NothingMounted);
+    }
+    let program = std::env::current_exe().map_err(FreezeError::Guard)?;
+    freeze_with(&program, mounts)
+}
+
+/// As [`freeze_all`], with the program that has [`GUARD_COMMAND`].
+pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeError> {
+    let open = |m: &String| File::open(m).map_err(|source| FreezeError::Open { path: m.into(), source });
+    let dirs: Vec<File> = mounts.iter().map(open).collect::<Result<_, _>>()?;
+    let child = Command::new(program)
+        .arg(GUARD_COMMAND)
+        .args(mounts)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(FreezeError::Guard)?;
+    let mut guard = Guard { child };
+    let mut ready = [0u8; 1];
+    let said = guard.child.stdout.as_mut().map(|out| out.read_exact(&mut ready));
+    if !matches!(said, Some(Ok(()))) {
+        return Err(FreezeError::GuardDead);
+    }
+    let mut frozen = Frozen { dirs: Vec::new(), guard };
+    for (dir, mount) in dirs.into_iter().zip(mounts) {
+        // Two mounts of one file system: it is frozen already.
+        match freeze(&dir) {
+            Ok(()) => frozen.dirs.push(dir),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(source) => return Err(FreezeError::Freeze { path: mount.into(), source }),
+        }
+    }
+    Ok(frozen)
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for dir in self.dirs.iter().rev() {
+            // EINVAL: the guard was first.
+            let _ = thaw(dir);
+        }
+        // The pipe closes, the guard sees it and ends.
+        drop(self.guard.child.stdin.take());
+        let _ = self.guard.child.wait();
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+/// What the guard process does. Opens everything, says that it is ready, waits, lets go.
+pub fn guard(mounts: &[PathBuf]) -> io::Result<()> {
+    let dirs: Vec<File> = mounts.iter().map(File::open).collect::<Result<_, _>>()?;
+    let mut out = io::stdout();
+    out.write_all(b"r")?;
+    out.flush()?;
+    let mut poll = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry. Whatever ends the wait, what follows is the same.
+    unsafe { libc::poll(&mut poll, 1, FREEZE_MAX.as_millis() as i32) };
+    for dir in dirs.iter().rev() {
+        let _ = thaw(dir);
+    }
+    Ok(())
+}

@@ -1,0 +1,414 @@
+//! What the agent keeps on disk, and what it keeps only until the next boot.
+//!
+//! `state_dir` (survives reboots; mode 0700):
+//!
+//! | file | content |
+//! |---|---|
+//! | `identity.json`, `host.key`, `host.pem`, `ca.pem` | who this host is, 0600 |
+//! | `groups.a` `groups.b` | what is protected (twin record of JSON) |
+//! | `source-<group>.a` `.b` | the source machine's state, now and then; for the time after a reboot |
+//! | `spool-<group>.bin` | spool file; its content is of no use to the next agent |
+//! | `agent.sock`, `lock` | control socket, and that only one agent runs |
+//!
+//! `run_dir` (tmpfs: survives the agent, not the host): `source-<group>.run`, the source machine's state as of its last `Persist`. Writing
+//! it costs no disk write of the host and so nothing that would be captured again. Replaced by rename: a killed agent leaves the old or the
+//! new one. After a reboot it is gone, and everything is compared again, because nobody saw the writes at boot.
+
+use crate::disks::Identity;
+use durable::{Disk, OsDisk, Twin};
+use model::{GroupId, GroupSpec, HostId, VolumeId};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("could not {what} {}", path.display())]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not use the state directory")]
+    Disk(#[source] durable::DiskError),
+    #[error("could not {what}")]
+    Twin {
+        what: &'static str,
+        #[source]
+        source: durable::TwinError,
+    },
+    #[error("{} cannot be understood; enrol this host again with `holdfast-agent enrol`", path.display())]
+    Identity {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
+    #[error("the list of protected groups in {} cannot be understood", path.display())]
+    Groups {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
+    #[error("this host is not enrolled: run `holdfast-agent enrol --box HOST:PORT --token TOKEN` first")]
+    NotEnrolled,
+    #[error("another holdfast-agent uses {}; stop it first (systemctl stop holdfast-agent)", path.display())]
+    Running {
+        path: PathBuf,
+        #[source]
+        source: durable::LockError,
+    },
+}
+
+/// Who this host is to its box.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostIdentity {
+    pub host: HostId,
+    /// HOST:PORT as it was given.
+    pub box_address: String,
+    pub enrolled_us: u64,
+}
+
+/// A volume of a protected group, and the disk behind it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRecord {
+    pub id: VolumeId,
+    /// The kernel's name when it was protected, e.g. `sda1`; it may have another after a reboot.
+    pub device: String,
+    pub sectors: u64,
+    pub identity: Identity,
+    /// `queue/max_sectors_kb` of its disk before it was lowered for capture, and the disk.
+    pub max_sectors_kb: Option<(String, u32)>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupRecord {
+    pub spec: GroupSpec,
+    pub volumes: Vec<VolumeRecord>,
+    /// The extents of the spool file that the kernel was told to leave out: disk, start and length in sectors.
+    #[serde(default)]
+    pub skips: Vec<(String, u64, u64)>,
+}
+
+pub struct StateDir {
+    root: PathBuf,
+    run: PathBuf,
+    disk: OsDisk,
+    groups: Option<Twin>,
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    move |source| StateError::Io { what, path, source }
+}
+
+/// Writes a file that only root may read, and replaces an old one at once.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
+    let temporary = path.with_extension("new");
+    // One left behind by a crash may have other permissions.
+    match fs::remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &temporary)(e)),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .map_err(io_error("create", &temporary))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io_error("write", &temporary))?;
+    fs::rename(&temporary, path).map_err(io_error("put in place", path))?;
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    fs::File::open(parent).and_then(|d| d.sync_all()).map_err(io_error("flush", parent))
+}
+
+fn private_dir(path: &Path) -> Result<(), StateError> {
+    fs::create_dir_all(path).map_err(io_error("make the directory", path))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(io_error("set the mode of", path))
+}
+
+impl StateDir {
+    pub fn open(root: &Path, run: &Path) -> Result<Self, StateError> {
+        private_dir(root)?;
+        private_dir(run)?;
+        let disk = OsDisk::new(root).map_err(StateError::Disk)?;
+        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: None })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Holds the directory for one agent.
+    pub fn lock(&self) -> Result<durable::DirLock, StateError> {
+        self.disk.lock(Path::new("lock")).map_err(|source| StateError::Running { path: self.root.clone(), source })
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    pub fn identity(&self) -> Result<HostIdentity, StateError> {
+        let path = self.path("identity.json");
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| StateError::Identity { path, source }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(StateError::NotEnrolled),
+            Err(e) => Err(io_error("read", &path)(e)),
+        }
+    }
+
+    /// Stores key, certificate and identity; the identity last, because with it the host counts as enrolled.
+    pub fn store_identity(
+        &self,
+        identity: &HostIdentity,
+        key: &str,
+        certificate: &str,
+        ca: &str,
+    ) -> Result<(), StateError> {
+        write_secret(&self.path("host.key"), key.as_bytes())?;
+        write_secret(&self.path("host.pem"), certificate.as_bytes())?;
+        write_secret(&self.path("ca.pem"), ca.as_bytes())?;
+        let path = self.path("identity.json");
+        let text = serde_json::to_vec_pretty(identity)
+            .map_err(|source| StateError::Identity { path: path.clone(), source })?;
+        write_secret(&path, &text)
+    }
+
+    pub fn read(&self, name: &str) -> Result<Vec<u8>, StateError> {
+        let path = self.path(name);
+        fs::read(&path).map_err(io_error("read", &path))
+    }
+
+    pub fn load_groups(&mut self) -> Result<Vec<GroupRecord>, StateError> {
+        let loaded = Twin::load(&self.disk, Path::new(""), "groups")
+            .map_err(|source| StateError::Twin { what: "read the list of protected groups", source })?;
+        let Some((twin, body)) = loaded else { return Ok(Vec::new()) };
+        if let Some(fault) = twin.fault() {
+            tracing::warn!(%fault, "one copy of the list of protected groups is not good; the other is used and both are written next time");
+        }
+        self.groups = Some(twin);
+        serde_json::from_slice(&body).map_err(|source| StateError::Groups { path: self.path("groups"), source })
+    }
+
+    pub fn store_groups(&mut self, groups: &[GroupRecord]) -> Result<(), StateError> {
+        let body = serde_json::to_vec(groups)
+            .map_err(|source| StateError::Groups { path: self.root.join("groups"), source })?;
+        let what = "store the list of protected groups";
+        match &mut self.groups {
+            Some(twin) => twin.store(&self.disk, &body).map_err(|source| StateError::Twin { what, source }),
+            None => {
+                let twin = Twin::create(&self.disk, Path::new(""), "groups", &body)
+                    .map_err(|source| StateError::Twin { what, source })?;
+                self.groups = Some(twin);
+                Ok(())
+            }
+        }
+    }
+
+    fn run_path(&self, group: GroupId) -> PathBuf {
+        self.run.join(format!("source-{group}.run"))
+    }
+
+    /// Keeps a source's state over the agent's death. Not flushed: it need not survive more.
+    pub fn store_run(&self, group: GroupId, state: &RunState) -> Result<(), StateError> {
+        let path = self.run_path(group);
+        let temporary = path.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(&state.encode())?;
+            drop(file);
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(io_error("store", &path))
+    }
+
+    /// The state as the agent before left it, if that was in this boot.
+    pub fn load_run(&self, group: GroupId, boot_id: &str) -> Option<RunState> {
+        let bytes = fs::read(self.run_path(group)).ok()?;
+        RunState::decode(&bytes).filter(|s| s.boot_id == boot_id)
+    }
+
+    /// Keeps a source's state over a reboot. A map that is too large for a twin record is left out: after a reboot everything is
+    /// compared anyway, and only the stream's name is of use.
+    pub fn store_boot(&self, group: GroupId, state: &[u8]) -> Result<(), StateError> {
+        if state.len() > durable::TWIN_BODY_MAX {
+            return Ok(());
+        }
+        let name = format!("source-{group}");
+        let what = "store the state of a group";
+        let error = |source| StateError::Twin { what, source };
+        match Twin::load(&self.disk, Path::new(""), &name) {
+            Ok(Some((mut twin, _))) => twin.store(&self.disk, state).map_err(error),
+            Ok(None) => Twin::create(&self.disk, Path::new(""), &name, state).map(drop).map_err(error),
+            Err(e) => {
+                tracing::warn!(group = %group, error = %crate::error_chain(&e), "the stored state of a group is damaged; it is made anew");
+                self.forget_boot(&name)?;
+                Twin::create(&self.disk, Path::new(""), &name, state).map(drop).map_err(error)
+            }
+        }
+    }
+
+    pub fn load_boot(&self, group: GroupId) -> Option<Vec<u8>> {
+        match Twin::load(&self.disk, Path::new(""), &format!("source-{group}")) {
+            Ok(found) => found.map(|(_, body)| body),
+            Err(e) => {
+                tracing::warn!(group = %group, error = %crate::error_chain(&e), "the stored state of a group is damaged: a new stream begins");
+                None
+            }
+        }
+    }
+
+    fn forget_boot(&self, name: &str) -> Result<(), StateError> {
+        for side in ["a", "b"] {
+            match self.disk.remove(Path::new(&format!("{name}.{side}"))) {
+                Err(e) if !e.is_not_found() => return Err(StateError::Disk(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything of a group but its entry in the list.
+    pub fn forget_group(&self, group: GroupId) -> Result<(), StateError> {
+        self.forget_boot(&format!("source-{group}"))?;
+        for path in [self.run_path(group), self.spool_path(group)] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &path)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub fn spool_path(&self, group: GroupId) -> PathBuf {
+        self.path(&format!("spool-{group}.bin"))
+    }
+
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::new(self.disk.clone())
+    }
+}
+
+/// A source's state with what tells whether it can be gone on with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RunState {
+    pub boot_id: String,
+    pub source: Vec<u8>,
+}
+
+const RUN_MAGIC: &[u8; 8] = b"HFRUN\x01\r\n";
+
+impl RunState {
+    /// Magic, length of the boot id (one byte), boot id, the machine's bytes (which carry their own checksum).
+    fn encode(&self) -> Vec<u8> {
+        let boot = &self.boot_id.as_bytes()[..self.boot_id.len().min(255)];
+        let mut out = RUN_MAGIC.to_vec();
+        out.push(boot.len() as u8);
+        out.extend_from_slice(boot);
+        out.extend_from_slice(&self.source);
+        out
+    }
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let rest = bytes.strip_prefix(RUN_MAGIC)?;
+        let (len, rest) = rest.split_first()?;
+        let boot_id = String::from_utf8(rest.get(..usize::from(*len))?.to_vec()).ok()?;
+        Some(Self { boot_id, source: rest[usize::from(*len)..].to_vec() })
+    }
+}
+
+/// Drawn by the kernel at each boot.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Random bytes from the kernel.
+pub fn random_128() -> io::Result<[u8; 16]> {
+    let mut bytes = [0u8; 16];
+    // SAFETY: the buffer is ours and as long as said.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got == 16 { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::{GroupPolicy, Sectors, VolumeSpec};
+
+    fn group() -> GroupRecord {
+        let volume =
+            VolumeSpec { id: VolumeId(0), name: "/dev/sdb".into(), sectors: Sectors(8), identity: "serial:1".into() };
+        GroupRecord {
+            spec: GroupSpec {
+                id: GroupId([1; 16]),
+                name: "db".into(),
+                host: Some(HostId([2; 16])),
+                volumes: vec![volume],
+                policy: GroupPolicy::default(),
+            },
+            volumes: vec![VolumeRecord {
+                id: VolumeId(0),
+                device: "sdb".into(),
+                sectors: 8,
+                identity: Identity { hard: vec!["serial:1".into()], ..Identity::default() },
+                max_sectors_kb: Some(("sdb".into(), 1280)),
+            }],
+            skips: vec![("sdb".into(), 1, 2)],
+        }
+    }
+
+    #[test]
+    fn groups_and_identity_read_back_and_are_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, run) = (dir.path().join("s"), dir.path().join("r"));
+        let mut state = StateDir::open(&root, &run).unwrap();
+        assert!(state.load_groups().unwrap().is_empty());
+        assert!(matches!(state.identity(), Err(StateError::NotEnrolled)));
+        state.store_groups(&[group()]).unwrap();
+        state.store_groups(&[group(), group()]).unwrap();
+        let identity = HostIdentity { host: HostId([3; 16]), box_address: "b:1".into(), enrolled_us: 5 };
+        state.store_identity(&identity, "key", "cert", "ca").unwrap();
+        let mut again = StateDir::open(&root, &run).unwrap();
+        assert_eq!(again.load_groups().unwrap(), [group(), group()]);
+        assert_eq!(again.identity().unwrap(), identity);
+        for name in ["host.key", "identity.json"] {
+            assert_eq!(fs::metadata(root.join(name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
+        }
+        assert_eq!(fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o700);
+        let _held = state.lock().unwrap();
+        assert!(matches!(again.lock(), Err(StateError::Running { .. })));
+    }
+
+    #[test]
+    fn run_state_is_of_one_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&dir.path().join("s"), &dir.path().join("r")).unwrap();
+        let id = GroupId([1; 16]);
+        let run = RunState { boot_id: "boot-1".into(), source: vec![1, 2, 3] };
+        state.store_run(id, &run).unwrap();
+        assert_eq!(state.load_run(id, "boot-1"), Some(run));
+        assert_eq!(state.load_run(id, "boot-2"), None);
+        for cut in 0..12 {
+            assert!(RunState::decode(&RunState { boot_id: "b".repeat(9), source: vec![] }.encode()[..cut]).is_none());
+        }
+        state.store_boot(id, b"x").unwrap();
+        state.store_boot(id, b"y").unwrap();
+        assert_eq!(state.load_boot(id).as_deref(), Some(&b"y"[..]));
+        // Both copies damaged: a new stream, and storing works again.
+        for side in ["a", "b"] {
+            fs::write(dir.path().join(format!("s/source-{id}.{side}")), b"rubbish").unwrap();
+        }
+        assert_eq!(state.load_boot(id), None);
+        state.store_boot(id, b"z").unwrap();
+        assert_eq!(state.load_boot(id).as_deref(), Some(&b"z"[..]));
+        state.forget_group(id).unwrap();
+        assert_eq!(state.load_boot(id), None);
+    }
+}
