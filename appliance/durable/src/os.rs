@@ -653,6 +653,15 @@ impl RingQueue {
         }
     }
 
+    fn push(&mut self, id: u64, offset: u64, buf: AlignedBuf) {
+        let slot = self.slots.iter().position(Option::is_none).expect("fewer than depth in flight");
+        let entry = durable_write(&self.file, &buf, offset).user_data(slot as u64);
+        self.slots[slot] = Some((id, buf));
+        self.unsent.push_back(slot);
+        // SAFETY: the buffer stays in its slot and the file open until the completion is reaped; drop waits for both.
+        unsafe { self.ring.submission().push(&entry) }.expect("the ring has room for depth entries");
+    }
+
     fn with_kernel(&self) -> usize {
         self.slots.iter().flatten().count() - self.unsent.len()
     }
@@ -731,12 +740,7 @@ impl WriteQueue for RingQueue {
             self.ready.push(Completion { id, buf, result: Err(refused(&self.path)) });
             return;
         }
-        let slot = self.slots.iter().position(Option::is_none).expect("fewer than depth in flight");
-        let entry = durable_write(&self.file, &buf, offset).user_data(slot as u64);
-        self.slots[slot] = Some((id, buf));
-        self.unsent.push_back(slot);
-        // SAFETY: the buffer stays in its slot and the file open until the completion is reaped; drop waits for both.
-        unsafe { self.ring.submission().push(&entry) }.expect("the ring has room for depth entries");
+        self.push(id, offset, buf);
         self.enter(0);
     }
 
@@ -921,5 +925,72 @@ impl Drop for PoolQueue {
             // A thread that panicked has already said so on stderr; there is nothing left to wait for.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ring_queue(dir: &Path) -> Option<RingQueue> {
+        let path = Path::new("f");
+        OsDisk::new(dir).expect("a disk").create_zeroed(path, ByteLen(4 * ALIGN as u64)).expect("made");
+        let file = open_for_queue(&dir.join(path), libc::O_DIRECT).expect("a file for direct writes");
+        let Some(ring) = probe_ring(&file, 4) else {
+            println!("SKIPPED: this kernel allows no io_uring");
+            return None;
+        };
+        Some(RingQueue::new(ring, file, path, 4))
+    }
+
+    fn full(byte: u8) -> AlignedBuf {
+        let mut buf = AlignedBuf::with_capacity(ALIGN);
+        buf.extend_from_slice(&[byte; ALIGN]);
+        buf
+    }
+
+    /// The kernel refuses entries: those it has seen are waited for, the others fail and are never written, even though
+    /// they still stand in the ring.
+    #[test]
+    fn a_ring_that_breaks_fails_what_it_did_not_send_and_waits_for_the_rest() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let Some(mut queue) = ring_queue(dir.path()) else { return };
+        queue.submit(1, 0, full(1));
+        queue.push(2, ALIGN as u64, full(2));
+        queue.push(3, 2 * ALIGN as u64, full(3));
+        queue.give_up(&io::Error::from_raw_os_error(libc::EBADF));
+        queue.submit(4, 3 * ALIGN as u64, full(4));
+        let mut done = Vec::new();
+        while queue.in_flight() > 0 {
+            done.extend(queue.complete(true));
+        }
+        done.sort_by_key(|c| c.id);
+        let ok: Vec<(u64, bool)> = done.iter().map(|c| (c.id, c.result.is_ok())).collect();
+        assert_eq!(ok, [(1, true), (2, false), (3, false), (4, false)]);
+        assert!(matches!(done[3].result.as_ref().expect_err("poisoned").kind, DiskErrorKind::Poisoned));
+        drop((queue, done));
+        let written = std::fs::read(dir.path().join("f")).expect("read");
+        assert!(written[..ALIGN].iter().all(|b| *b == 1), "the kernel had this one");
+        assert!(written[ALIGN..].iter().all(|b| *b == 0), "a write that was reported as failed was sent later");
+    }
+
+    /// Not even waiting works: everything fails at once, the queue ends, and no memory the kernel may read is reused.
+    #[test]
+    fn a_ring_that_cannot_even_wait_ends() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let Some(mut queue) = ring_queue(dir.path()) else { return };
+        queue.submit(1, 0, full(1));
+        queue.push(2, ALIGN as u64, full(2));
+        let in_kernel = queue.slots[0].as_ref().map(|(_, buf)| buf.as_ptr());
+        for _ in 0..2 {
+            queue.give_up(&io::Error::from_raw_os_error(libc::EBADF));
+        }
+        let done = queue.complete(true);
+        assert_eq!((done.len(), queue.in_flight()), (2, 0));
+        for completion in &done {
+            assert!(completion.result.is_err(), "write {}", completion.id);
+            assert_ne!(Some(completion.buf.as_ptr()), in_kernel, "the kernel may still read this buffer");
+        }
+        drop(queue);
     }
 }
