@@ -144,6 +144,8 @@ pub enum SpecError {
     LongDescription { volume: VolumeId, len: usize, max: usize },
     #[error("volume {0} cannot be left out: history refers to it")]
     VolumeGone(VolumeId),
+    #[error("volume {volume} cannot shrink from {} to {} sectors: older moments need all of it; give the new disk a new volume", have.0, given.0)]
+    VolumeShrinks { volume: VolumeId, have: Sectors, given: Sectors },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -243,6 +245,8 @@ pub enum JobError {
         #[source]
         source: crate::index::IndexError,
     },
+    #[error("{what}: the journal was closed meanwhile")]
+    Closed { what: &'static str },
     #[error("{what}: the base")]
     Base {
         what: &'static str,

@@ -142,9 +142,24 @@ impl JobState {
     pub fn to_delete(&mut self, segments: Vec<Arc<Segment>>) {
         self.delete.extend(segments);
     }
-    /// Room that appends leave alone, so that a full journal can still fold and seal.
+    pub fn unsealed(&self) -> usize {
+        self.seal.len()
+    }
+    pub fn oldest_unsealed(&self) -> Option<Arc<Segment>> {
+        self.seal.front().cloned()
+    }
+    pub fn sealed(&mut self, segment: &Arc<Segment>) {
+        self.seal.retain(|s| !Arc::ptr_eq(s, segment));
+        self.index_due = self.index != IndexChoice::None;
+        self.retain_due = true;
+    }
+    /// Room that appends leave alone, so that a full journal can still be sealed and folded: one segment's worth at a time.
     pub fn reserve(&self) -> ByteLen {
-        ByteLen(retention::reserve(self.segment_bytes.0, FOLD_SEGMENTS_MAX))
+        ByteLen(retention::reserve(self.segment_bytes.0, 0) - self.segment_bytes.0)
+    }
+    /// Room below which history gives way.
+    fn wanted(&self) -> u64 {
+        retention::reserve(self.segment_bytes.0, FOLD_SEGMENTS_MAX)
     }
     /// No room was found: look at once for what may go.
     pub fn no_room(&mut self) {
@@ -260,8 +275,7 @@ impl Journal {
         if !self.jobs.delete.is_empty()
             && let Some(token) = self.jobs.deleting.take(now)
         {
-            let segments = std::mem::take(&mut self.jobs.delete);
-            return Some(self.job(Work::Delete(segments), token));
+            return Some(self.job(Work::Delete(self.jobs.delete.clone()), token));
         }
         if self.jobs.retain_due
             && let Some(token) = self.jobs.retaining.take(now)
@@ -345,7 +359,7 @@ impl Journal {
             other_bytes: numbers.index_bytes.0 + self.jobs.prepared_bytes(),
             // A disk that cannot say is taken as empty of need: nothing is deleted on a doubt.
             available: self.shared.disk.space().map_or(u64::MAX, |s| s.available.0),
-            reserve: self.jobs.reserve().0 + self.options.segment_bytes.0,
+            reserve: self.jobs.wanted(),
             must_free: self.jobs.must_free,
             alarm_below_hours: policy.alarm_below_hours,
             floor: map.floor.lsn,
@@ -393,11 +407,7 @@ impl Journal {
                 self.jobs.preparing.not_before = later;
                 self.jobs.no_room();
             }
-            (Work::Seal(_), Ok(_)) => {
-                self.jobs.seal.pop_front();
-                self.jobs.index_due = self.jobs.index != IndexChoice::None;
-                self.jobs.retain_due = true;
-            }
+            (Work::Seal(segment), Ok(_)) => self.jobs.sealed(&segment),
             (Work::Seal(_), Err(_)) => self.jobs.sealing.not_before = later,
             (Work::Index(_), Ok(JobOutcome::Indexed { runs: 0 })) => self.jobs.index_due = false,
             (Work::Index(_), Ok(_)) => {}
@@ -412,11 +422,10 @@ impl Journal {
                 self.jobs.retain_due = true;
                 self.jobs.retaining.not_before = later;
             }
-            (Work::Delete(_), Ok(_)) => {}
-            (Work::Delete(segments), Err(_)) => {
-                self.jobs.delete.extend(segments);
-                self.jobs.deleting.not_before = later;
+            (Work::Delete(segments), Ok(_)) => {
+                self.jobs.delete.retain(|s| segments.iter().all(|gone| !Arc::ptr_eq(s, gone)));
             }
+            (Work::Delete(_), Err(_)) => self.jobs.deleting.not_before = later,
         }
         self.note(what, result.as_ref().err().map(|e| error_chain(e)));
         let prepared = self.jobs.prepared_bytes();
@@ -455,7 +464,10 @@ impl Job {
     /// Does the work; blocks. Any thread.
     pub fn run(self) -> JobDone {
         let Job { work, shared, token } = self;
+        let what = work.what();
         let result = match &work {
+            // Another writer may have the journal open by now.
+            _ if shared.closed.load(Ordering::Acquire) => Err(JobError::Closed { what }),
             Work::Prepare { path, bytes } => prepare(&shared, path, *bytes),
             Work::Seal(segment) => seal(&shared, segment),
             Work::Index(choice) => build_index(&shared, choice),

@@ -26,7 +26,7 @@ use model::{ByteLen, Extent, HistoryTime, Lsn, Mark, Record, RecordKind, VolumeI
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, RwLock, RwLockReadGuard},
+    sync::{Arc, Mutex, RwLock, RwLockReadGuard},
 };
 
 /// Where a version lies in a [`MemIndex`]. Extents are filed by size class, so that those which may reach into a range are
@@ -266,6 +266,8 @@ pub struct Segment {
     pub header: SegmentHeader,
     pub tag: u64,
     state: RwLock<State>,
+    /// Held while the footer is written: a job and an append may both want to.
+    sealing: Mutex<()>,
 }
 
 /// The facts everyone asks for.
@@ -284,7 +286,7 @@ pub struct Summary {
 
 impl Segment {
     pub fn new(header: SegmentHeader, state: State) -> Self {
-        Self { tag: header.tag(), header, state: RwLock::new(state) }
+        Self { tag: header.tag(), header, state: RwLock::new(state), sealing: Mutex::new(()) }
     }
     pub fn state(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -585,6 +587,7 @@ impl From<ReadError> for LoadError {
 
 /// Writes the footer of a segment that takes no more appends, and gives the file its sealed name.
 pub fn seal(disk: &dyn Disk, dir: &Path, segment: &Segment) -> Result<(), DiskError> {
+    let _one = segment.sealing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let (footer, trailer, data_end) = {
         let state = segment.state();
         let State::Unsealed(unsealed) = &*state else { return Ok(()) };

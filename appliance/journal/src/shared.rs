@@ -28,7 +28,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -165,6 +165,8 @@ pub struct Shared {
     map: RwLock<Arc<Map>>,
     pub leases: Mutex<Leases>,
     pub numbers: Mutex<Numbers>,
+    /// The writer's handle is gone: jobs must not begin.
+    pub closed: AtomicBool,
     /// None until a job has opened it, and for journals without one.
     index: RwLock<Option<Arc<dyn IndexStore>>>,
     pub base: Arc<dyn Base>,
@@ -181,6 +183,7 @@ impl Shared {
             map: RwLock::new(Arc::new(map)),
             leases: Mutex::default(),
             numbers: Mutex::default(),
+            closed: AtomicBool::new(false),
             index: RwLock::new(None),
             base,
             files: Lru::new(FILES_MAX),

@@ -51,6 +51,8 @@ use std::{
 
 /// A segment made on the spot because none was ready is small, so that the append waits some milliseconds only.
 const STOPGAP_BYTES: u64 = 8 << 20;
+/// Full segments that wait to be sealed: up to 25 MiB of memory each.
+const UNSEALED_MAX: usize = 8;
 
 /// The segment that takes appends.
 struct Current {
@@ -256,6 +258,12 @@ impl Journal {
         }
         if let Some(gone) = have.volumes.iter().find(|v| spec.volumes.iter().all(|n| n.id != v.id)) {
             return Err(SpecError::VolumeGone(gone.id).into());
+        }
+        for volume in &have.volumes {
+            if let Some(new) = spec.volumes.iter().find(|n| n.id == volume.id && n.sectors < volume.sectors) {
+                let (have, given) = (volume.sectors, new.sectors);
+                return Err(SpecError::VolumeShrinks { volume: volume.id, have, given }.into());
+            }
         }
         let map = self.shared.map();
         if map.cutoff > Lsn::ZERO {
@@ -539,6 +547,7 @@ impl Journal {
         while !self.flights.is_empty() {
             self.poll(true)?;
         }
+        self.bound_unsealed()?;
         let (file, bytes, handle) = match self.jobs.take_prepared() {
             Some(prepared) => {
                 let handle = self.shared.disk.open(&prepared.path, OpenMode::ReadWrite);
@@ -601,6 +610,18 @@ impl Journal {
                 line.segments.push(segment);
             }
         });
+        Ok(())
+    }
+
+    /// Each full segment that is not sealed holds its index in memory. When jobs do not come round to it, or fail at it, the
+    /// append does it, and says why if it cannot.
+    fn bound_unsealed(&mut self) -> Result<(), AppendError> {
+        while self.jobs.unsealed() >= UNSEALED_MAX {
+            let Some(segment) = self.jobs.oldest_unsealed() else { return Ok(()) };
+            segment::seal(&*self.shared.disk, &self.shared.dir, &segment)
+                .map_err(|e| AppendError::Roll(Arc::new(e)))?;
+            self.jobs.sealed(&segment);
+        }
         Ok(())
     }
 
@@ -773,12 +794,19 @@ impl Journal {
         map.lines.values().map(|l| (l.id, if l.id == self.timeline { self.durable } else { l.written() })).collect()
     }
 
-    /// Makes everything durable and notes it, so that any later damage is told from a torn tail. Jobs must have been handed
-    /// back or dropped before.
+    /// Makes everything durable and notes it, so that any later damage is told from a torn tail. Jobs that run meanwhile must have
+    /// ended before the journal is opened again.
     pub fn close(mut self) -> Result<(), AppendError> {
         self.drain()?;
         let ends = self.ends();
         self.control.update(|r| note_durable(r, &ends)).map_err(|e| AppendError::Control(Arc::new(e)))
+    }
+}
+
+impl Drop for Journal {
+    /// Jobs that were handed out and have not begun will not begin.
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
     }
 }
 
