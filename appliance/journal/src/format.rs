@@ -307,9 +307,10 @@ impl SegmentHeader {
     pub fn decode(block: &[u8]) -> Result<Self, BlockFault> {
         decode_block(SEGMENT_MAGIC, block).and_then(Self::checked)
     }
-    /// LSNs begin at 1, and what follows them must be countable.
+    /// LSNs begin at 1, and what follows them, and the ordinal, must be countable.
     fn checked(self) -> Result<Self, BlockFault> {
-        if (1..u64::MAX / 2).contains(&self.first_lsn.0) { Ok(self) } else { Err(BlockFault::Body) }
+        let possible = (1..u64::MAX / 2).contains(&self.first_lsn.0) && self.ordinal < u32::MAX / 2;
+        if possible { Ok(self) } else { Err(BlockFault::Body) }
     }
 }
 

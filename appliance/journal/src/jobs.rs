@@ -136,10 +136,10 @@ impl JobState {
         self.next_prepared += 1;
         format::prepared_path(dir, self.next_prepared - 1)
     }
-    pub fn to_seal(&mut self, segment: Arc<Segment>) {
+    pub fn add_unsealed(&mut self, segment: Arc<Segment>) {
         self.seal.push_back(segment);
     }
-    pub fn to_delete(&mut self, segments: Vec<Arc<Segment>>) {
+    pub fn add_deleted(&mut self, segments: Vec<Arc<Segment>>) {
         self.delete.extend(segments);
     }
     pub fn unsealed(&self) -> usize {

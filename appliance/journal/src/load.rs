@@ -177,6 +177,13 @@ impl Loader<'_> {
                     self.corrupt(segment.path(self.dir), 0, what)?;
                 }
             }
+            // The index counts by ordinals: they must be without a hole too.
+            if let Some(before) = segments.last()
+                && self.mode == Mode::Strict
+                && segment.header.ordinal != before.header.ordinal + 1
+            {
+                self.corrupt(segment.path(self.dir), 0, Damage::SegmentName)?;
+            }
             segments.push(Arc::new(segment));
         }
         let last = segments.last().map_or(start, |s| s.last_lsn());
@@ -374,6 +381,179 @@ impl Loader<'_> {
                 self.note_cut(&path, &found);
                 Ok(self.unsealed(header, found, len, SegmentState::Open))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Journal, JournalOptions, JournalReader, NewRecord, types::IndexChoice};
+    use durable::SimDisk;
+    use model::{
+        Codec, Extent, GroupId, GroupPolicy, GroupSpec, HistoryTime, Mark, RecordKind, RecoveryPoint, Sectors,
+        SourceSeq, StreamId, Term, VolumeId, VolumeSpec, WriteFlags,
+    };
+
+    fn rng(seed: u64) -> impl FnMut(u64) -> u64 {
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        move |below| {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            s % below
+        }
+    }
+
+    fn options() -> JournalOptions {
+        JournalOptions {
+            segment_bytes: ByteLen(160 * 1024),
+            batch_bytes: 4096,
+            depth: 2,
+            prepared_ahead: 1,
+            segments_per_generation: 8,
+            index: IndexChoice::Memory,
+        }
+    }
+
+    fn small(disk: &SimDisk) -> PathBuf {
+        let dir = PathBuf::from("g");
+        let volume = VolumeSpec { id: VolumeId(1), name: "v".into(), sectors: Sectors(64), identity: String::new() };
+        let spec = GroupSpec {
+            id: GroupId([1; 16]),
+            name: "g".into(),
+            host: None,
+            volumes: vec![volume],
+            policy: GroupPolicy::default(),
+        };
+        let disk: Arc<dyn Disk> = Arc::new(disk.clone());
+        let mut journal = Journal::create(disk, &dir, &spec, Term(1), options(), HistoryTime(1)).expect("creates");
+        journal.append_mark(&Mark::Consistent, HistoryTime(1), StreamId::default(), SourceSeq(0)).expect("appends");
+        for seq in 1..=300u64 {
+            let payload = vec![seq as u8; 512];
+            let record = NewRecord {
+                kind: RecordKind::Write,
+                flags: WriteFlags::NONE,
+                volume: VolumeId(1),
+                extent: Extent::new(seq % 64, 1),
+                codec: Codec::Raw,
+                payload_crc: crc32fast::hash(&payload),
+                payload: &payload,
+                time: HistoryTime(seq),
+                source_wall_us: 0,
+                stream: StreamId([1; 16]),
+                seq: SourceSeq(seq),
+            };
+            while journal.append(&record).is_err() {
+                journal.poll(true).expect("polls");
+            }
+        }
+        journal.drain().expect("durable");
+        while let Some(job) = journal.next_job(HistoryTime(1)) {
+            journal.job_done(job.run()).expect("succeeds");
+        }
+        journal.close().expect("closes");
+        dir
+    }
+
+    /// Uses a journal in every way there is; whatever comes out, it must come out.
+    fn use_it(disk: &SimDisk, dir: &Path) {
+        let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+        let live = Journal::open(Arc::clone(&shared), dir, options(), HistoryTime(1)).ok().map(|(mut journal, _)| {
+            while let Some(job) = journal.next_job(HistoryTime(20_000_000)) {
+                if journal.job_done(job.run()).is_err() {
+                    break;
+                }
+            }
+            journal
+        });
+        let offline = JournalReader::open_offline(shared, dir).ok();
+        for reader in live.iter().map(Journal::reader).chain(offline) {
+            reader.points();
+            reader.stats();
+            reader.rate_history(20);
+            for point in [RecoveryPoint::Latest, RecoveryPoint::Time(HistoryTime(100)), RecoveryPoint::Lsn(Lsn(200))] {
+                if let Ok(point) = reader.resolve(&point)
+                    && let Ok(view) = reader.view(point)
+                {
+                    let _ = view.read(VolumeId(1), 100, &mut [0; 9000]);
+                    let _ = view.allocation(VolumeId(1), Extent::new(0, 64));
+                }
+            }
+            reader.records(Lsn(1)).take(1000).for_each(drop);
+            reader.verify(&mut |_| {});
+        }
+    }
+
+    fn bytes_of(disk: &SimDisk, path: &Path) -> Vec<u8> {
+        let file = disk.open(path, OpenMode::Read).expect("opens");
+        let mut bytes = vec![0; file.len().expect("a length").0 as usize];
+        file.read_at(0, &mut bytes).expect("reads");
+        bytes
+    }
+
+    #[test]
+    fn hostile_bytes_with_right_checksums_never_panic() {
+        let original = SimDisk::new(1, ByteLen(64 << 20));
+        let dir = small(&original);
+        let sealed: Vec<PathBuf> =
+            original.paths().into_iter().filter(|p| p.extension().is_some_and(|e| e == "seg")).collect();
+        assert!(!sealed.is_empty());
+        for seed in 1..250 {
+            let mut draw = rng(seed);
+            let disk = original.fork(seed);
+            let path = &sealed[draw(sealed.len() as u64) as usize];
+            let mut bytes = bytes_of(&disk, path);
+            // A block is chosen, bytes of it are changed, and whatever checksum it has is made right again.
+            let blocks = bytes.len() / BLOCK;
+            let number = match draw(4) {
+                0 => 0,
+                1 | 2 => blocks - 1,
+                _ => draw(blocks as u64) as usize,
+            };
+            let block = &mut bytes[number * BLOCK..(number + 1) * BLOCK];
+            for _ in 0..1 + draw(4) {
+                let at = (20 + draw(200)) as usize;
+                block[at] = match draw(3) {
+                    0 => 0xff,
+                    1 => block[at].wrapping_add(1),
+                    _ => draw(256) as u8,
+                };
+            }
+            if number == 0 || number == blocks - 1 {
+                let mut crc = crc32fast::Hasher::new();
+                crc.update(&block[..16]);
+                crc.update(&block[20..]);
+                let crc = crc.finalize();
+                block[16..20].copy_from_slice(&crc.to_le_bytes());
+            } else {
+                let crc = crc32fast::hash(&block[8..]);
+                block[4..8].copy_from_slice(&crc.to_le_bytes());
+            }
+            disk.open(path, OpenMode::ReadWrite).expect("opens").write_at(0, &bytes).expect("writes");
+            use_it(&disk, &dir);
+        }
+    }
+
+    #[test]
+    fn random_bytes_in_any_file_never_panic() {
+        let original = SimDisk::new(2, ByteLen(64 << 20));
+        let dir = small(&original);
+        let files: Vec<PathBuf> = original.paths();
+        for seed in 1..150 {
+            let mut draw = rng(seed);
+            let disk = original.fork(seed);
+            let path = &files[draw(files.len() as u64) as usize];
+            let file = disk.open(path, OpenMode::ReadWrite).expect("opens");
+            let len = file.len().expect("a length").0.max(1);
+            match draw(3) {
+                0 => file.set_len(ByteLen(draw(len))).expect("cuts"),
+                _ => {
+                    let junk: Vec<u8> = (0..1 + draw(300)).map(|_| draw(256) as u8).collect();
+                    file.write_at(draw(len), &junk).expect("writes");
+                }
+            }
+            use_it(&disk, &dir);
         }
     }
 }

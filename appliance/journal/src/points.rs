@@ -5,12 +5,13 @@
 //! the edges are looked up in record tables.
 
 use crate::{
-    ReadError, ResolveError,
-    format::{GapState, MarkEntry},
+    Corruption, Damage, ReadError, ResolveError,
+    format::{GapState, MarkEntry, TableEntry},
     shared::{Map, Shared},
     types::{BookmarkInfo, Gap, PointRange, Points, ResolvedPoint},
 };
 use model::{BookmarkName, GapReason, HistoryTime, Lsn, Mark, RecordKind, RecoveryPoint, TimelineId, WriteFlags};
+use std::path::PathBuf;
 
 /// Names offered when a bookmark is not there.
 const SIMILAR_MAX: usize = 3;
@@ -84,12 +85,16 @@ impl<'a> History<'a> {
         if lsn > self.end || lsn <= self.map.floor.lsn {
             return Ok(None);
         }
-        if !page.holds(lsn) {
+        if page.get(lsn).is_none() {
             let Some(segment) = self.map.segment_of(self.timeline, lsn) else { return Ok(None) };
             let Some((first, entries)) = self.shared.table_page(segment, lsn)? else { return Ok(None) };
             *page = Page { first, entries };
         }
-        let entry = page.entries[(lsn.0 - page.first.0) as usize];
+        let Some(entry) = page.get(lsn) else {
+            // A whole page that is too short: the trailer says that this record is in it.
+            let file = self.map.segment_of(self.timeline, lsn).map_or_else(PathBuf::new, |s| s.path(&self.shared.dir));
+            return Err(Corruption { file, offset: 0, what: Damage::FooterTable }.into());
+        };
         Ok(Some((entry.kind, entry.flags.contains(WriteFlags::MORE), entry.time)))
     }
 
@@ -305,12 +310,12 @@ impl<'a> History<'a> {
 #[derive(Default)]
 struct Page {
     first: Lsn,
-    entries: Vec<crate::format::TableEntry>,
+    entries: Vec<TableEntry>,
 }
 
 impl Page {
-    fn holds(&self, lsn: Lsn) -> bool {
-        lsn >= self.first && lsn.0 - self.first.0 < self.entries.len() as u64
+    fn get(&self, lsn: Lsn) -> Option<&TableEntry> {
+        self.entries.get(usize::try_from(lsn.0.checked_sub(self.first.0)?).ok()?)
     }
 }
 

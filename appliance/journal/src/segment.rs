@@ -487,7 +487,7 @@ impl Footer<'_> {
     }
     /// Every version of the segment, by (volume, LBA, LSN).
     pub fn all_extents(&self) -> Result<Vec<ExtentEntry>, ReadError> {
-        let mut out = Vec::with_capacity(self.trailer.extent_count as usize);
+        let mut out = Vec::with_capacity(self.extent_pages() * EXTENTS_PER_PAGE);
         for page in 0..self.extent_pages() {
             out.append(&mut self.extent_page(page)?);
         }

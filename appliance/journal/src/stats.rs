@@ -123,19 +123,21 @@ pub fn rate_history(map: &Map, buckets: usize) -> Vec<RateBucket> {
                 break;
             }
             let seen = u64::from(knot.records);
-            stretches.push((time, knot.time.0.max(time), knot.bytes - bytes, seen - records));
+            let (more, count) = (knot.bytes.saturating_sub(bytes), seen.saturating_sub(records));
+            stretches.push((time, knot.time.0.max(time), more, count));
             (time, bytes, records) = (knot.time.0.max(time), knot.bytes, seen);
         }
     }
-    let (Some(start), Some(end)) = (stretches.first().map(|s| s.0), stretches.last().map(|s| s.1)) else {
+    // Times of a whole journal never go back; whatever a trailer says, the arithmetic below must hold.
+    let (Some(start), Some(end)) = (stretches.iter().map(|s| s.0).min(), stretches.iter().map(|s| s.1).max()) else {
         return Vec::new();
     };
-    let width = ((end - start) / buckets as u64 + 1).max(1);
+    let width = (end - start) / buckets as u64 + 1;
     let count = ((end - start) / width + 1) as usize;
     let mut out: Vec<RateBucket> = (0..count as u64)
         .map(|i| RateBucket {
-            start: HistoryTime(start + i * width),
-            end: HistoryTime(start + (i + 1) * width),
+            start: HistoryTime(start.saturating_add(i * width)),
+            end: HistoryTime(start.saturating_add((i + 1).saturating_mul(width))),
             bytes: ByteLen(0),
             records: 0,
         })
@@ -146,7 +148,8 @@ pub fn rate_history(map: &Map, buckets: usize) -> Vec<RateBucket> {
         let (mut bytes_left, mut records_left) = (bytes, records);
         let span = u128::from(to - from).max(1);
         for (i, bucket) in out.iter_mut().enumerate().take(last + 1).skip(first) {
-            let inside = u128::from(to.min(bucket.end.0) - from.max(bucket.start.0).min(to.min(bucket.end.0)));
+            let upto = to.min(bucket.end.0);
+            let inside = u128::from(upto - from.max(bucket.start.0).min(upto));
             let share = |whole: u64| (u128::from(whole) * inside / span) as u64;
             let (b, r) = if i == last { (bytes_left, records_left) } else { (share(bytes), share(records)) };
             bucket.bytes.0 += b;

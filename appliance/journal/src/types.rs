@@ -60,7 +60,7 @@ impl JournalOptions {
     pub fn check(&self) -> Result<(), OptionsError> {
         let bytes = self.segment_bytes.0;
         if !(SEGMENT_BYTES_MIN..=crate::format::MAX_SEGMENT_BYTES).contains(&bytes)
-            || bytes % crate::format::BLOCK as u64 != 0
+            || !bytes.is_multiple_of(crate::format::BLOCK as u64)
         {
             return Err(OptionsError::SegmentBytes { given: self.segment_bytes });
         }

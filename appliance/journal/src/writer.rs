@@ -222,7 +222,7 @@ impl Journal {
         journal.stand_on(record.current);
         let waiting: Vec<Arc<Segment>> =
             journal.shared.map().segments().filter(|s| s.sealed().is_none()).cloned().collect();
-        waiting.into_iter().for_each(|segment| journal.jobs.to_seal(segment));
+        waiting.into_iter().for_each(|segment| journal.jobs.add_unsealed(segment));
         Ok((journal, report))
     }
 
@@ -528,7 +528,7 @@ impl Journal {
         let Some(Current { segment, records, .. }) = self.current.take() else { return };
         self.free.extend(self.batch.take().map(|b| b.buf));
         if records > 0 {
-            self.jobs.to_seal(segment);
+            self.jobs.add_unsealed(segment);
             return;
         }
         // Never written to: as if it had not been. Should the file stay, recovery removes it for the same reason.
@@ -770,7 +770,7 @@ impl Journal {
                 true
             });
         });
-        self.jobs.to_delete(gone);
+        self.jobs.add_deleted(gone);
         Ok(())
     }
 

@@ -239,3 +239,21 @@ fn options_that_cannot_work_are_refused_by_name() {
         Journal::create(arc(&disk), dir(), &spec(&SECTORS), Term(1), options(IndexChoice::None), HistoryTime(1));
     assert!(again.expect_err("refused").to_string().contains("there is a journal in"));
 }
+
+/// The tests above would be worth nothing if they could not see a loss: a disk that lies about its flushes must be found out.
+#[test]
+fn a_disk_that_lies_about_flushes_is_found_out_by_these_tests() {
+    let (mut caught, mut lucky) = (0, 0);
+    for seed in 500..540 {
+        let disk = disk(seed);
+        disk.set_lying_flush(true);
+        let (mut told, result) = begin(&disk, seed | 1, 60);
+        assert_eq!(result, Ok(()), "seed {seed}: nothing is noticed while it runs");
+        let cut = disk.power_cut();
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            check(&cut, &mut told, &format!("seed {seed}, lied to"));
+        }));
+        if outcome.is_err() { caught += 1 } else { lucky += 1 }
+    }
+    assert!(caught > 20, "{caught} lies caught, {lucky} without consequence");
+}

@@ -42,7 +42,7 @@ fn check_from(journal: &Journal, timeline: TimelineId, oracle: &Oracle, step: u6
     let mut images = oracle.images_at(Lsn(cutoff - 1));
     for lsn in cutoff..=last {
         Oracle::apply(&mut images, &oracle.log[(lsn - oracle.first) as usize].change);
-        if (lsn - cutoff) % step == 0 || lsn == last {
+        if (lsn - cutoff).is_multiple_of(step) || lsn == last {
             check_view(&reader, timeline, Lsn(lsn), &images, what);
         }
     }
