@@ -167,6 +167,9 @@ pub enum AtBound {
 pub struct PointsArgs {
     /// Name or id; may be left out when there is only one group
     pub group: Option<String>,
+    /// The same, written as with the other commands
+    #[arg(short = 'g', long = "group", value_name = "GROUP", conflicts_with = "group")]
+    pub named: Option<String>,
     #[arg(long)]
     pub json: bool,
 }
@@ -263,6 +266,9 @@ pub struct VerifyArgs {
     /// Name or id; may be left out when there is only one group
     #[arg(group = "what")]
     pub group: Option<String>,
+    /// The same, written as with the other commands
+    #[arg(short = 'g', long = "group", value_name = "GROUP", group = "what")]
+    pub named: Option<String>,
     /// A journal's folder, read without a daemon
     #[arg(long, value_name = "DIR", group = "what")]
     pub journal: Option<PathBuf>,

@@ -268,7 +268,21 @@ fn group(client: &Client, command: GroupCommand) -> anyhow::Result<()> {
             }
             let _: Value = client.call(Method::POST, &Route::new(&["groups"]), Some(&body))?;
             let targets: Value = client.get(&Route::new(&["ingest-targets"]))?;
-            print(&format!("group {name} is made; its ingest targets:\n{targets:#}\n"))
+            let mut lines = format!("group {name} is made; write its volumes over NBD:\n");
+            for target in targets.as_array().into_iter().flatten() {
+                let text = |key: &str| target[key].as_str().map(str::to_owned);
+                // The list holds every group's targets; the daemon names each export after its group.
+                let (Some(volume), Some(export), Some(uri)) = (text("volume_name"), text("export_name"), text("uri"))
+                else {
+                    continue;
+                };
+                if export == format!("{name}-{volume}") {
+                    let size = ByteLen(target["bytes"].as_u64().unwrap_or_default());
+                    lines.push_str(&format!("  {volume} ({size})\n    {uri}\n"));
+                    text("tcp_uri").into_iter().for_each(|uri| lines.push_str(&format!("    {uri}\n")));
+                }
+            }
+            print(&lines)
         }
         GroupCommand::Policy { group, policy } => {
             let route = Route::new(&["groups", &group]);
@@ -358,7 +372,7 @@ fn change_policy(mut policy: GroupPolicy, args: &PolicyArgs) -> anyhow::Result<G
 
 fn show_points(client: &Client, args: &PointsArgs) -> anyhow::Result<()> {
     let groups = groups(client)?;
-    let group = pick_group(&groups, args.group.as_deref())?;
+    let group = pick_group(&groups, args.group.as_deref().or(args.named.as_deref()))?;
     let canvas = Canvas::of_terminal();
     let route = Route::new(&["groups", id_of(group), "points"]).query("buckets", &canvas.width.to_string());
     let answer: Value = client.get(&route)?;
@@ -463,7 +477,7 @@ fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
 
 fn verify(client: &Client, args: &VerifyArgs) -> anyhow::Result<Outcome> {
     let groups = groups(client)?;
-    let group = pick_group(&groups, args.group.as_deref())?;
+    let group = pick_group(&groups, args.group.as_deref().or(args.named.as_deref()))?;
     let route = Route::new(&["groups", id_of(group), "verify"]);
     let bar = crate::copy::progress_bar(0);
     let mut report = None;

@@ -241,7 +241,12 @@ fn requests_are_what_the_box_expects() {
             ok(json!({ "token": "TOKEN", "expires_us": 1_763_807_400_000_000u64, "ca_fingerprint": "ab" }))
         }
         "GET /hosts" => ok(json!([{ "id": "7", "name": "web1", "connected": true, "revoked": false }])),
-        "GET /ingest-targets" => ok(json!([{ "uri": "nbd+unix:///vm-system?socket=/x" }])),
+        "GET /ingest-targets" => ok(json!([
+            { "export_name": "vm-system", "volume_name": "system", "bytes": 1 << 20,
+              "uri": "nbd+unix:///vm-system?socket=/x" },
+            { "export_name": "web-other", "volume_name": "other", "bytes": 512,
+              "uri": "nbd+unix:///web-other?socket=/y" },
+        ])),
         "GET /views" => {
             ok(json!([{ "id": 3, "group": "web1", "lsn": 9, "time_us": 1_763_807_400_000_000u64, "exports": [] }]))
         }
@@ -257,7 +262,8 @@ fn requests_are_what_the_box_expects() {
     assert!(fake.lines().contains(&"POST /hosts/web%201/revoke".into()), "{:?}", fake.lines());
     assert!(good(fake.run(&["group", "list"])).contains("replicating"));
     let made = good(fake.run(&["group", "create", "vm", "--volume", "system:1MiB", "--window-hours", "9"]));
-    assert!(made.contains("nbd+unix:///vm-system"), "{made}");
+    assert!(made.contains("system (1.0 MiB)") && made.contains("nbd+unix:///vm-system"), "{made}");
+    assert!(!made.contains("web-other"), "another group's target is no business of this command: {made}");
     let body = fake.body_of("POST /groups");
     assert_eq!(body["volumes"], json!([{ "name": "system", "bytes": 1 << 20 }]));
     assert_eq!(body["policy"]["window_hours"], 9);
