@@ -83,7 +83,7 @@ impl Appliance {
         let (listen, nbd_listen) = (at(free_port()?)?, at(free_port()?)?);
         let data = dir.join("data");
         let config = format!(
-            "data = {}\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n",
+            "data = {}\nnames = [\"localhost\"]\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n",
             toml_text(&data),
             free_port()?
         );

@@ -10,6 +10,7 @@
 mod bench;
 mod demo;
 mod deps;
+mod nobody;
 mod phases;
 mod repo;
 mod simulate;

@@ -5,12 +5,13 @@
 
 use crate::{
     deps::{self, Purpose},
+    nobody,
     repo::Repo,
     tidy,
 };
 use anyhow::{Context, Result, bail};
 use hw_tests::{process::command_line, tools};
-use std::{fs, path::PathBuf, process::Command, time::Instant};
+use std::{fs, process::Command, time::Instant};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -136,42 +137,20 @@ fn without_root() -> Result<()> {
         // The phase before was this one already.
         return Ok(());
     }
-    let dir = Folder::for_anyone()?;
+    let dir = nobody::Folder::make()?;
     let built = std::env::current_exe()?;
     let from = built.parent().context("our own program is in no folder")?;
     for program in ["xtask", "holdfastd", "holdfast", "holdfast-agent"] {
-        fs::copy(from.join(program), dir.0.join(program)).with_context(|| format!("copy {program}"))?;
+        fs::copy(from.join(program), dir.path().join(program)).with_context(|| format!("copy {program}"))?;
     }
-    let mut command = Command::new(tools::need("setpriv")?);
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]);
-    command.arg(dir.0.join("xtask")).args(["try", "--check", "--built", "--data"]).arg(dir.0.join("try"));
-    command.env("HOME", &dir.0).current_dir(&dir.0);
+    let mut command = nobody::step_down()?;
+    command.arg(dir.path().join("xtask")).args(["try", "--check", "--built", "--data"]).arg(dir.path().join("try"));
+    command.env("HOME", &dir.path()).current_dir(&dir.path());
     let status = command.status()?;
     if !status.success() {
         bail!("{} failed ({status})", command_line(&command));
     }
     Ok(())
-}
-
-/// A folder in the system's temporary place that another user may write to; removed when dropped.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn for_anyone() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("holdfast-nobody-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
-        let this = Self(path);
-        std::os::unix::fs::chown(&this.0, Some(65534), Some(65534))?;
-        Ok(this)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if let Err(e) = fs::remove_dir_all(&self.0) {
-            eprintln!("{} stays: {e}", self.0.display());
-        }
-    }
 }
 
 /// Reads nextest's JUnit report: its totals, and the skips its tests printed.

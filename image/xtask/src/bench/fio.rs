@@ -1,5 +1,6 @@
 //! fio: one job, its result.
 
+use crate::nobody;
 use anyhow::{Context, Result};
 use hw_tests::{process, tools};
 use serde_json::Value;
@@ -7,6 +8,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    rc::Rc,
     time::Duration,
 };
 
@@ -39,8 +41,8 @@ pub const READS: &[Job] = &[
 pub enum Target {
     /// A file or device, around the page cache.
     Direct(PathBuf),
-    /// An NBD export.
-    Nbd { uri: String, home: Option<PathBuf> },
+    /// An NBD export. With a home, certificates come from there: libnbd looks below HOME for everyone but root.
+    Nbd { uri: String, home: Option<Rc<nobody::Folder>> },
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -51,16 +53,30 @@ pub struct Outcome {
     pub p99_us: f64,
 }
 
-pub fn run(job: &Job, target: &Target, bytes: u64, seconds: u32, out: &Path) -> Result<Outcome> {
-    let mut command = Command::new(tools::need("fio")?);
-    command.args(["--name=job", "--thread", "--group_reporting", "--time_based", "--iodepth=1", "--randrepeat=0"]);
+/// One job. The first second warms up and does not count, unless `whole`.
+pub fn run(job: &Job, target: &Target, bytes: u64, seconds: u32, whole: bool, out: &Path) -> Result<Outcome> {
+    let fio = tools::need("fio")?;
+    let home = if let Target::Nbd { home: Some(home), .. } = target { Some(home) } else { None };
+    let mut command = match home {
+        Some(_) if tools::is_root() => nobody::step_down()?,
+        _ => Command::new("env"),
+    };
+    let report = home.map_or_else(|| out.to_owned(), |h| h.path().join("fio.json"));
+    command.arg(fio).args([
+        "--name=job",
+        "--thread",
+        "--group_reporting",
+        "--time_based",
+        "--iodepth=1",
+        "--randrepeat=0",
+    ]);
     command.args(["--refill_buffers", "--norandommap", "--output-format=json"]);
-    command.arg(format!("--output={}", out.display()));
+    command.arg(format!("--output={}", report.display()));
     command
         .arg(format!("--rw={}", job.pattern))
         .arg(format!("--bs={}", job.block))
         .arg(format!("--numjobs={}", job.workers));
-    command.arg(format!("--runtime={seconds}")).arg("--ramp_time=1");
+    command.arg(format!("--runtime={seconds}")).arg(format!("--ramp_time={}", u32::from(!whole)));
     if job.pattern == "write" || job.pattern == "read" {
         // Each in its own part, or they would write the same block one after the other.
         let part = bytes / u64::from(job.workers);
@@ -77,12 +93,12 @@ pub fn run(job: &Job, target: &Target, bytes: u64, seconds: u32, out: &Path) -> 
         Target::Nbd { uri, home } => {
             command.args(["--ioengine=nbd", "--fsync=1"]).arg(format!("--uri={uri}"));
             if let Some(home) = home {
-                command.env("HOME", home);
+                command.env("HOME", home.path()).current_dir(home.path());
             }
         }
     }
     process::run(command, Duration::from_secs(u64::from(seconds) + 120))?.ok()?;
-    parse(&fs::read_to_string(out)?, job.pattern.ends_with("write"))
+    parse(&fs::read_to_string(report)?, job.pattern.ends_with("write"))
 }
 
 /// fio writes chatter of its engines before the JSON.

@@ -55,6 +55,8 @@ type Samples = BTreeMap<(String, String), Vec<f64>>;
 pub struct Results {
     /// Writes or reads per second.
     pub rates: Samples,
+    /// What the journal's own measurement printed, one object per length of history.
+    pub histories: Vec<serde_json::Value>,
     /// Single facts in the order found: (what, value).
     pub facts: Vec<(String, String)>,
 }

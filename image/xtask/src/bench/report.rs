@@ -12,6 +12,9 @@ const SYSTEMS: &[&str] = &[RAW, "qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file
 /// What our random writes are held against: those that offer a disk over NBD, as we do.
 const PEERS: &[&str] = &["qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file"];
 
+/// Any moment is open within this, however long the history.
+const OPEN_MS_GOAL: f64 = 100.0;
+
 pub fn render(results: &Results, commit: &str, rounds: u32) -> String {
     let mut text = format!("# Measured\n\nBy `cargo xtask bench` at commit {commit}, on {}.\n\n", machine());
     let writes = table(results, WRITES);
@@ -27,8 +30,9 @@ pub fn render(results: &Results, commit: &str, rounds: u32) -> String {
     if !reads.is_empty() {
         text += &format!("## Reading a view\n\nThe newest moment, after random overwrites.\n\n{reads}\n");
     }
+    text += &histories(results);
     if !results.facts.is_empty() {
-        text += "## Sizes, memory, long histories\n\n";
+        text += "## Sizes and memory\n\n";
         for (what, value) in &results.facts {
             text += &format!("- {what}: {value}\n");
         }
@@ -56,6 +60,38 @@ fn table(results: &Results, jobs: &[Job]) -> String {
         text += &format!("| {system} |{}\n", cells.collect::<String>());
     }
     text
+}
+
+/// Opening and restarting by the length of the history.
+fn histories(results: &Results) -> String {
+    const COLUMNS: [(&str, &str); 6] = [
+        ("open_ms", "open, ms"),
+        ("open_ms_max", "worst"),
+        ("first_read_ms", "first read, ms"),
+        ("first_read_ms_max", "worst"),
+        ("restart_ms", "restart after a kill, ms"),
+        ("index_bytes_per_record", "index bytes per record"),
+    ];
+    if results.histories.is_empty() {
+        return String::new();
+    }
+    let heads: String = COLUMNS.iter().map(|(_, head)| format!(" {head} |")).collect();
+    let mut text = format!(
+        "## Long histories\n\nMoments drawn at random over the whole history; records of 512 bytes, so that ten million fit.\n\n\
+         | records |{heads}\n|---:|{}\n",
+        "---:|".repeat(COLUMNS.len())
+    );
+    for history in &results.histories {
+        let cells: String = COLUMNS.iter().map(|(key, _)| format!(" {} |", history[*key])).collect();
+        text += &format!("| {} |{cells}\n", history["records"]);
+    }
+    let slowest =
+        results.histories.iter().filter_map(|h| Some(h["open_ms_max"].as_f64()? + h["first_read_ms_max"].as_f64()?));
+    if let Some(slowest) = slowest.reduce(f64::max) {
+        let met = if slowest <= OPEN_MS_GOAL { "met" } else { "**missed**" };
+        text += &format!("\nSlowest open and first read: {slowest:.1} ms; goal {OPEN_MS_GOAL} ms {met}.\n");
+    }
+    text + "\n"
 }
 
 /// The two goals, and what came of them.
@@ -114,10 +150,12 @@ mod tests {
         put(RAW, &WRITES[3], &[100.0]);
         put(HOLDFAST, &WRITES[3], &[95.0]);
         results.facts.push(("memory".into(), "64 MiB".into()));
+        results.histories.push(serde_json::json!({"records": 10000, "open_ms_max": 0.5, "first_read_ms_max": 120.0}));
         let text = render(&results, "abc", 3);
         assert!(text.contains("| raw file | 110 (1.00) |"), "{text}");
         assert!(text.contains("1.80 × the best peer; goal 2 **missed**"), "{text}");
         assert!(text.contains("0.95 × the raw file; goal 0.9 met"), "{text}");
+        assert!(text.contains("| 10000 |") && text.contains("120.5 ms; goal 100 ms **missed**"), "{text}");
         assert!(text.contains("- memory: 64 MiB"), "{text}");
     }
 }

@@ -4,7 +4,7 @@ use super::{
     Results,
     fio::{self, Job, READS, Target, WRITES},
 };
-use crate::demo::size;
+use crate::{demo::size, nobody};
 use anyhow::{Context, Result};
 use hw_tests::{
     disk::{self, LoopDisk},
@@ -18,6 +18,7 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Command,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
@@ -85,18 +86,37 @@ impl Bench<'_> {
             let export = appliance.ingest_target(GROUP, VOLUME)?;
             let target =
                 if tls { self.tls_target(&appliance, &export)? } else { Target::Nbd { uri: export.uri(), home: None } };
-            let written = self.measure(name, WRITES, &target, results)?;
+            self.measure(name, WRITES, &target, results)?;
             if last {
-                let group = appliance.group(GROUP)?;
-                let per_byte = |key: &str| group[key].as_f64().unwrap_or(0.0) / written.max(1) as f64;
-                results.fact(format!("{name}: host bytes written"), size(written));
-                results
-                    .fact(format!("{name}: journal bytes per host byte"), format!("{:.4}", per_byte("journal_bytes")));
-                results.fact(format!("{name}: index bytes per host byte"), format!("{:.4}", per_byte("index_bytes")));
                 results.fact(format!("{name}: memory of the daemon"), size(appliance.program()?.rss()?));
+            }
+            if last && !tls {
+                self.cost(&appliance, results)?;
             }
             appliance.stop()?;
             fs::remove_dir_all(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// What a host's byte takes of the box's disk, by how it was written.
+    fn cost(&self, appliance: &Appliance, results: &mut Results) -> Result<()> {
+        for (number, job) in WRITES.iter().enumerate() {
+            let group = format!("cost-{number}");
+            appliance.create_ingest(&group, &[(VOLUME, self.bytes)])?;
+            let before = appliance.group(&group)?;
+            let target = Target::Nbd { uri: appliance.ingest_target(&group, VOLUME)?.uri(), home: None };
+            let written = fio::run(job, &target, self.bytes, self.seconds, true, &self.dir.join("fio.json"))?.bytes;
+            let after = appliance.group(&group)?;
+            let per_byte = |key: &str| {
+                let grown = after[key].as_f64().unwrap_or(0.0) - before[key].as_f64().unwrap_or(0.0);
+                grown / written.max(1) as f64
+            };
+            let (journal, index) = (per_byte("journal_bytes"), per_byte("index_bytes"));
+            results.fact(
+                format!("bytes kept per host byte, {}", job.name),
+                format!("journal {journal:.3}, index {index:.4}"),
+            );
         }
         Ok(())
     }
@@ -120,6 +140,7 @@ impl Bench<'_> {
             &Target::Nbd { uri: export.uri(), home: None },
             self.bytes,
             self.seconds,
+            false,
             &self.dir.join("fio.json"),
         )?;
         let view = appliance.view(GROUP, &At::Latest)?;
@@ -142,7 +163,7 @@ impl Bench<'_> {
         let disk = LoopDisk::create(&self.dir.join("loop.img"), bytes)?;
         let target = Target::Direct(disk.device().to_owned());
         let jobs = &WRITES[..2];
-        let run = |job: &Job| fio::run(job, &target, bytes, self.seconds, &self.dir.join("fio.json"));
+        let run = |job: &Job| fio::run(job, &target, bytes, self.seconds, false, &self.dir.join("fio.json"));
         let before: Vec<_> = jobs.iter().map(run).collect::<Result<_>>()?;
         let dir = self.dir.join("box");
         let mut appliance = Appliance::start(self.bins, &dir)?;
@@ -163,24 +184,22 @@ impl Bench<'_> {
         }
         results.fact("agent: its memory", size(agent.program()?.rss()?));
         results.fact("agent: memory of the daemon", size(appliance.program()?.rss()?));
-        agent.run_cli(&["unprotect", &disk.device().to_string_lossy()])?;
+        agent.run_cli(&["unprotect", GROUP])?;
         agent.stop()?;
         appliance.stop()?;
         fs::remove_dir_all(&dir)?;
         Ok(())
     }
 
-    /// Runs the jobs; returns the bytes moved, warm-up not counted.
-    fn measure(&self, system: &str, jobs: &[Job], target: &Target, results: &mut Results) -> Result<u64> {
-        let mut bytes = 0;
+    /// Runs the jobs.
+    fn measure(&self, system: &str, jobs: &[Job], target: &Target, results: &mut Results) -> Result<()> {
         for job in jobs {
-            let outcome = fio::run(job, target, self.bytes, self.seconds, &self.dir.join("fio.json"))
+            let outcome = fio::run(job, target, self.bytes, self.seconds, false, &self.dir.join("fio.json"))
                 .with_context(|| format!("{system}: {}", job.name))?;
             println!("  {system}: {}: {:.0}/s, 99 % within {:.0} us", job.name, outcome.per_second, outcome.p99_us);
             results.rates.entry((system.to_owned(), job.name.to_owned())).or_default().push(outcome.per_second);
-            bytes += outcome.bytes;
         }
-        Ok(bytes)
+        Ok(())
     }
 
     /// A file with every byte written: holes and unwritten extents would cost at the first write.
@@ -231,11 +250,16 @@ impl Bench<'_> {
         Peer::start("nbdkit file", command, &socket, self.dir)
     }
 
-    /// libnbd looks for certificates below HOME.
     fn tls_target(&self, appliance: &Appliance, export: &Export) -> Result<Target> {
-        let home = self.dir.join("home");
-        appliance.client_certificate("bench", &home.join(".pki/libnbd"))?;
-        let uri = format!("nbds://{}/{}", appliance.nbd_listen(), export.export_name);
-        Ok(Target::Nbd { uri, home: Some(home) })
+        let home = nobody::Folder::make()?;
+        let certificates = home.path().join(".pki/libnbd");
+        appliance.client_certificate("bench", &certificates)?;
+        home.own(&certificates)?;
+        for entry in fs::read_dir(&certificates)? {
+            home.own(&entry?.path())?;
+        }
+        // The name our box's certificate has, not its address.
+        let uri = format!("nbds://localhost:{}/{}", appliance.nbd_listen().port(), export.export_name);
+        Ok(Target::Nbd { uri, home: Some(Rc::new(home)) })
     }
 }

@@ -137,8 +137,7 @@ impl Source {
                 let Kernel { mut workload, mut agent, mut disk } = *kernel;
                 let ended = workload.stop();
                 // The capture leaves the kernel with this; a killed agent's would stay for its successor.
-                let device = disk.device().to_string_lossy().into_owned();
-                let released = agent.run_cli(&["unprotect", &device]).map(drop).context("end the protection");
+                let released = agent.run_cli(&["unprotect", GROUP]).map(drop).context("end the protection");
                 let stopped = agent.stop();
                 disk.unmount()?;
                 ended.and(released).and(stopped)
