@@ -5,6 +5,8 @@
 //! Seal      footer, flush and name of a segment that is full
 //! Index     runs of the index that are due, from footers and smaller runs
 //! Retain    cutoff persisted ─► base folded ─► floor persisted ─► files and index generations deleted
+//! Note      what is durable goes into the control record when appends have come to rest: from then on damage anywhere in the
+//!           open segment is told from a torn tail, even in its last batches
 //! Delete    files of timelines that were given up
 //! ```
 //!
@@ -30,7 +32,7 @@ use crate::{
     stats::RetentionStatus,
     types::{IndexChoice, JournalOptions},
     view::{RecordCache, fetch},
-    writer::{Journal, carry_at, forget_unneeded},
+    writer::{Journal, carry_at, forget_unneeded, note_durable},
 };
 use durable::DiskError;
 use model::{ByteLen, HistoryTime, Lsn, Mark, RecordKind, TimelineId};
@@ -47,6 +49,8 @@ use std::{
 pub const RETRY_US: u64 = 1_000_000;
 /// Between two looks at what may be deleted.
 pub const RETAIN_EVERY_US: u64 = 10_000_000;
+/// Appends are at rest when nothing became durable for so long.
+const REST_US: u64 = 1_000_000;
 /// Segments folded by one job: it decides how much room has to be kept free for folding.
 const FOLD_SEGMENTS_MAX: usize = 4;
 /// Runs built by one job, so that it ends within seconds and others get their turn.
@@ -102,6 +106,11 @@ pub struct JobState {
     indexing: Lane,
     retaining: Lane,
     deleting: Lane,
+    noting: Lane,
+    /// What was durable when we last looked, and since when.
+    rest: (Lsn, HistoryTime),
+    /// What control knows to be durable.
+    noted: Lsn,
     /// As of the last [`Journal::next_job`].
     now: HistoryTime,
 }
@@ -123,6 +132,9 @@ impl JobState {
             indexing: Lane::default(),
             retaining: Lane::default(),
             deleting: Lane::default(),
+            noting: Lane::default(),
+            rest: (Lsn::ZERO, now),
+            noted: Lsn::ZERO,
             now,
         }
     }
@@ -179,6 +191,7 @@ enum Work {
     Seal(Arc<Segment>),
     Index(IndexChoice),
     Retain { control: Arc<Control>, plan: Box<Plan> },
+    Note { control: Arc<Control>, ends: Vec<(TimelineId, Lsn)>, durable: Lsn },
     Delete(Vec<Arc<Segment>>),
 }
 
@@ -189,6 +202,7 @@ impl Work {
             Self::Seal(_) => "seal a segment",
             Self::Index(_) => "index segments",
             Self::Retain { .. } => "fold and delete old history",
+            Self::Note { .. } => "note what is durable",
             Self::Delete(_) => "delete a given-up timeline",
         }
     }
@@ -217,6 +231,9 @@ pub enum JobOutcome {
     Deleted {
         files: usize,
     },
+    Noted {
+        durable: Lsn,
+    },
 }
 
 /// The result of a job, for [`Journal::job_done`].
@@ -241,7 +258,9 @@ impl std::fmt::Debug for JobDone {
 impl Journal {
     /// The next thing to do in the background, if any is due and none of its kind is under way.
     pub fn next_job(&mut self, now: HistoryTime) -> Option<Job> {
+        // A clock that is set back must not hold anything up.
         self.jobs.now = self.jobs.now.max(now);
+        let now = self.jobs.now;
         if self.jobs.seal.len() > UNSEALED_SOFT_MAX {
             return self.seal_job(now).or_else(|| self.prepare_job(now)).or_else(|| self.other_job(now));
         }
@@ -271,7 +290,22 @@ impl Journal {
         let token = self.jobs.sealing.take(now)?;
         Some(self.job(Work::Seal(segment), token))
     }
+    fn note_job(&mut self, now: HistoryTime) -> Option<Job> {
+        let durable = self.progress().durable;
+        if durable != self.jobs.rest.0 {
+            self.jobs.rest = (durable, now);
+        }
+        if durable == self.jobs.noted || now.0 - self.jobs.rest.1.0 < REST_US {
+            return None;
+        }
+        let token = self.jobs.noting.take(now)?;
+        let control = Arc::clone(&self.control);
+        Some(self.job(Work::Note { control, ends: self.ends(), durable }, token))
+    }
     fn other_job(&mut self, now: HistoryTime) -> Option<Job> {
+        if let Some(job) = self.note_job(now) {
+            return Some(job);
+        }
         if !self.jobs.delete.is_empty()
             && let Some(token) = self.jobs.deleting.take(now)
         {
@@ -426,6 +460,8 @@ impl Journal {
                 self.jobs.delete.retain(|s| segments.iter().all(|gone| !Arc::ptr_eq(s, gone)));
             }
             (Work::Delete(_), Err(_)) => self.jobs.deleting.not_before = later,
+            (Work::Note { durable, .. }, Ok(_)) => self.jobs.noted = durable,
+            (Work::Note { .. }, Err(_)) => self.jobs.noting.not_before = later,
         }
         self.note(what, result.as_ref().err().map(|e| error_chain(e)));
         let prepared = self.jobs.prepared_bytes();
@@ -473,6 +509,10 @@ impl Job {
             Work::Index(choice) => build_index(&shared, choice),
             Work::Retain { control, plan } => retain(&shared, control, plan),
             Work::Delete(segments) => delete(&shared, segments),
+            Work::Note { control, ends, durable } => control
+                .update(|r| note_durable(r, ends))
+                .map(|()| JobOutcome::Noted { durable: *durable })
+                .map_err(|source| JobError::Control { what, source }),
         };
         JobDone { work, result, _token: token }
     }

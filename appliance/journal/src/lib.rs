@@ -26,7 +26,7 @@
 //! that anything on the disk claims to be durable is a torn tail and is cut ([`RecoveryReport`]); at or below it is
 //! [`Corruption`] and stops the group. The decision is one table ([`recover`](self)), tested over every combination.
 //! A flip in the very last batches of a segment that was open when power was lost cannot be told from a torn write; a later
-//! batch, a later segment, sealing and closing all put that beyond doubt.
+//! batch, a later segment, sealing, closing and, when appends come to rest, a job all put that beyond doubt.
 //!
 //! # Limits
 //!

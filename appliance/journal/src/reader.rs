@@ -18,7 +18,7 @@ use crate::{
     view::{Moment, RecordCache, View},
 };
 use durable::Disk;
-use model::{GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, RecoveryPoint};
+use model::{GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, RecoveryPoint, TimelineId};
 use std::{path::Path, sync::Arc};
 
 /// Decoded payloads kept by one reader, for reads that need a part of a record at a time.
@@ -104,6 +104,22 @@ impl JournalReader {
     pub fn resolve(&self, point: &RecoveryPoint) -> Result<ResolvedPoint, ResolveError> {
         let map = self.shared.map();
         History::new(&self.shared, &map, map.current, map.current().written()).resolve(point)
+    }
+    /// The same on another timeline; None when there is no such timeline.
+    pub fn points_on(&self, timeline: TimelineId) -> Option<Points> {
+        let map = self.shared.map();
+        let end = map.line(timeline)?.written();
+        Some(History::new(&self.shared, &map, timeline, end).points())
+    }
+    /// The same on another timeline; None when there is no such timeline.
+    pub fn resolve_on(
+        &self,
+        timeline: TimelineId,
+        point: &RecoveryPoint,
+    ) -> Option<Result<ResolvedPoint, ResolveError>> {
+        let map = self.shared.map();
+        let end = map.line(timeline)?.written();
+        Some(History::new(&self.shared, &map, timeline, end).resolve(point))
     }
     /// Opens the group as of a point. Reads no file.
     pub fn view(&self, at: ResolvedPoint) -> Result<View, OpenViewError> {

@@ -356,6 +356,13 @@ impl Journal {
             let data = record.kind == RecordKind::Write && !extent.is_empty();
             return Err(if data { AppendError::Payload { extent } } else { AppendError::Shape });
         }
+        // Opening every frame would cost too much here; its header must at least promise the right length.
+        if record.kind == RecordKind::Write && record.codec == Codec::Zstd {
+            let promised = zstd::zstd_safe::get_frame_content_size(record.payload).ok().flatten();
+            if promised != Some(extent.bytes()) {
+                return Err(AppendError::Payload { extent });
+            }
+        }
         let found = crc32fast::hash(record.payload);
         if found != record.payload_crc {
             return Err(AppendError::PayloadCrc { given: record.payload_crc, found });
@@ -789,7 +796,7 @@ impl Journal {
     }
 
     /// Ends of all timelines, all durable.
-    fn ends(&self) -> Vec<(TimelineId, Lsn)> {
+    pub(crate) fn ends(&self) -> Vec<(TimelineId, Lsn)> {
         let map = self.shared.map();
         map.lines.values().map(|l| (l.id, if l.id == self.timeline { self.durable } else { l.written() })).collect()
     }

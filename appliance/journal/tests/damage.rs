@@ -184,6 +184,38 @@ fn a_flip_in_the_open_segment_is_damage_below_what_was_claimed_and_a_torn_tail_a
 }
 
 #[test]
+fn an_idle_journal_notes_what_is_durable_so_that_no_flip_passes_for_a_torn_tail() {
+    let disk = disk(6);
+    let mut rng = Rng::new(6);
+    let mut journal = create(&disk, &SECTORS, IndexChoice::None);
+    for seq in 1..=20 {
+        append(&mut journal, &draw(&mut rng, &SECTORS, seq), seq).expect("appends");
+    }
+    journal.drain().expect("durable");
+    run_jobs(&mut journal, 10).expect("jobs succeed");
+    let done = run_jobs(&mut journal, 2_000_000).expect("jobs succeed");
+    assert!(done.contains(&journal::JobOutcome::Noted { durable: Lsn(20) }), "{done:?}");
+    assert_eq!(run_jobs(&mut journal, 5_000_000).expect("jobs succeed"), [], "once is enough");
+    drop(journal);
+    let file = &segments(&disk, ".open")[0];
+    let end = used(&disk, file);
+    let mut damage = 0;
+    for offset in (0..end).step_by(101) {
+        let copy = disk.fork(offset);
+        copy.flip_bit(file, offset, 4).expect("flips");
+        match try_open(&copy) {
+            Err(e) => {
+                assert_eq!(corruption_of(&e).file, *file);
+                damage += 1;
+            }
+            // Padding.
+            Ok(journal) => assert_eq!(journal.progress().durable, Lsn(20), "flip at {offset:#x}"),
+        }
+    }
+    assert!(damage > 50, "{damage}");
+}
+
+#[test]
 fn a_missing_or_foreign_or_renamed_segment_is_refused_by_name() {
     let (disk, oracle) = journal_of(7, 200, true);
     let files = segments(&disk, ".seg");

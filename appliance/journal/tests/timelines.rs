@@ -162,4 +162,10 @@ fn a_branch_point_outside_the_history_is_refused() {
     assert!(matches!(journal.branch(Lsn(11), TimelineId(0)), Err(BranchError::AfterEnd { end: Lsn(10), .. })));
     assert!(matches!(journal.branch(Lsn(1), TimelineId(7)), Err(BranchError::NoTimeline(TimelineId(7)))));
     assert!(matches!(journal.switch_timeline(TimelineId(7)), Err(BranchError::NoTimeline(_))));
+    let branch = journal.branch(Lsn(5), TimelineId(0)).expect("branches");
+    let reader = journal.reader();
+    let at = model::RecoveryPoint::Lsn(Lsn(6));
+    assert!(matches!(reader.resolve_on(branch, &at), Some(Err(journal::ResolveError::AfterEnd { end: Lsn(5), .. }))));
+    assert!(reader.resolve_on(TimelineId(9), &at).is_none() && reader.points_on(TimelineId(9)).is_none());
+    assert_eq!(reader.points_on(branch).expect("known").timeline, branch);
 }
