@@ -32,6 +32,14 @@ pub(crate) enum NotTaken {
     Dead(String),
 }
 
+/// Why a point was not read.
+#[derive(Debug)]
+pub(crate) enum NotRead {
+    /// It was given up: a cutoff above it is stored, whether or not the fold behind it has ended.
+    Folded,
+    Failed(String),
+}
+
 /// How a box goes down.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Down {
@@ -62,14 +70,20 @@ pub(crate) trait Store {
     fn in_gap(&self) -> Option<GapReason>;
     fn last_time(&self) -> HistoryTime;
     fn set_full(&mut self, full: bool);
+    /// Makes some write, flush or operation to come fail, or the power go in the middle of it.
+    fn arm_fault(&mut self) {}
+    /// It cannot go on without being opened again.
+    fn is_down(&self) -> bool {
+        false
+    }
     /// Goes down and comes up again; from then on it has what survived.
     fn restart(&mut self, how: Down, now: HistoryTime) -> Result<(), String>;
     /// Loses everything or a durable part, as no honest box does.
     fn betray(&mut self, now: HistoryTime) -> Result<(), String>;
     /// Ranges of LSNs in which every request boundary is offered as a recovery point, both ends included.
     fn offered(&self) -> Vec<(Lsn, Lsn)>;
-    /// The bytes of a volume at this point; refused when the point is not offered.
-    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
+    /// The bytes of a volume at this point.
+    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, NotRead>;
     /// The newest state, gaps or not.
     fn read_head(&mut self, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
     /// What the run added to the counts of the summary.
@@ -80,6 +94,7 @@ pub(crate) trait Store {
 pub(crate) struct StoreCounts {
     pub(crate) segments: u64,
     pub(crate) cut_tails: u64,
+    pub(crate) folds: u64,
 }
 
 struct Item {
@@ -249,10 +264,11 @@ impl Store for MemoryStore {
         }
         ranges
     }
-    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String> {
-        let item = lsn.0.checked_sub(1).and_then(|at| self.items.get(at as usize)).ok_or("no such LSN")?;
+    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, NotRead> {
+        let failed = |what: &str| NotRead::Failed(what.into());
+        let item = lsn.0.checked_sub(1).and_then(|at| self.items.get(at as usize)).ok_or(failed("no such LSN"))?;
         if item.flags.contains(WriteFlags::MORE) {
-            return Err("inside a request".into());
+            return Err(failed("inside a request"));
         }
         Ok(Self::cut(self.image(lsn.0, volume), extent))
     }

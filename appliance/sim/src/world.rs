@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::net::{Connection, ToAgent, ToBox, box_time};
 use crate::oracle::{Request, fill_sector};
 use crate::rng::Rng;
-use crate::store::{Down, MemoryStore, NotTaken, Store, StoreCounts};
+use crate::store::{Down, MemoryStore, NotRead, NotTaken, Store, StoreCounts};
 use model::{
     Bound, Consistency, Extent, GroupPolicy, GroupSpec, Lsn, Mark, MonoTime, SECTOR, SourceSeq, StreamId, SyncMode,
     WriteFlags,
@@ -18,7 +18,7 @@ use std::fmt;
 use wire::{Credit, FrameHeader, Message, Refusal};
 
 /// Steps with faults, then as many as it takes to come to rest.
-const STEPS: u64 = 1500;
+const STEPS: u64 = 1200;
 const REST_STEPS_MAX: u64 = 40_000;
 
 /// What a run may be told.
@@ -54,8 +54,11 @@ pub struct Summary {
     pub times_full: u64,
     pub gaps: u64,
     pub points_checked: u64,
+    pub points_folded: u64,
     pub segments: u64,
     pub cut_tails: u64,
+    pub folds: u64,
+    pub faults: u64,
 }
 
 impl Summary {
@@ -95,8 +98,11 @@ impl Summary {
             ("times full", &mut self.times_full),
             ("gaps", &mut self.gaps),
             ("points checked", &mut self.points_checked),
+            ("points folded", &mut self.points_folded),
             ("segments", &mut self.segments),
             ("cut tails", &mut self.cut_tails),
+            ("folds", &mut self.folds),
+            ("disk faults", &mut self.faults),
         ]
     }
 }
@@ -134,7 +140,7 @@ pub enum FailureKind {
     LsnJump { had: Lsn, got: Lsn },
     #[error("LSN {lsn} is offered as a recovery point inside a gap")]
     OfferedInGap { lsn: Lsn },
-    #[error("LSN {lsn} outside gaps is not offered as a recovery point")]
+    #[error("LSN {lsn}, the end of a request outside gaps, is not offered as a recovery point")]
     NotOffered { lsn: Lsn },
     #[error("volume {volume} sector {sector} at LSN {lsn} is not what it was after request {request}")]
     WrongImage { lsn: Lsn, request: Request, volume: usize, sector: u64 },
@@ -200,6 +206,7 @@ struct Luck {
     kill: u64,
     box_restart: u64,
     full: u64,
+    fault: u64,
     resync: u64,
     bookmark: u64,
     pause: u64,
@@ -225,6 +232,7 @@ impl Luck {
             kill: chance(60, 600),
             box_restart: chance(100, 600),
             full: chance(200, 700),
+            fault: chance(60, 500),
             resync: chance(300, 900),
             bookmark: chance(20, 100),
             pause: chance(200, 700),
@@ -299,7 +307,7 @@ pub fn run_with(seed: u64, options: Options, trace: Option<Box<dyn FnMut(&str)>>
     }
     world.come_to_rest()?;
     world.check_head()?;
-    world.check_points(24)?;
+    world.check_points(16)?;
     Ok(world.sum_up())
 }
 
@@ -514,6 +522,11 @@ impl World {
             self.the_box.store.set_full(true);
             self.trace.line("box", "full", "");
         }
+        if self.rng.one_in(self.luck.fault) {
+            self.summary.faults += 1;
+            self.trace.line("box", "fault", "armed");
+            self.the_box.store.arm_fault();
+        }
         if self.rng.one_in(self.luck.resync) {
             self.with_agent(|agent, around| agent.on(Event::Resync, around))?;
         }
@@ -626,6 +639,11 @@ impl World {
         if self.rng.one_in(2) || self.quiet {
             self.the_box.store.step(now).map_err(|what| self.trace.fail(FailureKind::StoreDied { what }))?;
             self.the_box.note_progress();
+        }
+        if self.the_box.store.is_down() {
+            self.box_ends(Down::Killed)?;
+        } else if self.rng.one_in(2) {
+            self.the_box.note_progress();
             let progress = self.the_box.store.progress();
             self.tell_target(TargetEvent::Progress { written: progress.written, durable: progress.durable })?;
         }
@@ -648,6 +666,7 @@ impl World {
             ToBox::Open { facts, source } => {
                 // An older connection of the group ends here.
                 self.box_hears_end();
+                self.the_box.note_progress();
                 let position = self.the_box.store.position();
                 let decided = resume(position.map(|p| (p.stream, p.appended)), &facts);
                 if self.trace.on() {
@@ -830,7 +849,7 @@ impl World {
             if logged.in_gap && is_offered(lsn) {
                 return Err(self.trace.fail(FailureKind::OfferedInGap { lsn }));
             }
-            if !logged.in_gap && lsn >= first_kept && !is_offered(lsn) {
+            if logged.valid && lsn >= first_kept && !is_offered(lsn) {
                 return Err(self.trace.fail(FailureKind::NotOffered { lsn }));
             }
         }
@@ -860,11 +879,14 @@ impl World {
         for volume in 0..self.host.disks.len() {
             let sectors = self.host.disks[volume].len() as u64;
             let extent = Extent::new(0, sectors);
-            let bytes = self
-                .the_box
-                .store
-                .read(lsn, volume, extent)
-                .map_err(|what| self.trace.fail(FailureKind::Unreadable { lsn, what }))?;
+            let bytes = match self.the_box.store.read(lsn, volume, extent) {
+                Ok(bytes) => bytes,
+                Err(NotRead::Folded) => {
+                    self.summary.points_folded += 1;
+                    return Ok(());
+                }
+                Err(NotRead::Failed(what)) => return Err(self.trace.fail(FailureKind::Unreadable { lsn, what })),
+            };
             let mut want = [0; SECTOR as usize];
             for (sector, got) in bytes.chunks_exact(SECTOR as usize).enumerate() {
                 fill_sector(self.host.log.tag(volume, sector as u64, request), &mut want);
@@ -882,8 +904,8 @@ impl World {
         if let Some(agent) = self.agent.take() {
             self.count_agent(&agent.counts);
         }
-        let StoreCounts { segments, cut_tails } = self.the_box.store.counts();
-        Summary { captures_lost: self.host.lost, segments, cut_tails, ..self.summary }
+        let StoreCounts { segments, cut_tails, folds } = self.the_box.store.counts();
+        Summary { captures_lost: self.host.lost, segments, cut_tails, folds, ..self.summary }
     }
 }
 
