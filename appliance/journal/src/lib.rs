@@ -31,7 +31,14 @@
 //! # Limits
 //!
 //! [`MAX_RECORD_BYTES`] per record, 1 GiB per segment, [`format::MAX_SEGMENT_RECORDS`] records per segment; caches and
-//! queues are bounded where they are made.
+//! queues are bounded where they are made. Volumes may grow, never shrink. A bookmark pins all history from it on.
+//!
+//! # Tests
+//!
+//! `tests/reads` (every LSN against a slow model), `crash` (power cut and kill at every operation, chains, failed flushes, and a
+//! disk that lies to show that the tests see), `damage` (flipped bits, lost and foreign files), `full`, `points`, `timelines`,
+//! `retention` (power cut at every operation of a fold), `concurrent`, `fixtures` (version 1 opens for ever). Examples:
+//! `append_bench`, `open_bench` (both `--json`), `make_fixture`.
 
 mod base;
 mod cache;
