@@ -3,10 +3,10 @@
 use crate::rng::Rng;
 use crate::store::{Down, NotRead, NotTaken, Position, Store, StoreCounts, StoreProgress};
 use durable::{Disk, SimDisk};
-use journal::{
-    AppendError, IndexChoice, JobOutcome, Journal, JournalOptions, NewRecord, RecoveryReport, ResolveError,
+use journal::{AppendError, IndexChoice, JobOutcome, Journal, JournalOptions, NewRecord, RecoveryReport, ResolveError};
+use model::{
+    ByteLen, Extent, GapReason, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, SECTOR, SourceSeq, StreamId, Term,
 };
-use model::{ByteLen, Extent, GapReason, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, SECTOR, SourceSeq, StreamId, Term};
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
@@ -75,11 +75,9 @@ impl JournalStore {
 
     fn open(&mut self, now: HistoryTime) -> Result<(), OpenFailed> {
         let disk: Arc<dyn Disk> = Arc::new(self.disk.clone());
-        let (journal, report) =
-            Journal::open(disk, Path::new(DIR), self.options.clone(), now).map_err(|error| OpenFailed {
-                injected: !self.disk.is_powered() || is_injected(&error),
-                what: chain(&error),
-            })?;
+        let (journal, report) = Journal::open(disk, Path::new(DIR), self.options.clone(), now).map_err(|error| {
+            OpenFailed { injected: !self.disk.is_powered() || is_injected(&error), what: chain(&error) }
+        })?;
         let RecoveryReport { cut, .. } = report;
         self.counts.cut_tails += cut.len() as u64;
         self.journal = Some(journal);
@@ -128,7 +126,13 @@ impl JournalStore {
 }
 
 impl Store for JournalStore {
-    fn append(&mut self, header: &FrameHeader, payload: &[u8], time: HistoryTime, stream: StreamId) -> Result<Lsn, NotTaken> {
+    fn append(
+        &mut self,
+        header: &FrameHeader,
+        payload: &[u8],
+        time: HistoryTime,
+        stream: StreamId,
+    ) -> Result<Lsn, NotTaken> {
         let FrameKind::Record(kind) = header.kind else { return Err(NotTaken::Dead("not a record".into())) };
         let record = NewRecord {
             kind,
@@ -147,7 +151,13 @@ impl Store for JournalStore {
         journal.append(&record).map_err(|error| self.not_taken(error))
     }
 
-    fn append_mark(&mut self, mark: &Mark, time: HistoryTime, stream: StreamId, seq: SourceSeq) -> Result<Lsn, NotTaken> {
+    fn append_mark(
+        &mut self,
+        mark: &Mark,
+        time: HistoryTime,
+        stream: StreamId,
+        seq: SourceSeq,
+    ) -> Result<Lsn, NotTaken> {
         let Some(journal) = &mut self.journal else { return Err(NotTaken::Busy) };
         journal.append_mark(mark, time, stream, seq).map_err(|error| self.not_taken(error))
     }

@@ -919,6 +919,9 @@ impl BoxSide {
             Some(_) | None => was_in_gap,
         };
         let valid = !in_gap && !header.flags.contains(WriteFlags::MORE);
+        // A new stream's first mark changes nothing: it stands for what was there before.
+        let before = self.log.last().map_or(0, |logged| logged.after);
+        let after = if matches!(mark, Some(Mark::StreamBegin { .. })) { before } else { after };
         self.log.push(Logged { after, valid, in_gap, stream, seq: header.seq });
     }
 

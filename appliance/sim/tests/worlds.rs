@@ -55,7 +55,8 @@ fn a_box_that_breaks_its_word_is_survived() {
         if total.betrayals >= 3 {
             return;
         }
-        let summary = run_with(seed, Options { memory: true }, None).unwrap_or_else(|failure| panic!("seed {seed}: {failure}"));
+        let summary =
+            run_with(seed, Options { memory: true }, None).unwrap_or_else(|failure| panic!("seed {seed}: {failure}"));
         total.add(&summary);
     }
     panic!("only {} betrayals in 500 worlds", total.betrayals);
