@@ -351,6 +351,11 @@ impl Agent {
             this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
         }
         this.run()?;
+        wait_for("the agent to reach the box", START_MAX, || {
+            let hosts = appliance.control().get("/hosts")?;
+            let connected = hosts.as_array().into_iter().flatten().any(|h| h["connected"] == true);
+            Ok(connected.then_some(()))
+        })?;
         Ok(this)
     }
 

@@ -18,7 +18,8 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use hw_tests::{
-    disk, process,
+    disk,
+    process::quoted,
     product::{Appliance, Binaries},
 };
 use serde_json::Value;
@@ -97,7 +98,8 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
             Source::ingest(&appliance, &dir)?
         }
     };
-    let mut session = Session { appliance, source, started };
+    let programs = bins.holdfast.parent().context("programs lie in a folder")?.to_owned();
+    let mut session = Session { appliance, source, started, programs };
     let done = session
         .first_copy()
         .and_then(|()| if options.check { check::run(&mut session, &dir) } else { session.watch() });
@@ -131,6 +133,7 @@ struct Session {
     appliance: Appliance,
     source: Source,
     started: Instant,
+    programs: PathBuf,
 }
 
 impl Session {
@@ -185,18 +188,22 @@ impl Session {
     }
 
     fn explain(&self) {
-        let cli = |args: &[&str]| process::command_line(&self.appliance.cli(args));
-        println!("\nIn another terminal:");
-        println!("  what the box is doing      {}", cli(&["status"]));
-        println!("  moments that can be opened {}", cli(&["points"]));
-        println!("  a bookmark                 {}", cli(&["bookmark", "create", "before-upgrade"]));
-        println!("  open a moment as a disk    {}", cli(&["view", "open", "--at", "latest"]));
-        println!(
-            "  restore one to a file      {}",
-            cli(&["restore", "--at", "before-upgrade", "--to", "restored.img"])
-        );
-        println!("  check every checksum       {}", cli(&["verify"]));
-        println!("The disk being written to: {}. Ctrl-C stops everything.\n", self.source.describe());
+        let programs = self.programs.display();
+        println!("\nIn another terminal, first:\n");
+        println!("  export HOLDFAST_SOCKET={}", quoted(&self.appliance.control().socket().to_string_lossy()));
+        println!("  export PATH={programs}:$PATH\n");
+        println!("then:\n");
+        for (command, what) in [
+            ("holdfast status", "what the box is doing"),
+            ("holdfast points", "the moments that can be opened"),
+            ("holdfast bookmark create before-upgrade", "name this moment"),
+            ("holdfast view open --at before-upgrade", "open it as a disk; a time, an LSN or `latest` will do too"),
+            ("holdfast restore --at '5s ago' --to restored.img", "copy a moment to a file"),
+            ("holdfast verify", "check every checksum"),
+        ] {
+            println!("  {command:50} # {what}");
+        }
+        println!("\nThe disk being written to: {}. Ctrl-C stops everything.\n", self.source.describe());
     }
 
     fn end(self) -> Result<()> {
