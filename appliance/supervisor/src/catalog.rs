@@ -365,7 +365,7 @@ mod tests {
     #[test]
     fn names_stay_unique_and_a_revoked_one_is_free_again() {
         let mut data = Data::default();
-        let mut add = |data: &mut Data, n: u8| {
+        let add = |data: &mut Data, n: u8| {
             data.add_token(token(&[n; 16], 100), 1).unwrap();
             data.enrol(&[n; 16], HostId([n; 16]), "db", "aa".into(), 1).unwrap().name
         };

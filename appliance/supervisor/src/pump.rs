@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
     task::{Context, Poll},
 };
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
 /// Answers not yet accepted by the socket; beyond it nothing more is read.
 const OUTPUT_BYTES_MAX: usize = 4 << 20;
@@ -61,10 +61,7 @@ where
     let output = Vec::new();
     let mut pump =
         Pump { stream, outbox, parser, budget, input, wanted, ending: false, output, sent: 0, unflushed: false };
-    poll_fn(|cx| pump.poll(cx)).await?;
-    // Ends TLS properly; a peer that hung up already has no use for it.
-    let _ = pump.stream.shutdown().await;
-    Ok(())
+    poll_fn(|cx| pump.poll(cx)).await
 }
 
 struct Pump<'a, S, P> {
@@ -181,7 +178,7 @@ mod tests {
     use super::*;
     use bytes::Buf as _;
     use std::collections::VecDeque;
-    use tokio::io::duplex;
+    use tokio::io::{AsyncWriteExt as _, duplex};
 
     /// Units of one length byte and so many bytes; an empty one ends.
     struct Units<'a> {

@@ -52,7 +52,8 @@ pub struct Facts<'a> {
     /// A recovery point exists or existed.
     pub ever_consistent: bool,
     pub host_connected: bool,
-    pub agent: Option<&'a GroupAgentStatus>,
+    /// What the agent says of the group, and when it said so.
+    pub agent: Option<(&'a GroupAgentStatus, u64)>,
     pub pressure: Option<Pressure>,
     pub hours_left: Option<u64>,
     pub now_us: u64,
@@ -116,7 +117,7 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         let since = f.live.proven.map(|t| t.0);
         lag_since_us = since;
         if linked && f.phase == PhaseFact::Running {
-            lag_ms = if gap.is_none() { since.map(|t| f.now_us.saturating_sub(t) / 1000) } else { None };
+            lag_ms = if gap.is_none() { lag(f, since) } else { None };
         } else if f.phase == PhaseFact::Running {
             let since_us = f.live.link_lost_us.or(since).unwrap_or(0);
             risks.push(RiskReason::HostSilent { since_us });
@@ -126,7 +127,7 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         {
             risks.push(RiskReason::Lagging { lag_ms: lag, alarm_ms: f.policy.lag_ms_alarm });
         }
-        if f.host_connected && f.agent.is_some_and(|a| a.gate.contains("degraded")) {
+        if f.host_connected && f.agent.is_some_and(|(a, _)| a.gate.contains("degraded")) {
             risks.push(RiskReason::Degraded { since_us: since.unwrap_or(0) });
         }
     }
@@ -143,6 +144,14 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         risks.push(RiskReason::HistoryShort { hours_left, alarm_hours: f.policy.alarm_below_hours.into() });
     }
     Verdict { state, reason, lag_ms, lag_since_us, risks }
+}
+
+/// How much of the host's work would be lost now. Two proofs, the better one counts: the newest moment of which the box knows that all
+/// before it is durable here, and what the agent says of its oldest write that is not, aged by how long ago it said so.
+fn lag(f: &Facts<'_>, proven_us: Option<u64>) -> Option<u64> {
+    let proven = proven_us.map(|t| f.now_us.saturating_sub(t) / 1000);
+    let said = f.agent.and_then(|(a, at_us)| Some(a.lag_ms?.saturating_add(f.now_us.saturating_sub(at_us) / 1000)));
+    proven.into_iter().chain(said).min()
 }
 
 /// One group, with everything about it.
@@ -182,7 +191,7 @@ pub fn group_report(app: &App, group: &Group) -> GroupReport {
         live: &live,
         ever_consistent,
         host_connected: host.connected,
-        agent: agent.as_ref(),
+        agent: agent.as_ref().map(|a| (a, host.status_us)),
         pressure: stats.as_ref().and_then(|s| s.retention.as_ref()).map(|r| r.pressure),
         hours_left: stats.as_ref().and_then(|s| s.hours_left),
         now_us: app.clock.wall_us(),

@@ -6,7 +6,7 @@ use crate::{
     catalog::{CatalogRefusal, ChangeError, TokenEntry},
     events::Event,
     pki, status,
-    vault::{CreateGroupError, Group, GroupError},
+    vault::{CreateGroupError, Group, GroupError, Phase},
     views::ViewError,
 };
 use bytes::Bytes;
@@ -30,6 +30,8 @@ const TOKEN_MINUTES_MAX: u64 = 7 * 24 * 60;
 const BUCKETS_MAX: usize = 4096;
 /// A bookmark the agent says it has placed must come through the stream within this.
 const BOOKMARK_LIMIT: Duration = Duration::from_secs(60);
+/// How long a new group may take to open before its maker is answered all the same.
+const OPEN_LIMIT: Duration = Duration::from_secs(30);
 const BOOKMARK_POLL: Duration = Duration::from_millis(10);
 /// A volume larger than this is a typing error; NBD and the journal would take it.
 const VOLUME_BYTES_MAX: u64 = 1 << 50;
@@ -229,6 +231,11 @@ async fn create_group(app: &Arc<App>, wish: GroupWish) -> Result {
         Ok::<_, ApiError>(group)
     })
     .await??;
+    // Its journal was just made; opening it again takes a moment, and who made it wants to use it.
+    let deadline = Instant::now() + OPEN_LIMIT;
+    while matches!(created.shared.phase(), Phase::Opening) && Instant::now() < deadline {
+        tokio::time::sleep(BOOKMARK_POLL).await;
+    }
     let exports: Vec<Value> = app.exports.of_group(created.id()).iter().map(|e| status::export_json(&app, e)).collect();
     let mut value = group_json(&app, &created);
     value["exports"] = json!(exports);
@@ -319,7 +326,7 @@ async fn points(app: &Arc<App>, group: Arc<Group>, query: &str) -> Result {
             "valid": points.valid.iter().map(|r| json!({
                 "first_lsn": r.first_lsn, "last_lsn": r.last_lsn, "first_time_us": r.first_time, "last_time_us": r.last_time,
             })).collect::<Vec<_>>(),
-            "gaps": points.gaps.iter().map(|g| json!({
+            "gaps": points.gaps.iter().filter(|g| !is_empty(g)).map(|g| json!({
                 "first_lsn": g.first_lsn, "last_lsn": g.last_lsn, "reason": g.reason,
                 "first_time_us": g.first_time, "last_time_us": g.last_time,
             })).collect::<Vec<_>>(),
@@ -332,6 +339,11 @@ async fn points(app: &Arc<App>, group: Arc<Group>, query: &str) -> Result {
         }))
     })
     .await
+}
+
+/// An ingest group begins consistent: the gap before its first record holds nothing.
+fn is_empty(gap: &journal::Gap) -> bool {
+    gap.last_lsn.is_some_and(|last| last < gap.first_lsn)
 }
 
 // ---- bookmarks
@@ -426,6 +438,8 @@ async fn open_view(app: &Arc<App>, group: Arc<Group>, wish: ViewWish) -> Result 
             "set nbd_listen in the configuration",
         ));
     }
+    // What a client was told is written must be in the newest moment.
+    group.barrier().await.map_err(group_error)?;
     blocking(app, move |app| {
         let view = app.views.open(&group, &wish.at, wish.tcp).map_err(view_error)?;
         Ok(json_answer(StatusCode::CREATED, &status::view_json(app, &view)))

@@ -84,7 +84,10 @@ pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<(), ConnectionError> {
     let outbox = Arc::clone(&lane.outbox);
     let mut requests = Requests { lane, backend, discard: 0 };
-    pump(stream, &outbox, &mut requests, lane::BUDGET_BYTES, BytesMut::new()).await
+    pump(stream, &outbox, &mut requests, lane::BUDGET_BYTES, BytesMut::new()).await?;
+    // Ends TLS properly; a client that hung up already has no use for it.
+    let _ = stream.shutdown().await;
+    Ok(())
 }
 
 struct Requests<'a> {

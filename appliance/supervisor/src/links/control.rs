@@ -33,6 +33,8 @@ pub struct HostLive {
     pub last_heard_us: Option<u64>,
     pub agent_version: Option<String>,
     pub status: Option<AgentStatus>,
+    /// When the status came, by the box's clock.
+    pub status_us: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +213,11 @@ async fn answer(
         Message::Heartbeat { number, .. } => Ok(Some(Message::HeartbeatAck { number })),
         Message::HeartbeatAck { .. } => Ok(None),
         Message::Status(status) => {
-            links.hosts.change(agent.host, |known| known.live.status = Some(status));
+            let now_us = links.clock.wall_us();
+            links.hosts.change(agent.host, |known| {
+                known.live.status = Some(status);
+                known.live.status_us = now_us;
+            });
             Ok(None)
         }
         Message::CommandDone { id, result } => {

@@ -85,9 +85,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
     pub async fn refuse(&mut self, refusal: wire::Refusal) {
         let ending = async {
             if self.say(&Message::Refuse(refusal)).await.is_ok() {
-                let _ = self.stream.shutdown().await;
+                linger(&mut self.stream).await;
             }
         };
         let _ = tokio::time::timeout(super::REFUSE_LIMIT, ending).await;
     }
+}
+
+/// Ends our side and drops what still comes until the peer has ended too: closing with bytes unread makes the kernel reset the
+/// connection, and the peer would never see what was said last. The caller limits the time.
+pub async fn linger<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) {
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    let mut dropped = [0; 4096];
+    while matches!(stream.read(&mut dropped).await, Ok(n) if n > 0) {}
 }

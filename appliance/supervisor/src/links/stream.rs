@@ -5,7 +5,7 @@
 
 use super::{
     Agent, HANDSHAKE_LIMIT, Links, Tls,
-    frames::{LinkError, Talk, take_frame},
+    frames::{LinkError, Talk, linger, take_frame},
     lane::{BUDGET_BYTES, Inbound, LinkLane},
     refusal,
     sessions::Session,
@@ -19,7 +19,7 @@ use bytes::BytesMut;
 use model::{GroupId, MonoTime};
 use replication::OpenFacts;
 use std::{io, sync::Arc, time::Duration};
-use tokio::{io::AsyncWriteExt as _, time::timeout};
+use tokio::time::timeout;
 use wire::{FrameKind, HEADER_LEN, Message, Refusal, RefuseCode, decode_message};
 
 /// Frames handed on at once: more would only make the journal thread answer later.
@@ -48,7 +48,7 @@ pub async fn serve(
         }
     };
     // Whatever ends this future, the journal thread learns it.
-    let _attached = Attached { group: &group, link: lane.id };
+    let attached = Attached { group: &group, link: lane.id };
     let mut records = Records { links, session, group: &group, lane: &lane };
     let input = std::mem::take(&mut talk.input);
     let mut stop = links.stop.clone();
@@ -64,7 +64,11 @@ pub async fn serve(
             Ok(())
         }
     };
-    let _ = timeout(super::REFUSE_LIMIT, talk.stream.shutdown()).await;
+    drop(attached);
+    if ended.is_ok() {
+        // A refusal of the journal thread's may be the last that was said.
+        let _ = timeout(super::REFUSE_LIMIT, linger(&mut talk.stream)).await;
+    }
     ended
 }
 

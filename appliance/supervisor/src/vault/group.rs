@@ -43,6 +43,10 @@ pub enum Command {
         mark: Mark,
         reply: oneshot::Sender<Result<Marked, GroupError>>,
     },
+    /// Answered when everything appended so far is durable.
+    Barrier {
+        reply: oneshot::Sender<Result<(), GroupError>>,
+    },
     SetSpec {
         spec: Box<GroupSpec>,
         reply: oneshot::Sender<Result<(), GroupError>>,
@@ -247,6 +251,10 @@ impl Group {
     }
     pub async fn mark(&self, mark: Mark) -> Result<Marked, GroupError> {
         self.ask(|reply| Command::Mark { mark, reply }).await
+    }
+    /// Waits until everything appended so far is durable, and so readable.
+    pub async fn barrier(&self) -> Result<(), GroupError> {
+        self.ask(|reply| Command::Barrier { reply }).await
     }
     pub async fn replace_spec(&self, spec: GroupSpec) -> Result<(), GroupError> {
         self.ask(|reply| Command::SetSpec { spec: Box::new(spec), reply }).await

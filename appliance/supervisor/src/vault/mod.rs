@@ -42,8 +42,6 @@ pub enum CreateGroupError {
     Catalog(#[from] ChangeError<CatalogRefusal>),
     #[error("could not make the journal")]
     Journal(#[source] CreateError),
-    #[error("could not close the new journal")]
-    Close(#[source] journal::AppendError),
     #[error("could not start a thread")]
     Thread(#[source] io::Error),
 }
@@ -93,7 +91,9 @@ impl Vault {
         vault.tidy()?;
         for entry in &vault.catalog.data().groups {
             if entry.state != GroupState::Deleting {
-                vault.launch(nominal_spec(entry), entry.state == GroupState::Released).map_err(VaultError::Thread)?;
+                vault
+                    .launch(nominal_spec(entry), entry.state == GroupState::Released, None)
+                    .map_err(VaultError::Thread)?;
             }
         }
         Ok(vault)
@@ -154,7 +154,7 @@ impl Vault {
         }
     }
 
-    fn launch(&self, spec: GroupSpec, released: bool) -> io::Result<Arc<Group>> {
+    fn launch(&self, spec: GroupSpec, released: bool, made: Option<Journal>) -> io::Result<Arc<Group>> {
         let id = spec.id;
         let inbox = Arc::new(Inbox::default());
         let shared = Arc::new(Shared::new(spec, released));
@@ -170,7 +170,7 @@ impl Vault {
         let thread = {
             let (shared, inbox) = (Arc::clone(&shared), Arc::clone(&inbox));
             let name = format!("j-{}", &id.to_string()[..8]);
-            std::thread::Builder::new().name(name).spawn(move || writer::run(&context, &shared, &inbox))?
+            std::thread::Builder::new().name(name).spawn(move || writer::run(&context, &shared, &inbox, made))?
         };
         let group = Arc::new(Group { shared, inbox, thread: Mutex::new(Some(thread)) });
         crate::lock(&self.groups).insert(id, Arc::clone(&group));
@@ -196,18 +196,19 @@ impl Vault {
             self.options(spec.id),
             self.clock.history(),
         );
-        let made = made.map_err(CreateGroupError::Journal);
-        let made = made.and_then(|journal| journal.close().map_err(CreateGroupError::Close));
-        if let Err(e) = made {
-            // Undone as well as can be; what remains is undone at the next start.
-            if remove_tree(&*self.disk, &group_dir(spec.id)).is_ok() {
-                let _ = self.forget(spec.id);
+        let journal = match made {
+            Ok(journal) => journal,
+            Err(e) => {
+                // Undone as well as can be; what remains is undone at the next start.
+                if remove_tree(&*self.disk, &group_dir(spec.id)).is_ok() {
+                    let _ = self.forget(spec.id);
+                }
+                return Err(CreateGroupError::Journal(e));
             }
-            return Err(e);
-        }
+        };
         self.keep_state(spec.id, GroupState::Ready)?;
         let name = spec.name.clone();
-        let group = self.launch(spec, false).map_err(CreateGroupError::Thread)?;
+        let group = self.launch(spec, false, Some(journal)).map_err(CreateGroupError::Thread)?;
         self.events.note(Event::GroupCreated, name, group.id());
         Ok(group)
     }

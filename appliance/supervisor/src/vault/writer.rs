@@ -44,7 +44,10 @@ use crate::{
     outbox::Outbox,
 };
 use durable::Disk;
-use journal::{AppendError, Journal, JournalOptions, JournalReader, MAX_RECORD_BYTES, NewRecord, OpenError, Progress};
+use journal::{
+    AppendError, Journal, JournalOptions, JournalReader, MAX_RECORD_BYTES, NewRecord, OpenError, Progress,
+    RecoveryReport,
+};
 use model::{
     Codec, Extent, GroupSpec, HistoryTime, Lsn, Mark, MonoTime, RecordKind, SECTOR, SourceSeq, StreamId, WriteFlags,
 };
@@ -80,24 +83,27 @@ pub struct Context {
     pub reads: Arc<ReadPool>,
 }
 
-/// Runs a group until it is closed.
-pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>) {
+/// Runs a group until it is closed. `made`: its journal, if it was only just made.
+pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>, mut made: Option<Journal>) {
     let mut failures = 0;
     loop {
         shared.set_phase(Phase::Opening);
         let now = context.clock.history();
-        let (reason, damaged) =
-            match Journal::open(Arc::clone(&context.disk), &context.dir, context.options.clone(), now) {
-                Ok((journal, report)) => {
-                    note_opened(context, shared, &report, failures);
-                    shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
-                    match Writer::new(context, shared, inbox, journal).run() {
-                        End::Closed => break,
-                        End::Failed(reason) => (reason, false),
-                    }
+        let opened = match made.take() {
+            Some(journal) => Ok((journal, RecoveryReport::default())),
+            None => Journal::open(Arc::clone(&context.disk), &context.dir, context.options.clone(), now),
+        };
+        let (reason, damaged) = match opened {
+            Ok((journal, report)) => {
+                note_opened(context, shared, &report, failures);
+                shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
+                match Writer::new(context, shared, inbox, journal).run() {
+                    End::Closed => break,
+                    End::Failed(reason) => (reason, false),
                 }
-                Err(e) => (crate::chain(&e), is_damage(&e)),
-            };
+            }
+            Err(e) => (crate::chain(&e), is_damage(&e)),
+        };
         context.events.note(Event::GroupStopped, &shared.name, &reason);
         let since_us = context.clock.wall_us();
         shared.set_phase(Phase::Stopped { reason: reason.clone(), damaged, since_us });
@@ -115,7 +121,7 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>)
     left.into_iter().for_each(|command| refuse(command, "the group is closed"));
 }
 
-fn note_opened(context: &Context, shared: &Shared, report: &journal::RecoveryReport, failures: usize) {
+fn note_opened(context: &Context, shared: &Shared, report: &RecoveryReport, failures: usize) {
     let event = if failures > 0 { Event::GroupReopened } else { Event::GroupOpened };
     let text = format!("LSN {} to {} in {} segments", report.first_lsn, report.last_lsn, report.segments);
     context.events.note(event, &shared.name, text);
@@ -177,7 +183,7 @@ fn refuse(command: Command, text: &str) {
         Command::Mark { reply, .. } => {
             let _ = reply.send(Err(stopped()));
         }
-        Command::SetSpec { reply, .. } | Command::ReleaseBookmark { reply, .. } => {
+        Command::Barrier { reply } | Command::SetSpec { reply, .. } | Command::ReleaseBookmark { reply, .. } => {
             let _ = reply.send(Err(stopped()));
         }
         Command::Detach { .. }
@@ -253,6 +259,9 @@ enum Who {
     Mark {
         time: HistoryTime,
         reply: oneshot::Sender<Result<Marked, GroupError>>,
+    },
+    Barrier {
+        reply: oneshot::Sender<Result<(), GroupError>>,
     },
     /// The agent's source, by way of the target.
     Source,
@@ -425,6 +434,14 @@ impl<'a> Writer<'a> {
                 }
             }
             Command::Mark { mark, reply } => self.pending.push_back(Work::Mark { mark, reply }),
+            Command::Barrier { reply } => {
+                let progress = self.journal.progress();
+                if progress.durable >= progress.appended {
+                    let _ = reply.send(Ok(()));
+                } else {
+                    self.waiters.push_back(Waiter { lsn: progress.appended, who: Who::Barrier { reply } });
+                }
+            }
             Command::SetSpec { spec, reply } => {
                 let result = self.journal.set_spec(*spec).map_err(GroupError::Control);
                 if result.is_ok() {
@@ -952,6 +969,9 @@ impl<'a> Writer<'a> {
                 Who::Mark { time, reply } => {
                     let _ = reply.send(Ok(Marked { lsn: waiter.lsn, time }));
                 }
+                Who::Barrier { reply } => {
+                    let _ = reply.send(Ok(()));
+                }
                 Who::Source => source = true,
             }
         }
@@ -1071,6 +1091,9 @@ impl<'a> Writer<'a> {
                     lane.wake();
                 }
                 Who::Mark { reply, .. } => {
+                    let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
+                }
+                Who::Barrier { reply } => {
                     let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
                 }
                 Who::Source => {}

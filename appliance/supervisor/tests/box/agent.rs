@@ -1,0 +1,819 @@
+//! An agent as small as can be: a certificate, two connections, a disk in memory and the real source machine.
+
+use crate::support::{Control, DEADLINE, Inside, Rng, assert_same, wait_for};
+use model::{
+    Codec, Extent, GroupId, GroupSpec, HostId, MonoTime, SECTOR, Sectors, StreamId, SyncMode, VolumeId, VolumeSpec,
+    WriteFlags,
+};
+use replication::{Action, Captured, CapturedKind, Event, Lost, Now, Numbered, Payload, ReadId, Source, SourceConfig};
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, StreamOwned,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
+};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use wire::{
+    ALPN_ENROL, ALPN_REPLICATION, Ack, Command, CommandResult, FrameHeader, FrameKind, HEADER_LEN, Message, Packer,
+    Purpose, Refusal, decode_header, decode_message, encode_header, encode_message,
+};
+
+/// A host's certificate and what it needs to verify the box.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub host: HostId,
+    pub instance: [u8; 16],
+    certificate: CertificateDer<'static>,
+    key: Arc<rcgen::KeyPair>,
+    ca: CertificateDer<'static>,
+}
+
+/// A connection, blocking.
+pub struct Conn {
+    stream: StreamOwned<ClientConnection, TcpStream>,
+    input: Vec<u8>,
+}
+
+impl std::fmt::Debug for Conn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Conn")
+    }
+}
+
+/// Believes any box; for enrolment, where the token says whom to believe, and for showing that the box does not.
+#[derive(Debug)]
+struct Anyone;
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 only".into()))
+    }
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let known = rustls::crypto::ring::default_provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, &known)
+    }
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        rustls::crypto::ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Dials without believing or disbelieving the box.
+pub fn dial(at: SocketAddr, identity: Option<&Identity>, alpn: &[u8]) -> io::Result<Conn> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder =
+        ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
+    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone));
+    let config = match identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            builder.with_client_auth_cert(vec![identity.certificate.clone()], identity.key_der()).unwrap()
+        }
+    };
+    handshake(at, config, alpn)
+}
+
+/// TLS for NBD clients, which name no protocol.
+pub fn nbd_tls(
+    ca: &CertificateDer<'static>,
+    certificate: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
+) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder =
+        ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
+    let builder = builder.with_root_certificates(roots);
+    match certificate {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => builder.with_client_auth_cert(vec![certificate], key).unwrap(),
+    }
+}
+
+fn handshake(at: SocketAddr, mut config: ClientConfig, alpn: &[u8]) -> io::Result<Conn> {
+    config.alpn_protocols = vec![alpn.to_vec()];
+    let tcp = TcpStream::connect(at)?;
+    tcp.set_read_timeout(Some(DEADLINE))?;
+    tcp.set_nodelay(true)?;
+    let name = ServerName::try_from(wire::BOX_TLS_NAME).unwrap();
+    let tls = ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut stream = StreamOwned::new(tls, tcp);
+    while stream.conn.is_handshaking() {
+        stream.conn.complete_io(&mut stream.sock)?;
+    }
+    Ok(Conn { stream, input: Vec::new() })
+}
+
+impl Identity {
+    fn key_der(&self) -> PrivateKeyDer<'static> {
+        PrivateKeyDer::try_from(self.key.serialize_der()).unwrap()
+    }
+    /// The same certificate in another agent's hands.
+    pub fn of_instance(&self, instance: [u8; 16]) -> Self {
+        Self { instance, ..self.clone() }
+    }
+    /// The TLS side of an NBD client that shows this host's certificate.
+    pub fn as_nbd_client(&self) -> ClientConfig {
+        nbd_tls(&self.ca, Some((self.certificate.clone(), self.key_der())))
+    }
+    fn csr(key: &rcgen::KeyPair) -> Vec<u8> {
+        rcgen::CertificateParams::new(vec![]).unwrap().serialize_request(key).unwrap().der().to_vec()
+    }
+    fn from_answer(answer: Message, key: rcgen::KeyPair) -> Self {
+        let Message::Enrolled { host, certificate_pem, ca_pem } = answer else { panic!("{}", answer.name()) };
+        let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        Self { host, instance: [1; 16], certificate: der(&certificate_pem), key: Arc::new(key), ca: der(&ca_pem) }
+    }
+    pub fn enrol(at: SocketAddr, token: &str, name: &str) -> Result<Self, Refusal> {
+        let mut conn = dial(at, None, ALPN_ENROL).unwrap();
+        conn.hello(HostId::default(), Purpose::Enrol, [0; 16])?;
+        let key = rcgen::KeyPair::generate().unwrap();
+        conn.say(&Message::Enrol { token: token.into(), csr_der: Self::csr(&key), host_name: name.into() });
+        Ok(Self::from_answer(conn.hear()?, key))
+    }
+    pub fn renew(&self, control: &mut Conn) -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        control.say(&Message::Renew { csr_der: Self::csr(&key) });
+        Self::from_answer(control.hear().unwrap(), key)
+    }
+    /// Dials as an agent does: only the box of its own authority is believed.
+    pub fn dial(&self, at: SocketAddr) -> io::Result<Conn> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.ca.clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder =
+            ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
+        let builder = builder.with_root_certificates(roots);
+        let config = builder.with_client_auth_cert(vec![self.certificate.clone()], self.key_der()).unwrap();
+        handshake(at, config, ALPN_REPLICATION)
+    }
+    pub fn connect(&self, at: SocketAddr, purpose: Purpose) -> Result<Conn, Refusal> {
+        let mut conn = self.dial(at).unwrap();
+        conn.hello(self.host, purpose, self.instance)?;
+        Ok(conn)
+    }
+}
+
+impl Conn {
+    pub fn hello(&mut self, host: HostId, purpose: Purpose, instance: [u8; 16]) -> Result<(), Refusal> {
+        self.say(&Message::Hello {
+            versions: vec![7, 1],
+            agent_version: "test".into(),
+            host,
+            boot_id: "boot".into(),
+            instance,
+            purpose,
+        });
+        match self.hear()? {
+            Message::HelloAck { version: 1, .. } => Ok(()),
+            other => panic!("{other:?}"),
+        }
+    }
+    pub fn try_say(&mut self, message: &Message) -> io::Result<()> {
+        let mut out = Vec::new();
+        encode_message(message, &mut out).unwrap();
+        self.stream.write_all(&out)
+    }
+    pub fn say(&mut self, message: &Message) {
+        self.try_say(message).unwrap();
+    }
+    pub fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+    /// A whole frame, if one is there.
+    fn frame(&mut self) -> Option<(FrameHeader, Vec<u8>)> {
+        let head = self.input.first_chunk::<HEADER_LEN>()?;
+        let header = decode_header(head).unwrap();
+        let whole = HEADER_LEN + header.payload_len as usize;
+        if self.input.len() < whole {
+            return None;
+        }
+        let payload = self.input[HEADER_LEN..whole].to_vec();
+        self.input.drain(..whole);
+        Some((header, payload))
+    }
+    fn read(&mut self) -> io::Result<usize> {
+        let mut buf = [0; 65536];
+        let n = self.stream.read(&mut buf)?;
+        self.input.extend_from_slice(&buf[..n]);
+        Ok(n)
+    }
+    /// The next message; acks between are passed over.
+    pub fn try_hear(&mut self) -> io::Result<Message> {
+        loop {
+            if let Some((header, payload)) = self.frame() {
+                if header.kind == FrameKind::Ack {
+                    continue;
+                }
+                return Ok(decode_message(&header, &payload).unwrap());
+            }
+            if self.read()? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+    /// The next message, or the refusal that it is.
+    pub fn hear(&mut self) -> Result<Message, Refusal> {
+        match self.try_hear().unwrap() {
+            Message::Refuse(refusal) | Message::Declined(refusal) => Err(refusal),
+            message => Ok(message),
+        }
+    }
+    pub fn hear_refusal(&mut self) -> Refusal {
+        loop {
+            match self.hear() {
+                Err(refusal) => return refusal,
+                Ok(_) => {}
+            }
+        }
+    }
+    /// Whether the box has closed the connection, after whatever it had to say.
+    pub fn ends(&mut self) -> bool {
+        loop {
+            match self.read() {
+                Ok(0) | Err(_) => return true,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+/// A host with one protected disk in memory.
+pub struct Host {
+    identity: Identity,
+    at: SocketAddr,
+    pub spec: GroupSpec,
+    pub disk: Vec<u8>,
+    source: Source,
+    started: Instant,
+    actions: Vec<Action>,
+    events: VecDeque<Event>,
+    acting: bool,
+    captures: HashMap<u64, Vec<u8>>,
+    next_capture: u64,
+    spool: BTreeMap<u64, (Numbered, Vec<u8>)>,
+    reads: HashMap<ReadId, (Extent, Vec<u8>)>,
+    control: Conn,
+    stream: Option<Conn>,
+    /// Bookmarks asked for by the box: id of the command.
+    orders: Vec<u64>,
+    /// The disk as it was when each bookmark was placed.
+    pub at_bookmark: HashMap<u64, Vec<u8>>,
+    pub cuts: u32,
+    ticked: Instant,
+}
+
+impl Host {
+    pub fn protect(inside: &Inside, name: &str, disk: Vec<u8>) -> Self {
+        let token = inside.ok("POST", "tokens", "{}")["token"].as_str().unwrap().to_owned();
+        let identity = Identity::enrol(inside.listen(), &token, name).unwrap();
+        let mut control = identity.connect(inside.listen(), Purpose::Control).unwrap();
+        let volume = VolumeSpec {
+            id: VolumeId(7),
+            name: "/dev/sdb".into(),
+            sectors: Sectors(disk.len() as u64 / SECTOR),
+            identity: format!("serial:{name}"),
+        };
+        control.say(&Message::Protect { group_name: name.into(), volumes: vec![volume], mode: SyncMode::Async });
+        let Message::Protected { spec } = control.hear().unwrap() else { panic!("not protected") };
+        assert_eq!(spec.volumes[0].id, VolumeId(0), "the box gives the numbers");
+        let mut actions = Vec::new();
+        let mut config = SourceConfig::new(spec.id, spec.volumes.clone(), SyncMode::Async);
+        config.read_bytes_max = 256 << 10;
+        config.watermark_ms = 50;
+        config.watermark_idle_ms = 100;
+        config.heartbeat_ms = 300;
+        let started = Instant::now();
+        let now = Now { mono: MonoTime(1), wall_us: 1 };
+        let source = Source::new(config, StreamId(rand_128()), None, now, &mut actions);
+        Self {
+            identity,
+            at: inside.listen(),
+            spec,
+            disk,
+            source,
+            started,
+            actions,
+            events: VecDeque::new(),
+            acting: false,
+            captures: HashMap::new(),
+            next_capture: 1,
+            spool: BTreeMap::new(),
+            reads: HashMap::new(),
+            control,
+            stream: None,
+            orders: Vec::new(),
+            at_bookmark: HashMap::new(),
+            cuts: 0,
+            ticked: started,
+        }
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn now(&self) -> Now {
+        let us = self.started.elapsed().as_micros() as u64;
+        Now { mono: MonoTime(1_000_000_000 + us * 1000), wall_us: 77_000_000 + us }
+    }
+
+    /// Hands an event in. What is done about it may bring further ones: they wait until all of it is done.
+    fn on(&mut self, event: Event) {
+        self.events.push_back(event);
+        if self.acting {
+            return;
+        }
+        self.acting = true;
+        // The first actions are those of the source's making.
+        for action in std::mem::take(&mut self.actions) {
+            self.action(action);
+        }
+        while let Some(event) = self.events.pop_front() {
+            let mut actions = Vec::new();
+            self.source.on(event, self.now(), &mut actions);
+            for action in actions {
+                self.action(action);
+            }
+        }
+        self.acting = false;
+    }
+
+    fn action(&mut self, action: Action) {
+        match action {
+            Action::Keep { record, payload } => {
+                let data = match payload {
+                    Payload::None => Vec::new(),
+                    Payload::Captured(n) => self.captures[&n].clone(),
+                    Payload::Mark(bytes) => bytes.into_vec(),
+                    Payload::Read(id) => {
+                        let (extent, data) = &self.reads[&id];
+                        let from = ((record.extent.start() - extent.start()) * SECTOR) as usize;
+                        data[from..from + record.extent.bytes() as usize].to_vec()
+                    }
+                };
+                self.spool.insert(record.seq.0, (record, data));
+            }
+            Action::Send { first, last } => {
+                let mut packer = Packer::new().unwrap();
+                for seq in first.0..=last.0 {
+                    let (record, data) = &self.spool[&seq];
+                    let kind = FrameKind::Record(record.kind);
+                    let (codec, stored) = match record.kind {
+                        model::RecordKind::Write => packer.pack(data),
+                        _ => (Codec::Raw, data.as_slice().into()),
+                    };
+                    let header = FrameHeader {
+                        kind,
+                        codec,
+                        flags: record.flags,
+                        volume: record.volume,
+                        extent: record.extent,
+                        seq: record.seq,
+                        mono: record.mono,
+                        wall_us: record.wall_us,
+                        payload_len: stored.len() as u32,
+                        payload_crc: wire::crc32(&stored),
+                    };
+                    let mut bytes = encode_header(&header).unwrap().to_vec();
+                    bytes.extend_from_slice(&stored);
+                    if self.stream.as_mut().is_some_and(|s| s.raw(&bytes).is_err()) {
+                        self.cut();
+                        return;
+                    }
+                }
+            }
+            Action::Release { through } => self.spool = self.spool.split_off(&(through.0 + 1)),
+            Action::Drop { from } => drop(self.spool.split_off(&from.0)),
+            Action::Forget { capture } => drop(self.captures.remove(&capture)),
+            Action::ReleaseCapture { through } => self.captures.retain(|n, _| *n > through),
+            Action::Open { group, stream, first_seq, next_seq, volumes, acked_durable } => {
+                let now = self.now();
+                let (mono_ns, wall_us) = (now.mono.0, now.wall_us);
+                let open = Message::OpenStream {
+                    group,
+                    stream,
+                    first_seq,
+                    next_seq,
+                    volumes,
+                    acked_durable,
+                    mono_ns,
+                    wall_us,
+                };
+                if self.stream.as_mut().is_some_and(|s| s.try_say(&open).is_err()) {
+                    self.cut();
+                }
+            }
+            Action::Message(message) => {
+                if self.stream.as_mut().is_some_and(|s| s.try_say(&message).is_err()) {
+                    self.cut();
+                }
+            }
+            Action::ReadVolume { read, extent, .. } => {
+                let (from, to) = (extent.start() * SECTOR, extent.end() * SECTOR);
+                self.reads.insert(read, (extent, self.disk[from as usize..to as usize].to_vec()));
+                // Writes are handed in as they are made: the barriers are passed already.
+                self.on(Event::ReadDone { read, zeroes: Vec::new() });
+            }
+            Action::ReadFinished { read } => drop(self.reads.remove(&read)),
+            Action::Persist { serial, .. } => self.on(Event::Persisted { serial }),
+            Action::Drain { barrier } => self.on(Event::Drained { barrier }),
+            Action::BookmarkPlaced { id, seq } => {
+                let order = self.orders.remove(0);
+                assert_eq!(order, id);
+                let result = CommandResult::Bookmarked { stream: self.source.stream(), seq };
+                self.at_bookmark.insert(id, self.disk.clone());
+                self.control.say(&Message::CommandDone { id, result });
+            }
+            Action::BookmarkRefused { id, why } => {
+                let result = CommandResult::Failed { text: why.to_string() };
+                self.control.say(&Message::CommandDone { id, result });
+            }
+            Action::Disconnect(why) => panic!("the source gave the box up: {why}"),
+            Action::LossRecorded { .. } | Action::ReleaseFlush { .. } | Action::State(_) | Action::Gate(_) => {}
+            Action::Alarm(alarm) => panic!("{alarm}"),
+        }
+    }
+
+    /// Writes to the disk, and captures it.
+    pub fn write(&mut self, lba: u64, data: &[u8]) {
+        self.disk[(lba * SECTOR) as usize..][..data.len()].copy_from_slice(data);
+        let capture = self.next_capture;
+        self.next_capture += 1;
+        self.captures.insert(capture, data.to_vec());
+        let now = self.now();
+        self.on(Event::Captured(Captured {
+            capture,
+            kind: CapturedKind::Write,
+            flags: WriteFlags::NONE,
+            volume: VolumeId(0),
+            extent: Extent::new(lba, data.len() as u64 / SECTOR),
+            mono: now.mono,
+            wall_us: now.wall_us,
+        }));
+    }
+
+    pub fn write_some(&mut self, rng: &mut Rng) {
+        let sectors = self.disk.len() as u64 / SECTOR;
+        let len = 1 + rng.below(32);
+        let mut data = vec![0; (len * SECTOR) as usize];
+        if rng.below(3) > 0 {
+            rng.fill(&mut data);
+        } else {
+            data.fill(rng.below(256) as u8); // packs well
+        }
+        self.write(rng.below(sectors - len), &data);
+    }
+
+    pub fn connect(&mut self) {
+        let purpose = Purpose::Stream { group: self.spec.id };
+        let conn = self.identity.connect(self.at, purpose).unwrap();
+        conn.stream.sock.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
+        self.stream = Some(conn);
+        self.on(Event::Connected);
+    }
+
+    /// The network goes away in the middle of whatever is under way.
+    pub fn cut(&mut self) {
+        if let Some(conn) = self.stream.take() {
+            let _ = conn.stream.sock.shutdown(std::net::Shutdown::Both);
+            self.cuts += 1;
+        }
+        self.on(Event::Disconnected);
+    }
+
+    /// What came on both connections, and the time.
+    pub fn step(&mut self) {
+        if let Some(mut conn) = self.stream.take() {
+            let alive = !matches!(conn.read(), Ok(0));
+            let mut frames = Vec::new();
+            while let Some(frame) = conn.frame() {
+                frames.push(frame);
+            }
+            self.stream = Some(conn);
+            for (header, payload) in frames {
+                match header.kind {
+                    FrameKind::Ack => self.on(Event::Ack(Ack::decode(&header, &payload).unwrap())),
+                    _ => match decode_message(&header, &payload).unwrap() {
+                        Message::StreamReady { resume, credit, .. } => self.on(Event::Ready { resume, credit }),
+                        Message::HeartbeatAck { .. } => self.on(Event::Heard),
+                        other => panic!("{other:?}"),
+                    },
+                }
+            }
+            if !alive {
+                self.cut();
+            }
+        }
+        self.control.stream.sock.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        let _ = self.control.read();
+        while let Some((header, payload)) = self.control.frame() {
+            match decode_message(&header, &payload).unwrap() {
+                Message::Command { id, what: Command::Bookmark { name, consistency, .. } } => {
+                    self.orders.push(id);
+                    self.on(Event::Bookmark { id, name, consistency });
+                }
+                Message::Command { id, what: Command::Resync { .. } } => {
+                    self.on(Event::Resync);
+                    self.control.say(&Message::CommandDone { id, result: CommandResult::Done });
+                }
+                Message::Command { id, .. } => {
+                    self.control.say(&Message::CommandDone { id, result: CommandResult::Done })
+                }
+                Message::HeartbeatAck { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        if self.ticked.elapsed() > Duration::from_millis(50) {
+            self.ticked = Instant::now();
+            self.control.say(&Message::heartbeat(1, MonoTime(1)));
+            self.on(Event::Tick);
+        }
+    }
+
+    pub fn is_settled(&self) -> bool {
+        let status = self.source.status();
+        status.gap.is_none() && status.window_records == 0
+    }
+    pub fn settle(&mut self) {
+        let deadline = Instant::now() + DEADLINE;
+        while !self.is_settled() {
+            assert!(Instant::now() < deadline, "the source does not settle: {:?}", self.source.status());
+            self.step();
+        }
+    }
+    pub fn lose(&mut self, extent: Extent) {
+        let reason = model::GapReason::Overflow;
+        self.on(Event::CaptureLost { id: 1, reason, what: Lost::Extents(vec![(VolumeId(0), extent)]) });
+    }
+}
+
+fn rand_128() -> [u8; 16] {
+    use ring::rand::SecureRandom as _;
+    let mut bytes = [0; 16];
+    ring::rand::SystemRandom::new().fill(&mut bytes).unwrap();
+    bytes
+}
+
+fn disk(len: usize, seed: u64) -> Vec<u8> {
+    let mut disk = vec![0; len];
+    Rng::new(seed).fill(&mut disk[len / 4..]);
+    disk
+}
+
+#[test]
+fn a_host_is_copied_followed_cut_and_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let inside = Inside::start(&data, "");
+    let mut host = Host::protect(&inside, "db", disk(4 << 20, 1));
+    wait_for("the new group", || (inside.group_state("db")["state"] == "never-synced").then_some(()));
+    assert_eq!(inside.refused("POST", "groups/db/views", r#"{"at":"latest"}"#), "no-such-point");
+    let mut rng = Rng::new(2);
+    host.connect();
+    // Initial sync under live writes.
+    for _ in 0..50 {
+        host.write_some(&mut rng);
+        host.step();
+    }
+    host.settle();
+    let state = wait_for("replicating", || {
+        host.step();
+        let state = inside.group_state("db");
+        (state["state"] == "replicating" && state["lag_ms"].is_u64()).then_some(state)
+    });
+    assert_eq!(state["host_name"], "db");
+    let view = inside.view("db", "\"latest\"");
+    assert_same(&view.volumes[0], &host.disk, "after the initial sync");
+    inside.close_view(&view);
+
+    // Live writes with cuts at any moment; writes go on while the line is down.
+    let mut images = Vec::new();
+    for round in 0..6 {
+        for i in 0..60 {
+            host.write_some(&mut rng);
+            if i % 7 == 0 {
+                host.step();
+            }
+            if rng.below(40) == 0 {
+                host.cut();
+                host.write_some(&mut rng);
+                host.connect();
+            }
+        }
+        host.settle();
+        let view = inside.view("db", "\"latest\"");
+        assert_same(&view.volumes[0], &host.disk, ("round", round));
+        images.push((view.lsn, host.disk.clone()));
+        inside.close_view(&view);
+    }
+    assert!(host.cuts > 0, "no cut was tried");
+
+    // A gap: old moments stay open, none is offered inside, and the end is right.
+    host.lose(Extent::new(100, 500));
+    host.settle();
+    for (lsn, image) in &images {
+        let view = inside.view("db", &format!("{{\"lsn\":{lsn}}}"));
+        assert_same(&view.volumes[0], image, ("LSN", lsn));
+        inside.close_view(&view);
+    }
+    let gaps = inside.get("groups/db/points")["gaps"].as_array().unwrap().len();
+    assert!(gaps >= 2, "{gaps} gaps");
+    let view = inside.view("db", "\"latest\"");
+    assert_same(&view.volumes[0], &host.disk, "after the gap");
+
+    // A bookmark asked for at the box holds what the host wrote before.
+    let socket = inside.socket();
+    struct At(std::path::PathBuf);
+    impl Control for At {
+        fn socket(&self) -> std::path::PathBuf {
+            self.0.clone()
+        }
+    }
+    host.write_some(&mut rng);
+    let asking = std::thread::spawn(move || At(socket).ok("POST", "groups/db/bookmarks", r#"{"name":"noon"}"#));
+    let deadline = Instant::now() + DEADLINE;
+    while !asking.is_finished() {
+        assert!(Instant::now() < deadline, "no bookmark");
+        host.step();
+        host.write_some(&mut rng);
+    }
+    let made = asking.join().unwrap();
+    let noon = host.at_bookmark.values().next().unwrap().clone();
+    let view = inside.view("db", r#"{"bookmark":"noon"}"#);
+    assert_eq!(made["lsn"].as_u64(), Some(view.lsn));
+    assert_same(&view.volumes[0], &noon, "the bookmark");
+    // Asked for a resync by the operator.
+    let socket = inside.socket();
+    let asking = std::thread::spawn(move || At(socket).ok("POST", "groups/db/resync", ""));
+    while !asking.is_finished() {
+        host.step();
+    }
+    asking.join().unwrap();
+    host.settle();
+    let view = inside.view("db", "\"latest\"");
+    assert_same(&view.volumes[0], &host.disk, "after the resync");
+    // Gone: said so, nothing guessed.
+    host.cut();
+    let state = wait_for("disconnected", || {
+        let state = inside.group_state("db");
+        (state["state"] == "disconnected").then_some(state)
+    });
+    assert!(state["lag_ms"].is_null() && state["lag_since_us"].is_u64(), "{state}");
+    assert!(state["risks"].as_array().unwrap().iter().any(|r| r["kind"] == "host-silent"), "{state}");
+}
+
+#[test]
+fn a_restarted_box_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let mut inside = Inside::start(&data, "");
+    let mut host = Host::protect(&inside, "db", disk(2 << 20, 5));
+    let mut rng = Rng::new(6);
+    host.connect();
+    host.settle();
+    for round in 0..3 {
+        for _ in 0..100 {
+            host.write_some(&mut rng);
+        }
+        host.step();
+        // Whatever is under way is cut off by the box's end.
+        inside.stop();
+        host.cut();
+        for _ in 0..20 {
+            host.write_some(&mut rng);
+        }
+        inside = Inside::start(&data, "");
+        host.at = inside.listen();
+        host.control = host.identity.connect(inside.listen(), Purpose::Control).unwrap();
+        host.connect();
+        host.settle();
+        let view = inside.view("db", "\"latest\"");
+        assert_same(&view.volumes[0], &host.disk, ("round", round));
+        assert_eq!(
+            inside.get("groups/db/points")["gaps"].as_array().unwrap().len(),
+            1,
+            "only the initial sync is a gap"
+        );
+    }
+}
+
+#[test]
+fn a_box_out_of_room_is_waited_for() {
+    // A window that may be shortened to nothing, but at most 24 MiB of journal: the stream stalls and goes on.
+    let dir = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&dir.path().join("d"), "");
+    let mut host = Host::protect(&inside, "db", disk(2 << 20, 5));
+    host.connect();
+    host.settle();
+    let mut policy = inside.group_state("db")["policy"].clone();
+    policy["journal_bytes_max"] = (30u64 << 20).into();
+    let socket = inside.socket();
+    struct At(std::path::PathBuf);
+    impl Control for At {
+        fn socket(&self) -> std::path::PathBuf {
+            self.0.clone()
+        }
+    }
+    inside.ok("PATCH", "groups/db/policy", &policy.to_string());
+    let mut rng = Rng::new(8);
+    let deadline = Instant::now() + DEADLINE;
+    while inside.group_state("db")["reason"].is_null() {
+        assert!(Instant::now() < deadline, "the journal does not fill: {}", inside.group_state("db"));
+        for _ in 0..50 {
+            host.write_some(&mut rng);
+        }
+        host.step();
+    }
+    let full = inside.group_state("db");
+    assert!(full["risks"].as_array().unwrap().iter().any(|r| r["kind"] == "journal-full"), "{full}");
+    policy["journal_bytes_max"] = serde_json::Value::Null;
+    let text = policy.to_string();
+    let asking = std::thread::spawn(move || At(socket).ok("PATCH", "groups/db/policy", &text));
+    while !asking.is_finished() {
+        host.step();
+    }
+    asking.join().unwrap();
+    host.settle();
+    let view = inside.view("db", "\"latest\"");
+    assert_same(&view.volumes[0], &host.disk, "after room came back");
+}
+
+#[test]
+fn what_a_host_may_protect_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&dir.path().join("d"), "");
+    let host = Host::protect(&inside, "db", disk(1 << 20, 1));
+    let other = Host::protect(&inside, "web", disk(1 << 20, 1));
+    let mut control = host.control;
+    let volume = host.spec.volumes[0].clone();
+    let mut protect = |name: &str, volumes: Vec<VolumeSpec>| {
+        control.say(&Message::Protect { group_name: name.into(), volumes, mode: SyncMode::Async });
+        loop {
+            match control.hear() {
+                Ok(Message::HeartbeatAck { .. }) => {}
+                Ok(Message::Protected { spec }) => return Ok(spec),
+                Ok(other) => panic!("{other:?}"),
+                Err(refusal) => return Err(refusal.code),
+            }
+        }
+    };
+    use wire::RefuseCode as Code;
+    assert_eq!(protect("db", vec![volume.clone()]).unwrap(), host.spec, "asked again: the same group");
+    let second = VolumeSpec { identity: "serial:2".into(), name: "/dev/sdc".into(), ..volume.clone() };
+    let grown = protect("db", vec![second.clone(), volume.clone()]).unwrap();
+    assert_eq!(
+        grown.volumes.iter().map(|v| (v.id.0, &*v.identity)).collect::<Vec<_>>(),
+        [(0, "serial:db"), (1, "serial:2")]
+    );
+    assert_eq!(protect("db", vec![volume.clone()]), Err(Code::VolumeChanged));
+    assert_eq!(protect("web", vec![volume.clone()]), Err(Code::NameTaken));
+    assert_eq!(protect("x", vec![]), Err(Code::BadRequest));
+    assert_eq!(protect("x", vec![volume.clone(), volume.clone()]), Err(Code::BadRequest));
+    assert_eq!(protect("a\nb", vec![volume.clone()]), Err(Code::BadRequest));
+    let shrunk = VolumeSpec { sectors: Sectors(5), ..volume };
+    assert_eq!(protect("db", vec![shrunk, second]), Err(Code::VolumeChanged));
+    // Another host's group is not its to open.
+    let purpose = Purpose::Stream { group: other.spec.id };
+    let mut stream = host.identity.connect(inside.listen(), purpose).unwrap();
+    stream.say(&open_stream(other.spec.id, &other.spec.volumes));
+    assert_eq!(stream.hear_refusal().code, Code::NotYours);
+}
+
+/// An `OpenStream` of a stream the box does not know.
+pub fn open_stream(group: GroupId, volumes: &[VolumeSpec]) -> Message {
+    Message::OpenStream {
+        group,
+        stream: StreamId([3; 16]),
+        first_seq: model::SourceSeq(1),
+        next_seq: Some(model::SourceSeq(1)),
+        volumes: volumes.to_vec(),
+        acked_durable: None,
+        mono_ns: 1,
+        wall_us: 1,
+    }
+}

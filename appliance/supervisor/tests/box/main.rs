@@ -1,0 +1,10 @@
+//! The daemon as its users meet it: over sockets, with real journals in temporary folders, killed, damaged and filled up.
+
+mod agent;
+mod crash;
+mod damage;
+mod enrol;
+mod full;
+mod hostile;
+mod ingest;
+mod support;
