@@ -85,7 +85,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
                 self.output.clear();
                 self.sent = 0;
                 // Asks to be woken and looks under one lock: an answer put there later wakes us.
-                found = Some(self.outbox.collect(&mut self.output, cx.waker()));
+                found = Some(self.outbox.collect(&mut self.output, cx.waker(), self.ending));
             }
             let mut moved = self.write(cx)?;
             if let Some(found) = found
@@ -142,9 +142,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
             return Ok(false);
         }
         let (had, put) = (self.input.len(), self.output.len());
-        let room = self.budget.saturating_sub(self.outbox.owed());
+        let mut room = self.budget.saturating_sub(self.outbox.owed());
         if room == 0 {
-            return Ok(false);
+            // Only who asks is told; and looks again, for it may have fallen in between.
+            room = self.budget.saturating_sub(self.outbox.starve());
+            if room == 0 {
+                return Ok(false);
+            }
         }
         match self.parser.parse(&mut self.input, &mut self.output, room)? {
             Parsed::Wants(bytes) => self.wanted = bytes.max(1),

@@ -8,10 +8,12 @@
 pub mod driver;
 pub mod lane;
 pub mod pool;
+mod shared;
 
 use crate::{
     events::{Event, Events},
     files::{self, FileError},
+    outbox::Direct,
     pki::{self, Peer},
     vault::{Command, Group},
 };
@@ -311,12 +313,13 @@ impl Exports {
         handshake.tls_started();
         let shown =
             Shown { exports: crate::lock(&self.table).values().filter(|e| e.tcp).cloned().collect(), default: None };
-        self.session(&mut tls, &mut handshake, &shown, &format!("{name} at {from}")).await
+        self.session(&mut tls, None, &mut handshake, &shown, &format!("{name} at {from}")).await
     }
 
     async fn session<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: &mut S,
+        direct: Option<Arc<dyn Direct>>,
         handshake: &mut ServerHandshake,
         shown: &Shown,
         from: &str,
@@ -329,6 +332,9 @@ impl Exports {
         let Some(export) = shown.get(session.export_name()) else { return Ok(()) };
         self.events.note(Event::NbdConnected, &export.name, from);
         let lane = Arc::new(Lane::new(session, export.volume));
+        if let Some(direct) = direct {
+            lane.outbox.set_direct(direct);
+        }
         let mut down = export.down.subscribe();
         let mut stop = self.stop.clone();
         tokio::select! {
@@ -370,7 +376,7 @@ async fn accept_unix(exports: Arc<Exports>, export: Arc<Export>, listener: UnixL
             () = crate::raised(&mut down) => return,
             () = crate::raised(&mut stop) => return,
         };
-        let Ok((mut stream, _)) = accepted else {
+        let Ok((stream, _)) = accepted else {
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
@@ -383,7 +389,8 @@ async fn accept_unix(exports: Arc<Exports>, export: Arc<Export>, listener: UnixL
             let _slot = slot;
             let shown = Shown { exports: vec![Arc::clone(&export)], default: Some(Arc::clone(&export)) };
             let mut handshake = ServerHandshake::new(HandshakeConfig { tls: TlsPolicy::None });
-            let ended = exports.session(&mut stream, &mut handshake, &shown, "local").await;
+            let (mut stream, direct) = shared::split(stream);
+            let ended = exports.session(&mut stream, Some(direct), &mut handshake, &shown, "local").await;
             exports.note_end(&export.name, ended);
         });
     }
