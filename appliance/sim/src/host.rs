@@ -125,8 +125,8 @@ impl Host {
             Extent::default()
         } else {
             let most = match self.rng.below(20) {
-                0 => 700,
-                1..=5 => 128,
+                0..=1 => 700,
+                2..=6 => 128,
                 _ => 16,
             };
             let start =

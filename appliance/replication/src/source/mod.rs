@@ -817,12 +817,14 @@ impl Source {
         self.heard_at = self.now.mono;
         self.credit = self.credit.max(ack.credit);
         self.journal_full = ack.flags.contains(AckFlags::JOURNAL_FULL);
-        if ack.durable > self.durable {
-            self.durable = ack.durable;
-            self.window.release(ack.durable);
-            out.push(Action::Release { through: ack.durable });
-            self.gate.durable(ack.durable, out);
-            self.unsendable = self.unsendable.filter(|(_, through)| *through > ack.durable);
+        // The wire refuses an ack that says otherwise.
+        let durable = ack.durable.min(ack.written);
+        if durable > self.durable {
+            self.durable = durable;
+            self.window.release(durable);
+            out.push(Action::Release { through: durable });
+            self.gate.durable(durable, out);
+            self.unsendable = self.unsendable.filter(|(_, through)| *through > durable);
             if !self.synced_once && self.durable >= self.consistent {
                 self.synced_once = true;
                 self.store_soon = true;
