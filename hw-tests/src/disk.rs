@@ -40,6 +40,11 @@ impl LoopDisk {
     pub fn create(backing: &Path, bytes: u64) -> Result<Self> {
         let file = File::create(backing).with_context(|| format!("create {}", backing.display()))?;
         file.set_len(bytes)?;
+        Self::over(backing)
+    }
+
+    /// Over a file that is there.
+    pub fn over(backing: &Path) -> Result<Self> {
         let made = call("losetup", &["--find", "--show", &text(backing)], TOOL_MAX)?;
         let device = PathBuf::from(made.stdout.trim());
         if !device.starts_with("/dev") {

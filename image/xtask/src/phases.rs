@@ -10,8 +10,18 @@ use crate::{
     tidy,
 };
 use anyhow::{Context, Result, bail};
-use hw_tests::{process::command_line, tools};
-use std::{fs, process::Command, time::Instant};
+use hw_tests::{
+    process::{self, command_line},
+    tools,
+};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// For a check that ends at its first comparison.
+const SPOILT_MAX: Duration = Duration::from_secs(180);
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -66,6 +76,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     if !options.quick {
         run.phase("guests", |r| r.tests(&["--package", "hw-tests"]));
         run.phase("try --check", |r| r.repo.show(Command::new(std::env::current_exe()?).args(["try", "--check"])));
+        run.phase("try --check notices one wrong byte", |r| a_wrong_byte_is_noticed(r.repo));
         run.phase("try --check without root", |_| without_root());
     }
     run.finish()
@@ -130,6 +141,25 @@ impl Run<'_> {
     }
 }
 
+/// A check that cannot fail proves nothing: this one must, and must say where.
+fn a_wrong_byte_is_noticed(repo: &Repo) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["try", "--check", "--built", "--without-root", "--spoil", "--data"])
+        .arg(repo.target_dir()?.join("try-spoilt"));
+    let done = process::run(command, SPOILT_MAX)?;
+    let place = format!("first difference at byte {}", crate::demo::SPOILT_BYTE);
+    if done.status.success() || !done.stderr.contains(&place) {
+        bail!(
+            "one byte of the oracle was changed, and that was not said ({}):\n{}{}",
+            done.status,
+            done.stdout,
+            done.stderr
+        );
+    }
+    Ok(())
+}
+
 /// The newcomer's command as somebody who is not root. Run by root it steps down to `nobody`, with copies of the programs as
 /// built: the tree may lie where `nobody` cannot look.
 fn without_root() -> Result<()> {
@@ -145,7 +175,7 @@ fn without_root() -> Result<()> {
     }
     let mut command = nobody::step_down()?;
     command.arg(dir.path().join("xtask")).args(["try", "--check", "--built", "--data"]).arg(dir.path().join("try"));
-    command.env("HOME", &dir.path()).current_dir(&dir.path());
+    command.env("HOME", dir.path()).current_dir(dir.path());
     let status = command.status()?;
     if !status.success() {
         bail!("{} failed ({status})", command_line(&command));

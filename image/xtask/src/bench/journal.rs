@@ -16,8 +16,10 @@ pub fn run(repo: &Repo, dir: &Path, quick: bool, results: &mut Results) -> Resul
     repo.show(repo.cargo(&["build"]).args(example))?;
     let counts = if quick { "10000,1000000" } else { "10000,1000000,10000000" };
     println!("histories of {counts} records");
+    let at = dir.join("journal");
+    std::fs::create_dir_all(&at)?;
     let mut command = repo.cargo(&["run"]);
-    command.args(example).arg("--").arg(dir.join("journal")).args(["--records", counts, "--json"]);
+    command.args(example).arg("--").arg(&at).args(["--records", counts, "--json"]);
     let done = process::run(command, LIMIT)?.ok()?;
     for line in done.stdout.lines().filter(|l| l.starts_with('{')) {
         println!("  {line}");

@@ -9,6 +9,8 @@ use hw_tests::{
     product::{At, Moment},
 };
 use std::{
+    fs::File,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -22,8 +24,17 @@ struct Taken {
     oracle: PathBuf,
 }
 
-pub fn run(session: &mut Session, dir: &Path) -> Result<()> {
+/// Where a spoilt oracle differs.
+pub const SPOILT_BYTE: u64 = 12_345;
+
+pub fn run(session: &mut Session, dir: &Path, spoil: bool) -> Result<()> {
     let first = session.take(dir, "first")?;
+    if spoil {
+        let oracle = File::options().read(true).write(true).open(&first.oracle)?;
+        let mut byte = [0];
+        oracle.read_exact_at(&mut byte, SPOILT_BYTE)?;
+        oracle.write_all_at(&[byte[0] ^ 1], SPOILT_BYTE)?;
+    }
     session.write_on(20)?;
     let second = session.take(dir, "second")?;
     session.write_on(5)?;

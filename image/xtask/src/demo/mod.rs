@@ -11,6 +11,8 @@ mod check;
 mod leftover;
 mod source;
 
+pub use check::SPOILT_BYTE;
+
 use crate::{
     deps::{self, Purpose},
     repo::Repo,
@@ -37,7 +39,7 @@ const GROUP: &str = "demo";
 /// Written into the folder, so that we empty no folder that is not ours.
 const MARK: &str = ".holdfast-try";
 /// How long the first copy may take.
-const SYNC_MAX: Duration = Duration::from_secs(120);
+const SYNC_MAX: Duration = Duration::from_secs(300);
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -53,6 +55,9 @@ pub struct Options {
     /// The programs beside this one are up to date; nothing is installed or built
     #[arg(long, hide = true)]
     built: bool,
+    /// With --check: change one byte of the first oracle, which must be noticed
+    #[arg(long, hide = true)]
+    spoil: bool,
 }
 
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
@@ -102,7 +107,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     let mut session = Session { appliance, source, started, programs };
     let done = session
         .first_copy()
-        .and_then(|()| if options.check { check::run(&mut session, &dir) } else { session.watch() });
+        .and_then(|()| if options.check { check::run(&mut session, &dir, options.spoil) } else { session.watch() });
     let ended = session.end();
     done.and(ended)
 }

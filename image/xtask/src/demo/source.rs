@@ -19,8 +19,9 @@ use std::{
     time::Duration,
 };
 
-/// Small enough to be compared whole several times within a minute.
-const LOOP_BYTES: u64 = 256 << 20;
+/// Small enough to be compared whole several times within a minute, and to be copied within one even where the machine is so
+/// busy that the agent holds itself back.
+const LOOP_BYTES: u64 = 96 << 20;
 const IMAGE_BYTES: u64 = 64 << 20;
 /// Between two steps of the loop disk's workload.
 const STEP_PAUSE: Duration = Duration::from_millis(10);
