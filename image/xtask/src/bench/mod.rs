@@ -12,6 +12,7 @@ mod report;
 mod systems;
 
 use crate::{
+    demo::leftover,
     deps::{self, Purpose},
     repo::Repo,
 };
@@ -75,6 +76,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     let bins = Binaries::beside_us()?;
     let dir = repo.target_dir()?.join("bench");
     if dir.exists() {
+        leftover::take_down(&dir)?;
         fs::remove_dir_all(&dir)?;
     }
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;

@@ -8,7 +8,7 @@
 //! then opened as views while the disk is being written to, and compared byte by byte; box and agent are killed in between.
 
 mod check;
-mod leftover;
+pub mod leftover;
 mod source;
 
 pub use check::SPOILT_BYTE;
