@@ -16,6 +16,7 @@ use hw_tests::{
 };
 use std::{
     fs,
+    path::PathBuf,
     process::Command,
     time::{Duration, Instant},
 };
@@ -141,6 +142,12 @@ impl Run<'_> {
     }
 }
 
+/// The folder of the programs. Ours has been built again meanwhile, perhaps, and its old file is gone; its folder is not.
+fn programs() -> Result<PathBuf> {
+    let us = std::env::current_exe()?;
+    Ok(us.parent().context("our own program is in no folder")?.to_owned())
+}
+
 /// A check that cannot fail proves nothing: this one must, and must say where.
 fn a_wrong_byte_is_noticed(repo: &Repo) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
@@ -168,8 +175,7 @@ fn without_root() -> Result<()> {
         return Ok(());
     }
     let dir = nobody::Folder::make()?;
-    let built = std::env::current_exe()?;
-    let from = built.parent().context("our own program is in no folder")?;
+    let from = programs()?;
     for program in ["xtask", "holdfastd", "holdfast", "holdfast-agent"] {
         fs::copy(from.join(program), dir.path().join(program)).with_context(|| format!("copy {program}"))?;
     }
