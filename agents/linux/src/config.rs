@@ -28,6 +28,8 @@ pub struct Config {
     pub spool_mib: u32,
     /// Initial sync and resync read at most this much from the disks each second. 0: no limit.
     pub copy_mib_s: u32,
+    /// Slow copying down, and at worst only mark writes, when the host is short of memory, I/O or processor time.
+    pub heed_pressure: bool,
     pub log: Log,
 }
 
@@ -63,6 +65,7 @@ impl Default for Config {
             spool_memory_mib: 64,
             spool_mib: 512,
             copy_mib_s: 0,
+            heed_pressure: true,
             log: Log::default(),
         }
     }

@@ -107,6 +107,14 @@ pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeEr
     Ok(frozen)
 }
 
+impl Frozen {
+    /// For the test of the guard: what we hold, and the guard.
+    pub fn into_parts(mut self) -> (Vec<File>, impl Drop) {
+        let dirs = std::mem::take(&mut self.dirs);
+        (dirs, self)
+    }
+}
+
 impl Drop for Frozen {
     fn drop(&mut self) {
         for dir in self.dirs.iter().rev() {

@@ -28,6 +28,9 @@ pub const PENDING_BYTES_MAX: usize = 32 << 20;
 pub const IN_FLIGHT_MAX: usize = 1 << 17;
 /// A request that has not completed for this long is no longer waited for; block drivers time out after 30 s by default.
 pub const STALE_MS: u64 = 120_000;
+/// A request is copied into the ring within a millisecond. When the ring is empty and its last chunk has not come for this long, it
+/// was dropped.
+pub const UNFINISHED_MS: u64 = 1_000;
 
 struct Pending {
     request: Request,
@@ -44,6 +47,8 @@ struct InFlight {
     bytes_left: u64,
     /// Could not be copied: lost when handed out, and lost again once it has reached the disk.
     faults: Vec<Extent>,
+    /// Its completion may be among what was lost: nobody waits for it, and should it come its sectors are read again.
+    doubtful: bool,
     since: MonoTime,
     /// Counts requests handed out, so that a reader can ask for those before its own begin.
     number: u64,
@@ -69,9 +74,12 @@ impl Assembler {
 
     /// Whether a request that was handed out before `number` and touches `extent` has not reached the disk yet.
     pub fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool {
-        self.in_flight
-            .values()
-            .any(|f| f.number < number && f.target == target && f.extents.iter().any(|e| e.intersect(extent).is_some()))
+        self.in_flight.values().any(|f| {
+            !f.doubtful
+                && f.number < number
+                && f.target == target
+                && f.extents.iter().any(|e| e.intersect(extent).is_some())
+        })
     }
 
     /// Where the oldest unfinished request begins: nothing from there on may be released.
@@ -156,8 +164,15 @@ impl Assembler {
             extents.extend(done.faults.iter().copied());
             let bytes_left = extents.iter().map(Extent::bytes).sum();
             let number = self.handed_out;
-            let flight =
-                InFlight { target, extents, bytes_left, faults: done.faults, since: done.request.mono, number };
+            let flight = InFlight {
+                target,
+                extents,
+                bytes_left,
+                faults: done.faults,
+                doubtful: false,
+                since: done.request.mono,
+                number,
+            };
             self.in_flight.insert(rq, flight);
             if self.in_flight.len() > IN_FLIGHT_MAX {
                 self.forget_oldest(out);
@@ -211,9 +226,13 @@ impl Assembler {
         flight.bytes_left = flight.bytes_left.saturating_sub(u64::from(event.len));
         if flight.bytes_left == 0 {
             let faults = std::mem::take(&mut flight.faults);
+            let again = flight.doubtful.then(|| std::mem::take(&mut flight.extents));
             self.in_flight.remove(&event.rq);
             if !faults.is_empty() {
                 out.push(Captured::Lost { target, extents: faults, why: LostWhy::Unreadable });
+            }
+            if let Some(extents) = again {
+                out.push(Captured::Lost { target, extents, why: LostWhy::Overflow });
             }
             out.push(Captured::Done { target, id: RequestId(event.rq) });
         }
@@ -250,7 +269,33 @@ impl Assembler {
     }
 
     pub fn in_flight(&self) -> usize {
-        self.in_flight.len() + self.pending.len()
+        self.in_flight.values().filter(|f| !f.doubtful).count() + self.pending.len()
+    }
+
+    /// These sectors were lost, perhaps because the completion of a request to them was. The loss has them read again; a request that
+    /// is still in flight has them read once more when it completes.
+    pub fn doubt(&mut self, target: TargetId, lost: &[Extent]) {
+        // Sorted by the scan that made them, or few.
+        let touches = |e: &Extent| {
+            let after = lost.partition_point(|l| l.end() <= e.start());
+            lost[after..].first().is_some_and(|l| l.intersect(e).is_some())
+        };
+        for flight in self.in_flight.values_mut().filter(|f| f.target == target) {
+            flight.doubtful |= flight.extents.iter().any(touches);
+        }
+    }
+
+    /// With the ring empty: gives up requests whose last chunk was dropped. Their first chunks would hold the ring for ever.
+    pub fn give_up_unfinished(&mut self, now: MonoTime, out: &mut Vec<Captured>) {
+        let old: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, p)| now.ms_since(p.request.mono) >= UNFINISHED_MS)
+            .map(|(rq, _)| *rq)
+            .collect();
+        for rq in old {
+            self.give_up(rq, LostWhy::Overflow, out);
+        }
     }
 }
 
@@ -377,6 +422,33 @@ mod tests {
         assert!(out.is_empty());
         a.forget_stale(MonoTime(7).plus_ms(STALE_MS), &mut out);
         assert!(matches!(&out[..], [Captured::Lost { why: LostWhy::Stale, .. }, Captured::Done { .. }]), "{out:?}");
+    }
+
+    #[test]
+    fn a_request_whose_end_was_dropped_is_given_up() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 12288, E_FIRST | E_DATA), 0);
+        let mut out = Vec::new();
+        a.give_up_unfinished(MonoTime(7).plus_ms(UNFINISHED_MS - 1), &mut out);
+        assert!(out.is_empty() && a.oldest_pending().is_some());
+        a.give_up_unfinished(MonoTime(7).plus_ms(UNFINISHED_MS), &mut out);
+        assert!(matches!(&out[..], [Captured::Lost { .. }]), "{out:?}");
+        assert_eq!(a.oldest_pending(), None);
+        // Its completion, should it come after all, has it read again.
+        assert!(matches!(&feed(&mut a, chunk(1, 0, 12288, 0, E_COMPLETE), 0)[..], [Captured::Lost { .. }]));
+    }
+
+    #[test]
+    fn a_completion_that_may_be_lost_is_not_waited_for() {
+        let mut a = Assembler::new();
+        feed(&mut a, chunk(1, 0, 4096, 4096, E_FIRST | E_LAST | E_DATA), 1);
+        feed(&mut a, chunk(2, 256, 4096, 4096, E_FIRST | E_LAST | E_DATA), 1);
+        a.doubt(TargetId(1), &[Extent::new(128, 128), Extent::new(256, 128)]);
+        assert!(a.writes_before(9, TargetId(1), &Extent::new(0, 8)));
+        assert!(!a.writes_before(9, TargetId(1), &Extent::new(256, 8)));
+        assert_eq!(a.in_flight(), 1);
+        let out = feed(&mut a, chunk(2, 256, 4096, 0, E_COMPLETE), 0);
+        assert!(matches!(&out[..], [Captured::Lost { .. }, Captured::Done { .. }]), "{out:?}");
     }
 
     #[test]

@@ -69,6 +69,8 @@ pub(super) struct Running {
     pub box_answers: Vec<(u64, wire::CommandResult)>,
     pub last_alarm: String,
     next_loss: u64,
+    lost_bytes: u64,
+    lost_why: Option<capture::LostWhy>,
     /// Last capture number that the machine lets go of.
     pub released: u64,
 }
@@ -141,6 +143,8 @@ impl Running {
             box_answers: Vec::new(),
             last_alarm: String::new(),
             next_loss: 1,
+            lost_bytes: 0,
+            lost_why: None,
             released: 0,
         }
     }
@@ -222,7 +226,8 @@ impl Running {
             return None;
         }
         let sectors: u64 = out.iter().map(|(_, e)| e.sectors.0).sum();
-        tracing::warn!(group = %group, bytes = sectors * SECTOR, %why, "some writes were not captured: their places are copied");
+        self.lost_bytes += sectors * SECTOR;
+        self.lost_why = Some(why);
         let reason = match why {
             capture::LostWhy::Overflow => GapReason::Overflow,
             capture::LostWhy::Unmatched
@@ -454,6 +459,11 @@ impl Running {
 
     pub fn tick(&mut self, ctx: &mut Ctx, group: GroupId, host: &PressureInput, each_second: bool) {
         if each_second {
+            // Said once a second: an overflow brings thousands.
+            if let Some(why) = self.lost_why.take() {
+                let bytes = std::mem::take(&mut self.lost_bytes);
+                tracing::warn!(group = %group, bytes, last = %why, "some writes were not captured: their places are copied");
+            }
             let status = self.source.status();
             let lag_ms = if let replication::Lag::Known { ms } = status.lag { ms } else { 0 };
             let input = PressureInput { spool_used: status.window_bytes.0, spool_max: self.spool_max, lag_ms, ..*host };

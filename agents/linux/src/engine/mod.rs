@@ -58,6 +58,8 @@ const POLL_BUDGET: usize = 4 << 20;
 const SLEEP_BUSY: Duration = Duration::from_micros(500);
 const SLEEP_IDLE: Duration = Duration::from_millis(20);
 const TICK_MS: u64 = 100;
+/// While the ring is more than a quarter full the machines are asked this often to store what lets it go.
+const TICK_PRESSED_MS: u64 = 10;
 const SECOND_MS: u64 = 1_000;
 /// A control connection that says nothing for this long is made anew.
 const CONTROL_SILENCE_MS: u64 = 15_000;
@@ -291,12 +293,18 @@ impl Engine {
         self.each_running(|running, ctx, id| running.begin_reads(ctx, id));
         self.let_go()?;
         let now = clock::mono();
-        if now.ms_since(self.last_tick) >= TICK_MS {
+        let pressed = self.ctx.capture.as_ref().is_some_and(|c| {
+            let (used, size) = c.fill();
+            used > size / 4
+        });
+        if now.ms_since(self.last_tick) >= if pressed { TICK_PRESSED_MS } else { TICK_MS } {
             self.last_tick = now;
             let second = now.ms_since(self.last_second) >= SECOND_MS;
             if second {
                 self.last_second = now;
-                psi::read(Path::new("/proc"), &mut self.host_pressure);
+                if self.config.heed_pressure {
+                    psi::read(Path::new("/proc"), &mut self.host_pressure);
+                }
             }
             let host = self.host_pressure;
             self.each_running(|running, ctx, id| running.tick(ctx, id, &host, second));

@@ -1,6 +1,9 @@
 //! What the root tests share: loop disks, mounts and capture runs that clean up after themselves, also on failure.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod agent;
+pub mod fakebox;
+
 use agent_linux::capture::{
     Capture, Captured, DevNo, Op, Request, Target,
     bpf::{BpfCapture, Options, Pins},

@@ -15,7 +15,7 @@ use aya::{
 };
 use std::{
     fs::{File, OpenOptions},
-    io,
+    io::{self, Seek},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
     ptr::NonNull,
@@ -26,8 +26,10 @@ const PAGE: usize = 4096;
 const SEARCH_GIB: u64 = 2048;
 /// 64 TiB, the most that x86_64 maps one to one with four-level page tables.
 const SEARCHES: u64 = 32;
-/// Reads per search; one does, unless other readers of the disk get in between.
-const READS: u32 = 16;
+/// Reads per search. One does; the others are for a read that the block layer splits or merges.
+const READS: u32 = 4;
+/// Calibration and self-test together, before it is given up.
+const TRIES: u32 = 3;
 
 pub(crate) fn open_direct(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path)
@@ -111,7 +113,30 @@ fn answer(map: &Array<MapData, CalibrationValue>) -> Result<CalibrationValue, Ca
     map.get(&0, 0).map_err(map_error("calibration"))
 }
 
-pub(crate) fn calibrate(constants: Constants, file: &File, disk: DevNo) -> Result<MemoryLayout, CaptureError> {
+/// Finds the layout and proves it.
+pub(crate) fn find(constants: Constants, file: &File, disk: DevNo) -> Result<MemoryLayout, CaptureError> {
+    let mut tries = 1;
+    loop {
+        let layout = calibrate(constants, file, disk)?;
+        match self_test(constants, layout, file, disk) {
+            Ok(()) => return Ok(layout),
+            Err(e @ CaptureError::SelfTest { .. }) if tries < TRIES => {
+                tracing::warn!(error = %e, "calibrating again");
+                tries += 1;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// A block of the disk, drawn at random: nobody else reads just that one just now.
+fn draw_block(file: &File) -> io::Result<u64> {
+    let bytes = file.metadata()?.len().max((&*file).seek(io::SeekFrom::End(0))?);
+    let blocks = (bytes / PAGE as u64).max(1);
+    Ok(magic() / 0x1_0000 % blocks * PAGE as u64)
+}
+
+fn calibrate(constants: Constants, file: &File, disk: DevNo) -> Result<MemoryLayout, CaptureError> {
     let mut page = LockedPage::new().map_err(file_error("lock a page in memory", "RAM"))?;
     let word = magic();
     page.fill(word);
@@ -119,16 +144,15 @@ pub(crate) fn calibrate(constants: Constants, file: &File, disk: DevNo) -> Resul
     let mut reads = 0;
     for search in 0..SEARCHES {
         let layout = MemoryLayout { vmemmap: 0, direct: 0 };
-        let globals = Globals { constants, layout, magic: word, pfn, skip_gib: search * SEARCH_GIB };
+        let at = draw_block(file).map_err(file_error("find the size of disk", &disk.to_string()))?;
+        let globals = Globals { constants, layout, magic: word, pfn, skip_gib: search * SEARCH_GIB, sector: at / 512 };
         let mut ebpf = load_object(&globals, PAGE as u32)?;
         watch(&mut ebpf, disk)?;
         let link = attach(&mut ebpf, "hf_calibrate", "block_rq_issue")?;
         let map: Array<MapData, CalibrationValue> =
             Array::try_from(take_map(&mut ebpf, "calibration")?).map_err(map_error("calibration"))?;
-        for i in 0..READS {
+        for _ in 0..READS {
             page.fill(word);
-            // Different blocks, so that no cache of the device answers in another way; near the begin, so that any disk has them.
-            let at = u64::from(i % 4) * PAGE as u64;
             file.read_exact_at(page.as_mut_slice(), at)
                 .map_err(file_error("read a block of disk", &disk.to_string()))?;
             reads += 1;
@@ -144,14 +168,9 @@ pub(crate) fn calibrate(constants: Constants, file: &File, disk: DevNo) -> Resul
 }
 
 /// Reads into pages spread over memory and lets the kernel half find each of them by the formula.
-pub(crate) fn self_test(
-    constants: Constants,
-    layout: MemoryLayout,
-    file: &File,
-    disk: DevNo,
-) -> Result<(), CaptureError> {
+fn self_test(constants: Constants, layout: MemoryLayout, file: &File, disk: DevNo) -> Result<(), CaptureError> {
     let word = magic();
-    let globals = Globals { constants, layout, magic: word, pfn: 0, skip_gib: 0 };
+    let globals = Globals { constants, layout, magic: word, pfn: 0, skip_gib: 0, sector: 0 };
     let mut ebpf = load_object(&globals, PAGE as u32)?;
     watch(&mut ebpf, disk)?;
     let _link = attach(&mut ebpf, "hf_selftest", "block_rq_issue")?;

@@ -97,6 +97,7 @@ const volatile u64 vmemmap_base = 0;	/* where struct page 0 would lie */
 const volatile u64 direct_base = 0;	/* where the kernel maps all memory one to one */
 const volatile u64 calib_magic = 0;	/* first word of the page that is being looked for */
 const volatile u64 calib_pfn = 0;	/* its page frame number */
+const volatile u64 calib_sector = 0;	/* where on the disk it is read from: tells our read from everybody else's */
 const volatile u64 calib_skip_gib = 0;	/* where to begin looking, below the request's own address */
 
 /* ---- records ---- */
@@ -624,6 +625,8 @@ int hf_calibrate(u64 *ctx)
 	struct request *rq = request_of(ctx);
 	u32 zero = 0;
 	if (!target_of(rq))
+		return 0;
+	if ((READ(rq, cmd_flags) & 0xff) != 0 || READ(rq, __sector) != calib_sector || READ(rq, __data_len) != 4096)
 		return 0;
 	struct bio *bio = READ(rq, bio);
 	struct calibration *c = map_lookup(&calibration, &zero);

@@ -198,6 +198,7 @@ pub(crate) struct Globals {
     pub magic: u64,
     pub pfn: u64,
     pub skip_gib: u64,
+    pub sector: u64,
 }
 
 /// Parses the object and makes its maps; no program is loaded yet.
@@ -213,6 +214,7 @@ pub(crate) fn load_object(globals: &Globals, ring_bytes: u32) -> Result<Ebpf, Ca
         .override_global("calib_magic", &globals.magic, true)
         .override_global("calib_pfn", &globals.pfn, true)
         .override_global("calib_skip_gib", &globals.skip_gib, true)
+        .override_global("calib_sector", &globals.sector, true)
         .map_max_entries("ring", ring_bytes)
         .load(OBJECT)
         .map_err(|e| CaptureError::Load(Box::new(e)))
@@ -263,12 +265,11 @@ impl BpfCapture {
         let constants = constants()?;
         let open = |e| CaptureError::File { what: "open the disk", path: path.display().to_string(), source: e };
         let file: File = calibrate::open_direct(path).map_err(open)?;
-        let layout = calibrate::calibrate(constants, &file, disk)?;
-        calibrate::self_test(constants, layout, &file, disk)?;
+        let layout = calibrate::find(constants, &file, disk)?;
 
         // The kernel wants a power of two of pages; 64 KiB is the least that makes sense.
         let ring_bytes = options.ring_bytes.clamp(1 << 16, 1 << 30).next_power_of_two();
-        let globals = Globals { constants, layout, magic: 0, pfn: 0, skip_gib: 0 };
+        let globals = Globals { constants, layout, magic: 0, pfn: 0, skip_gib: 0, sector: 0 };
         let mut ebpf = load_object(&globals, ring_bytes)?;
         for name in pins::MAPS {
             let map = ebpf.map(name).ok_or(CaptureError::Missing { program: "the capture object", what: name })?;
@@ -482,6 +483,7 @@ impl BpfCapture {
                 push_granule(&mut extents, granule, held.target.sectors);
             }
             if !extents.is_empty() {
+                self.assembler.doubt(*id, &extents);
                 out.push(Captured::Lost { target: *id, extents, why: LostWhy::Overflow });
             }
         }
@@ -502,6 +504,7 @@ impl BpfCapture {
                 // More than the ring remembers: all of every disk.
                 for (id, held) in &self.targets {
                     let extents = vec![Extent::new(0, held.target.sectors)];
+                    self.assembler.doubt(*id, &extents);
                     out.push(Captured::Lost { target: *id, extents, why: LostWhy::Overflow });
                 }
             } else {
@@ -509,6 +512,7 @@ impl BpfCapture {
                     let range = &big.range[(i % BIG_LEN as u64) as usize];
                     let target = TargetId(range.target as u32);
                     let extents = vec![Extent::new(range.sector, range.sectors)];
+                    self.assembler.doubt(target, &extents);
                     out.push(Captured::Lost { target, extents, why: LostWhy::Overflow });
                 }
             }
@@ -637,6 +641,9 @@ impl Capture for BpfCapture {
                 more = true;
                 break;
             }
+        }
+        if !more {
+            self.assembler.give_up_unfinished(now, out);
         }
         let due = exact || now.ms_since(self.last_scan) >= SCAN_EVERY_MS;
         if !more && due && self.losses_now()? != self.seen_losses {

@@ -1,0 +1,562 @@
+//! The agent as a process against a box in this process: protect a real disk under load, and everything that goes wrong on the way.
+
+mod common;
+
+use common::{
+    agent::{Agent, identical, text},
+    fakebox::FakeBox,
+    *,
+};
+use model::{GapReason, Mark};
+use std::{
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+const SMALL: &str = "ring_mib = 64\nmemory_mib = 256\nspool_memory_mib = 32\nspool_mib = 0";
+
+/// Writes to random places until told to stop; answers how much.
+fn writer(disk: &Loop, seed: u64) -> (Arc<AtomicBool>, thread::JoinHandle<u64>) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = stop.clone();
+    let (path, bytes) = (disk.device.clone(), disk.sectors() * 512);
+    let handle = thread::spawn(move || {
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+        let mut rng = Rng::new(seed);
+        let mut total = 0;
+        while !told.load(Ordering::Acquire) {
+            let len = (1 + rng.below(16)) * 4096;
+            let at = rng.below(bytes - len) / 4096 * 4096;
+            let mut buf = durable::AlignedBuf::with_capacity(len as usize);
+            let word = rng.below(u64::MAX).to_le_bytes();
+            (0..len / 8).for_each(|_| buf.extend_from_slice(&word));
+            file.write_all_at(buf.as_slice(), at).unwrap();
+            total += len;
+            if rng.below(8) == 0 {
+                file.sync_data().unwrap();
+            }
+            thread::sleep(Duration::from_micros(300));
+        }
+        total
+    });
+    (stop, handle)
+}
+
+fn finish((stop, handle): (Arc<AtomicBool>, thread::JoinHandle<u64>)) -> u64 {
+    stop.store(true, Ordering::Release);
+    handle.join().unwrap()
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn consistents(fake: &FakeBox) -> usize {
+    fake.group(|g| g.marks.iter().filter(|(_, m)| *m == Mark::Consistent).count())
+}
+
+#[test]
+fn root_initial_sync_under_live_writes_and_every_cut_after_it() {
+    if !root("initial sync") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(160);
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let settings = "ring_mib = 64\nmemory_mib = 256\nspool_memory_mib = 128\nspool_mib = 0";
+    let mut agent = Agent::enrolled("sync", &fake, settings);
+    agent.start();
+    let mount = Mount::new(&disk.device).unwrap();
+    let at = mount.at.clone();
+    fio(&at, &["--name=old", "--rw=write", "--bs=256k", "--size=40m", "--end_fsync=1"]);
+    let ordered = thread::spawn(move || write_ordered(&at, 600));
+    agent.protect(&disk);
+    fake.group(|g| g.keep = true);
+    fio(&mount.at, &["--name=buf", "--rw=randwrite", "--bs=8k", "--size=16m", "--fsync=32", "--io_size=24m"]);
+    wait("the first copy has ended", || consistents(&fake) > 0);
+    fio(&mount.at, &["--name=more", "--rw=randwrite", "--bs=4k", "--size=16m", "--fsync=16", "--io_size=16m"]);
+    ordered.join().unwrap();
+    run("fstrim", &[mount.at.to_str().unwrap()]);
+    drop(mount);
+    identical(&agent, &fake, &disk);
+    let (gaps, zero, copied) = fake.group(|g| (g.gaps.clone(), g.zero_bytes, g.sync_bytes));
+    assert_eq!(gaps, [GapReason::InitialSync]);
+    assert!(zero > 30 << 20, "empty parts go as zeroes: {zero}");
+    assert!(copied >= 40 << 20, "{copied}");
+    assert!(fake.state.lock().unwrap().refused.is_empty());
+    let status = agent.ok(&["status"]);
+    assert!(status.contains("replicating") && status.contains("bpf-rq") && status.contains("lag"), "{status}");
+    assert!(agent.ok(&["disks"]).contains(disk.dev().trim_start_matches("/dev/")));
+
+    // Any boundary of the stream after the copy is a disk that a power cut could have left.
+    let (base, kept) = fake.group(|g| (g.at_consistent.clone(), std::mem::take(&mut g.kept)));
+    let seed = 5;
+    let mut rng = Rng::new(seed);
+    for round in 0..4 {
+        let mut cut = rng.below(kept.len() as u64) as usize;
+        while cut > 0 && kept[cut - 1].flags.contains(model::WriteFlags::MORE) {
+            cut -= 1;
+        }
+        let mut images = base.clone();
+        kept[..cut].iter().for_each(|k| k.apply(&mut images));
+        let copy = Loop::of_image(&images[0]);
+        {
+            let mount = Mount::new(&copy.device).unwrap_or_else(|e| panic!("seed {seed} round {round} cut {cut}: {e}"));
+            let (a, b) = read_ordered(&mount.at);
+            let (a, b) = (a.unwrap_or(0), b.unwrap_or(0));
+            assert!(a >= b && a <= b + 1, "seed {seed} round {round} cut {cut}: A={a} B={b}");
+        }
+        run("e2fsck", &["-fn", copy.dev()]);
+    }
+}
+
+#[test]
+fn root_a_killed_agent_goes_on_and_does_not_copy_everything() {
+    if !root("agent kill") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(192);
+    let mut agent = Agent::enrolled("killed", &fake, SMALL);
+    std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap().write_all_at(&vec![7; 192 << 20], 0).unwrap();
+    run("sync", &[]);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    for round in 0..3u64 {
+        let load = writer(&disk, round + 1);
+        wait("live writes arrive", || fake.group(|g| g.live_writes) > 100 * (round + 1));
+        agent.kill();
+        let before = fake.group(|g| g.sync_bytes);
+        thread::sleep(Duration::from_millis(100));
+        agent.start();
+        agent.wait("replicating again", |a| a.group()["state"] == "replicating");
+        finish(load);
+        identical(&agent, &fake, &disk);
+        let copied = fake.group(|g| g.sync_bytes) - before;
+        assert!(copied < 110 << 20, "round {round}: {copied} bytes were copied again of {}", 192 << 20);
+    }
+    let gaps = fake.group(|g| g.gaps.clone());
+    assert_eq!(gaps[0], GapReason::InitialSync);
+    assert!(gaps[1..].iter().all(|g| matches!(g, GapReason::AgentRestart | GapReason::Verify)), "{gaps:?}");
+    assert_eq!(agent.status().unwrap()["capture"]["dropped"], 0);
+}
+
+#[test]
+fn root_a_stopped_agent_goes_on_without_a_gap() {
+    if !root("clean stop") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(64);
+    let mut agent = Agent::enrolled("clean", &fake, SMALL);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    for i in 0..3u8 {
+        agent.stop();
+        // Written while no agent runs: the kernel half keeps it.
+        file.write_all_at(&vec![i + 1; 4 << 20], u64::from(i) << 22).unwrap();
+        file.sync_all().unwrap();
+        agent.start();
+        agent.wait("connected", |a| a.group()["state"] == "replicating");
+        identical(&agent, &fake, &disk);
+    }
+    let (gaps, streams) =
+        fake.group(|g| (g.gaps.clone(), g.marks.iter().filter(|(_, m)| matches!(m, Mark::StreamBegin { .. })).count()));
+    assert_eq!((gaps.as_slice(), streams), (&[GapReason::InitialSync][..], 1), "{}", agent.log());
+}
+
+#[test]
+fn root_a_cut_connection_is_made_again_and_nothing_is_missing() {
+    if !root("cut") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(64);
+    let mut agent = Agent::enrolled("cut", &fake, SMALL);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    for i in 0..3u8 {
+        fake.set(|k| &k.cut, true);
+        agent.wait("disconnected", |a| a.group()["state"] == "disconnected");
+        file.write_all_at(&vec![i + 10; 6 << 20], u64::from(i) << 22).unwrap();
+        file.sync_all().unwrap();
+        fake.set(|k| &k.cut, false);
+        identical(&agent, &fake, &disk);
+    }
+    assert_eq!(fake.group(|g| g.gaps.clone()), [GapReason::InitialSync], "the spool held what was written meanwhile");
+}
+
+#[test]
+fn root_a_spool_that_overflows_becomes_a_gap_and_is_copied() {
+    if !root("spool overflow") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(128);
+    let settings = "ring_mib = 8\nmemory_mib = 64\nspool_memory_mib = 8\nspool_mib = 4";
+    let mut agent = Agent::enrolled("overflow", &fake, settings);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    let copied = fake.group(|g| g.sync_bytes + g.zero_bytes);
+    fake.set(|k| &k.hold_acks, true);
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    let mut rng = Rng::new(3);
+    for i in 0..40u8 {
+        file.write_all_at(&vec![i + 1; 1 << 20], rng.below(120) << 20).unwrap();
+        file.sync_all().unwrap();
+    }
+    agent.wait("a gap", |a| a.group()["state"] == "marking" || a.group()["state"] == "syncing");
+    fake.set(|k| &k.hold_acks, false);
+    identical(&agent, &fake, &disk);
+    let (gaps, all) = fake.group(|g| (g.gaps.clone(), g.sync_bytes + g.zero_bytes));
+    assert!(gaps.contains(&GapReason::Overflow), "{gaps:?}");
+    assert!(all - copied < 60 << 20, "only what was marked is copied: {}", all - copied);
+    assert_eq!(consistents(&fake), gaps.len());
+}
+
+#[test]
+fn root_bookmarks_hold_what_was_written_before_them() {
+    if !root("bookmarks") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(96);
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mut agent = Agent::enrolled("bookmark", &fake, SMALL);
+    agent.start();
+    let mount = Mount::new(&disk.device).unwrap();
+    agent.protect(&disk);
+    agent.settled();
+    std::fs::write(mount.at.join("first"), vec![1; 100_000]).unwrap();
+    let said = agent.ok(&["bookmark", "frozen", "--consistency", "filesystem"]);
+    assert!(said.contains("durable"), "{said}");
+    // Thawed again: a write comes through.
+    std::fs::write(mount.at.join("second"), vec![2; 100_000]).unwrap();
+    run("sync", &[]);
+    agent.ok(&["bookmark", "crash"]);
+    let images = fake.group(|g| g.bookmarks.clone());
+    let at = |name: &str| images[&name.parse().unwrap()][0].clone();
+    let frozen = Loop::of_image(&at("frozen"));
+    // A frozen file system needs no recovery: the file is there, and the journal is clean (mounted without replay).
+    run("mount", &["-o", "ro,noload", frozen.dev(), "/mnt"]);
+    let (first, second) = (std::fs::read("/mnt/first"), std::fs::exists("/mnt/second").unwrap());
+    run("umount", &["/mnt"]);
+    assert_eq!(first.unwrap(), vec![1; 100_000]);
+    assert!(!second);
+    let crash = Loop::of_image(&at("crash"));
+    let again = Mount::new(&crash.device).unwrap();
+    assert_eq!(std::fs::read(again.at.join("second")).unwrap(), vec![2; 100_000]);
+    // From the box's side.
+    let group = fake.group(|g| g.spec.id);
+    let command = wire::Command::Bookmark {
+        group,
+        name: "from the box".parse().unwrap(),
+        consistency: model::Consistency::Crash,
+    };
+    fake.state.lock().unwrap().commands.push((77, command));
+    wait("the command is answered", || {
+        let state = fake.state.lock().unwrap();
+        state.results.iter().any(|(id, r)| *id == 77 && matches!(r, wire::CommandResult::Bookmarked { .. }))
+    });
+    // Bad ones are refused.
+    assert!(text(&agent.cli(&["bookmark", " x"])).contains("no space at its ends"));
+    assert!(text(&agent.cli(&["bookmark", "x", "--group", "nope"])).contains("no group"));
+}
+
+#[test]
+fn root_a_guard_thaws_when_the_agent_dies() {
+    if !root("thaw guard") {
+        return;
+    }
+    let disk = Loop::new(64);
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mount = Mount::new(&disk.device).unwrap();
+    let mounts = vec![mount.at.display().to_string()];
+    let frozen = agent_linux::freeze::freeze_with(std::path::Path::new(common::agent::BIN), &mounts).unwrap();
+    let file = mount.at.join("x");
+    let blocked = Arc::new(AtomicBool::new(true));
+    let told = blocked.clone();
+    let writer = thread::spawn(move || {
+        std::fs::write(file, b"y").unwrap();
+        told.store(false, Ordering::Release);
+    });
+    thread::sleep(Duration::from_millis(200));
+    assert!(blocked.load(Ordering::Acquire), "a frozen file system takes no write");
+    // As when the process dies: the pipe to the guard closes, and nothing else is done.
+    let (dirs, guard) = frozen.into_parts();
+    std::mem::forget(dirs);
+    drop(guard);
+    writer.join().unwrap();
+    assert!(!blocked.load(Ordering::Acquire));
+}
+
+#[test]
+fn root_a_disk_that_is_not_what_it_was_is_refused_by_name() {
+    if !root("replaced disk") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let (disk, other) = (Loop::new(64), Loop::new(64));
+    let mut agent = Agent::enrolled("replaced", &fake, SMALL);
+    agent.start();
+    agent.connected();
+    agent.ok(&["protect", disk.dev(), "--group", "one"]);
+    agent.ok(&["protect", other.dev(), "--group", "two"]);
+    let group = |agent: &Agent, name: &str| {
+        let status = agent.status().unwrap();
+        status["groups"].as_array().unwrap().iter().find(|g| g["name"] == name).unwrap().clone()
+    };
+    agent.wait("both replicate", |a| {
+        group(a, "one")["state"] == "replicating" && group(a, "two")["state"] == "replicating"
+    });
+    let refused = |agent: &mut Agent, word: &str| {
+        agent.start();
+        let one = group(agent, "one");
+        assert_eq!(one["state"], "stopped", "{one}");
+        let reason = one["reason"].as_str().unwrap().to_owned();
+        assert!(reason.contains(word) && reason.contains(disk.dev()), "{reason}");
+        // The other one goes on.
+        agent.wait("two replicates", |a| group(a, "two")["state"] == "replicating");
+        assert!(agent.ok(&["status"]).contains(word));
+        agent.stop();
+    };
+    agent.stop();
+    // Shrunk.
+    std::fs::OpenOptions::new().write(true).open(&disk.file).unwrap().set_len(32 << 20).unwrap();
+    run("losetup", &["-c", disk.dev()]);
+    refused(&mut agent, "shrank");
+    std::fs::OpenOptions::new().write(true).open(&disk.file).unwrap().set_len(64 << 20).unwrap();
+    run("losetup", &["-c", disk.dev()]);
+    // Missing.
+    run("losetup", &["-d", disk.dev()]);
+    refused(&mut agent, "missing");
+    // Replaced by another of the same size.
+    let stranger = agent.dir.path().join("stranger.img");
+    std::fs::File::create(&stranger).unwrap().set_len(64 << 20).unwrap();
+    run("losetup", &[disk.dev(), stranger.to_str().unwrap()]);
+    refused(&mut agent, "another disk");
+    run("losetup", &["-d", disk.dev()]);
+    // The right one again.
+    run("losetup", &[disk.dev(), disk.file.to_str().unwrap()]);
+    agent.start();
+    agent.wait("one replicates", |a| group(a, "one")["state"] == "replicating");
+}
+
+#[test]
+fn root_a_hostile_box_does_no_harm() {
+    if !root("hostile box") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(64);
+    let mut agent = Agent::enrolled("hostile", &fake, SMALL);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    fake.set(|k| &k.garbage, true);
+    fake.set(|k| &k.cut, true);
+    agent.wait("disconnected", |a| a.group()["state"] == "disconnected");
+    fake.set(|k| &k.cut, false);
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    let hellos = || fake.state.lock().unwrap().hellos;
+    let begun = hellos();
+    let mut i = 0u8;
+    wait("rubbish of every kind was sent", || {
+        i = i.wrapping_add(1);
+        file.write_all_at(&vec![i; 65536], u64::from(i % 64) << 16).unwrap();
+        file.sync_all().unwrap();
+        hellos() > begun + 7
+    });
+    assert!(agent.running(), "{}", agent.log());
+    fake.set(|k| &k.garbage, false);
+    identical(&agent, &fake, &disk);
+}
+
+#[test]
+fn root_unprotect_takes_everything_out_of_the_kernel() {
+    if !root("unprotect") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(64);
+    let kb = || {
+        let name = disk.dev().trim_start_matches("/dev/");
+        std::fs::read_to_string(format!("/sys/block/{name}/queue/max_sectors_kb"))
+            .unwrap()
+            .trim()
+            .parse::<u32>()
+            .unwrap()
+    };
+    let was = kb();
+    let mut agent = Agent::enrolled("unprotect", &fake, SMALL);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    assert!(kb() <= 1024);
+    assert!(agent.pins.0.join("link-issue").exists());
+    let twice = text(&agent.cli(&["protect", disk.dev(), "--group", "again"]));
+    assert!(twice.contains("protected already"), "{twice}");
+    let busy = text(&agent.cli(&["remove"]));
+    assert!(busy.contains("stop it first"), "{busy}");
+    agent.ok(&["unprotect", "g"]);
+    assert!(!agent.pins.0.join("link-issue").exists());
+    assert_eq!(kb(), was);
+    assert!(agent.ok(&["status"]).contains("nothing is protected"));
+    // Protect again, stop, and remove as the package does.
+    agent.protect(&disk);
+    agent.settled();
+    agent.stop();
+    assert!(agent.pins.0.join("link-issue").exists(), "capture goes on while the agent is stopped");
+    agent.ok(&["remove", "--purge"]);
+    assert!(!agent.pins.0.exists());
+    assert_eq!(kb(), was);
+    assert!(text(&agent.cli(&["run"])).contains("not enrolled"));
+}
+
+#[test]
+fn root_a_partition_is_a_volume_of_its_own() {
+    if !root("partition") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(96);
+    // A partition table by hand: two entries of type Linux.
+    let mut table = vec![0u8; 512];
+    for (i, (start, len)) in [(2048u32, 65536u32), (67584, 65536)].into_iter().enumerate() {
+        let entry = &mut table[446 + i * 16..][..16];
+        entry[4] = 0x83;
+        entry[8..12].copy_from_slice(&start.to_le_bytes());
+        entry[12..16].copy_from_slice(&len.to_le_bytes());
+    }
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    let whole = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    whole.write_all_at(&table, 0).unwrap();
+    whole.sync_all().unwrap();
+    drop(whole);
+    let out = std::process::Command::new("partx").args(["-a", disk.dev()]).output().unwrap();
+    let part = format!("{}p2", disk.dev());
+    if !std::path::Path::new(&part).exists() {
+        println!("SKIPPED: partition: no partition nodes for loop devices here: {out:?}");
+        return;
+    }
+    run("mkfs.ext4", &["-q", "-F", &part]);
+    let mut agent = Agent::enrolled("partition", &fake, SMALL);
+    agent.start();
+    agent.connected();
+    agent.ok(&["protect", &part, "--group", "g"]);
+    agent.settled();
+    let inside = std::fs::OpenOptions::new().write(true).open(&part).unwrap();
+    let outside = std::fs::OpenOptions::new().write(true).open(format!("{}p1", disk.dev())).unwrap();
+    inside.write_all_at(&[5; 8192], 4096).unwrap();
+    outside.write_all_at(&[6; 8192], 4096).unwrap();
+    inside.sync_all().unwrap();
+    outside.sync_all().unwrap();
+    agent.settled();
+    let image = disk.image();
+    let range = 67584 * 512..(67584 + 65536) * 512;
+    wait("identical", || fake.group(|g| first_difference(&g.images[0], &image[range.clone()]).is_none()));
+    assert_eq!(fake.group(|g| g.images[0].len()), 65536 * 512);
+    drop((inside, outside));
+    agent.stop();
+    agent.ok(&["remove"]);
+    run("partx", &["-d", disk.dev()]);
+}
+
+#[test]
+fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
+    if !root("own spool") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(192);
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mount = Mount::new(&disk.device).unwrap();
+    let settings = "ring_mib = 64\nmemory_mib = 128\nspool_memory_mib = 8\nspool_mib = 64";
+    let mut agent = Agent::new("ownspool", Some(mount.at.join("state")), settings);
+    let token = fake.token().to_string();
+    agent.ok(&["enrol", "--box", &fake.address, "--token", &token]);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    assert_eq!(agent.group()["spool_note"], "");
+    fake.set(|k| &k.cut, true);
+    agent.wait("disconnected", |a| a.group()["state"] == "disconnected");
+    let data: Vec<u8> = (0..24u32 << 20).map(|i| (i / 4096 * 7) as u8 | 1).collect();
+    std::fs::write(mount.at.join("data"), &data).unwrap();
+    run("sync", &[]);
+    agent.wait("the file is used", |a| a.group()["spool_file_bytes"].as_u64() > Some(8 << 20));
+    thread::sleep(Duration::from_millis(500));
+    run("sync", &[]);
+    thread::sleep(Duration::from_millis(500));
+    let held = agent.group()["spool_bytes"].as_u64().unwrap();
+    assert!(held < 40 << 20, "the spool captured itself: {held}");
+    fake.set(|k| &k.cut, false);
+    agent.settled();
+    assert_eq!(fake.group(|g| g.gaps.clone()), [GapReason::InitialSync]);
+    agent.stop();
+    drop(mount);
+    // The agent is stopped; what it did not send yet is little, so compare what matters: the data that was written.
+    let copy = Loop::of_image(&fake.group(|g| g.images[0].clone()));
+    let again = Mount::new(&copy.device).unwrap();
+    assert!(std::fs::read(again.at.join("data")).unwrap() == data);
+}
+
+#[test]
+fn enrolment_shows_the_token_only_to_the_right_box() {
+    let (right, wrong) = (FakeBox::start(), FakeBox::start());
+    let agent = Agent::new("enrol", None, "");
+    let token = right.token().to_string();
+    let out = agent.cli(&["enrol", "--box", &wrong.address, "--token", &token]);
+    let said = text(&out);
+    assert!(!out.status.success() && said.contains("not the one that made the token"), "{said}");
+    assert!(wrong.state.lock().unwrap().enrols.is_empty(), "the token was sent");
+    assert!(!agent.dir.path().join("state/identity.json").exists());
+    // A token is good once.
+    agent.ok(&["enrol", "--box", &right.address, "--token", &token]);
+    use std::os::unix::fs::PermissionsExt;
+    for name in ["host.key", "host.pem", "ca.pem", "identity.json"] {
+        let mode = std::fs::metadata(agent.dir.path().join("state").join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let again = text(&agent.cli(&["enrol", "--box", &right.address, "--token", &token]));
+    assert!(again.contains("did not take the token") && again.contains("holdfast host token"), "{again}");
+    let mangled = text(&agent.cli(&["enrol", "--box", &right.address, "--token", "abc"]));
+    assert!(mangled.contains("no token"), "{mangled}");
+    let nobody = text(&agent.cli(&["enrol", "--box", "127.0.0.1:1", "--token", &token]));
+    assert!(nobody.contains("could not reach the box at 127.0.0.1:1"), "{nobody}");
+}
+
+#[test]
+fn configuration_errors_say_what_to_do() {
+    let agent = Agent::new("config", None, "");
+    let said = |config: &str| {
+        std::fs::write(&agent.config, config).unwrap();
+        let out = agent.cli(&["run"]);
+        assert!(!out.status.success());
+        text(&out)
+    };
+    let name = agent.config.display().to_string();
+    let unknown = said("ring_mib = 8\nrig_mib = 3\n");
+    assert!(unknown.contains(&name) && unknown.contains("line 2") && unknown.contains("rig_mib"), "{unknown}");
+    assert!(said("").contains("is empty"));
+    assert!(said("ring_mib = 3").contains("a power of two"));
+    std::fs::remove_file(&agent.config).unwrap();
+    let missing = text(&agent.cli(&["run"]));
+    assert!(missing.contains("could not read") && missing.contains(&name), "{missing}");
+}
