@@ -24,6 +24,7 @@ fn run() -> anyhow::Result<()> {
     let line = CommandLine::parse();
     let config = Config::load(&line).map_err(|e| anyhow::anyhow!(e.report()))?;
     log_to_stderr(&config.log);
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("could not start")?;
     runtime.block_on(async {
         let mut term = signal(SignalKind::terminate()).context("could not wait for signals")?;
@@ -54,5 +55,20 @@ fn log_to_stderr(log: &LogConfig) {
     match log.format {
         LogFormat::Text => builder.with_target(false).with_ansi(false).init(),
         LogFormat::Json => builder.json().init(),
+    }
+}
+
+/// Each connection, segment and index file takes a descriptor; the usual soft limit of 1024 is there for programs that use select.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls only read and write the struct handed in, which lives over them.
+    let done = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
+        }
+    };
+    if !done {
+        tracing::warn!(error = %std::io::Error::last_os_error(), "could not raise the limit of open files");
     }
 }

@@ -1,6 +1,6 @@
 //! Enrolment: a token and a certificate request in, a certificate out. The one thing the box does for a peer it does not know.
 
-use super::{HANDSHAKE_LIMIT, Links, Tls, frames::Talk, refusal};
+use super::{Links, Tls, frames::Talk, refusal};
 use crate::{
     catalog::{ChangeError, EnrolRefusal},
     events::Event,
@@ -41,7 +41,7 @@ pub async fn serve(links: &Arc<Links>, mut talk: Talk<Tls>, from: SocketAddr) {
         }
         Ok(())
     };
-    match timeout(HANDSHAKE_LIMIT, attempt).await {
+    match timeout(links.handshake_limit, attempt).await {
         Ok(Ok(())) => {}
         Ok(Err(e)) => links.note_error(&from.to_string(), &e),
         Err(_) => links.events.note(Event::HandshakeFailed, from, "enrolment not finished in time"),

@@ -70,6 +70,8 @@ pub struct Links {
     pub clock: Clock,
     pub box_name: String,
     pub silence_ms: u64,
+    /// For all that must happen before a peer is known.
+    handshake_limit: Duration,
     sessions: Sessions,
     pub hosts: control::Hosts,
     enrol: Arc<ServerConfig>,
@@ -117,6 +119,7 @@ impl Links {
             clock,
             box_name,
             silence_ms,
+            handshake_limit: HANDSHAKE_LIMIT.min(Duration::from_millis(silence_ms)),
             sessions: Sessions::default(),
             hosts: control::Hosts::default(),
             enrol,
@@ -160,7 +163,7 @@ impl Links {
     }
 
     async fn connection(self: Arc<Self>, tcp: TcpStream, from: SocketAddr, slot: OwnedSemaphorePermit) {
-        let shaken = timeout(HANDSHAKE_LIMIT, self.shake_hands(tcp)).await;
+        let shaken = timeout(self.handshake_limit, self.shake_hands(tcp)).await;
         let (tls, enrolling) = match shaken {
             Ok(Ok(done)) => done,
             Ok(Err(e)) => return self.events.note(Event::HandshakeFailed, from, e),
@@ -274,7 +277,7 @@ impl Links {
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
-        let heard = timeout(HANDSHAKE_LIMIT, talk.hear()).await;
+        let heard = timeout(self.handshake_limit, talk.hear()).await;
         match heard.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?? {
             None => Ok(None),
             Some(Message::Hello { versions, agent_version, host, instance, purpose, boot_id: _ }) => {

@@ -4,7 +4,7 @@
 //! the outbox (see [`crate::vault`]).
 
 use super::{
-    Agent, HANDSHAKE_LIMIT, Links, Tls,
+    Agent, Links, Tls,
     frames::{LinkError, Talk, linger, take_frame},
     lane::{BUDGET_BYTES, Inbound, LinkLane},
     refusal,
@@ -80,7 +80,7 @@ async fn open(
     agent: &Agent,
     purpose: GroupId,
 ) -> Result<Result<Option<(Arc<Group>, Arc<LinkLane>)>, Refusal>, LinkError> {
-    let heard = timeout(HANDSHAKE_LIMIT, talk.hear()).await;
+    let heard = timeout(links.handshake_limit, talk.hear()).await;
     let message = match heard.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?? {
         None => return Ok(Ok(None)),
         Some(message) => message,

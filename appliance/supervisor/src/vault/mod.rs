@@ -3,6 +3,8 @@
 mod group;
 pub mod inbox;
 mod jobs;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use group::{Command, Counters, Group, GroupError, LinkInfo, Live, Marked, Phase, Shared, StreamOpening};
@@ -306,10 +308,12 @@ fn nominal_spec(entry: &GroupEntry) -> GroupSpec {
 
 /// Removes a folder and what is in it; one that is not there is fine.
 fn remove_tree(disk: &dyn Disk, dir: &Path) -> Result<(), DiskError> {
-    let entries = match disk.list(dir) {
+    // What interrupted creations left is not listed.
+    match disk.cleanup(dir) {
         Err(e) if e.is_not_found() => return Ok(()),
-        entries => entries?,
+        cleaned => cleaned?,
     };
+    let entries = disk.list(dir)?;
     for entry in entries {
         let path = dir.join(&entry.name);
         if entry.is_dir { remove_tree(disk, &path)? } else { disk.remove(&path)? }

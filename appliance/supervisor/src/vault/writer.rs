@@ -53,7 +53,13 @@ use model::{
 };
 use nbd::{Command as Nbd, Errno};
 use replication::{Had, Target, TargetAction, TargetConfig, TargetEvent, TargetState};
-use std::{collections::VecDeque, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 use tokio::sync::oneshot;
 use wire::{FrameHeader, Message, Refusal, RefuseCode, Resume};
 
@@ -97,7 +103,7 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>,
             Ok((journal, report)) => {
                 note_opened(context, shared, &report, failures);
                 shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
-                match Writer::new(context, shared, inbox, journal).run() {
+                match Writer::new(context, shared, inbox, journal).run_guarded() {
                     End::Closed => break,
                     End::Failed(reason) => (reason, false),
                 }
@@ -236,6 +242,16 @@ enum Work {
     },
 }
 
+impl Work {
+    fn outbox(&self) -> Option<&Arc<Outbox>> {
+        match self {
+            Self::Ops { lane, .. } | Self::Write { lane, .. } => Some(&lane.outbox),
+            Self::Frames { link, .. } | Self::Record { link, .. } | Self::SourceMark { link, .. } => Some(&link.outbox),
+            Self::Mark { .. } => None,
+        }
+    }
+}
+
 /// What became of a piece of work.
 enum Step {
     Done,
@@ -311,6 +327,8 @@ struct Writer<'a> {
     reads: VecDeque<Reading>,
     /// Outboxes with answers whose tasks are not woken yet.
     touched: Vec<Arc<Outbox>>,
+    /// Of the connection whose work is in hand.
+    current: Option<Arc<Outbox>>,
     link: Option<Attached>,
     actions: Vec<TargetAction>,
     jobs_running: usize,
@@ -340,6 +358,7 @@ impl<'a> Writer<'a> {
             waiters: VecDeque::new(),
             reads: VecDeque::new(),
             touched: Vec::new(),
+            current: None,
             link: None,
             actions: Vec::new(),
             jobs_running: 0,
@@ -353,7 +372,34 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn run(mut self) -> End {
+    /// Runs; a panic, which is a defect here or below, fails the group as a failed write does: it is opened again.
+    fn run_guarded(mut self) -> End {
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run()));
+        if ran.is_err() {
+            self.failed = Some("the group's thread panicked; the log says where".into());
+            // What it held at that moment cannot be answered any more: that connection ends.
+            if let Some(outbox) = self.current.take() {
+                outbox.close();
+            }
+            self.closing |= self.queue.drain(..).any(|command| {
+                let close = matches!(command, Command::Close);
+                refuse(command, "the group's thread panicked");
+                close
+            });
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.end())) {
+            Ok(End::Closed) if self.failed.is_none() => {
+                if let Err(e) = self.journal.close() {
+                    self.context.events.note(Event::GroupStopped, &self.shared.name, crate::chain(&e));
+                }
+                End::Closed
+            }
+            Ok(end) => end,
+            Err(_) => End::Failed("the group's thread panicked twice; the log says where".into()),
+        }
+    }
+
+    fn run(&mut self) {
         self.begin_if_new();
         self.start_jobs();
         self.publish();
@@ -363,7 +409,6 @@ impl<'a> Writer<'a> {
         while self.failed.is_none() && !(self.closing && self.pending.is_empty()) {
             self.turn();
         }
-        self.end()
     }
 
     /// An ingest group is valid from its first LSN on: an empty disk is a consistent one.
@@ -470,7 +515,14 @@ impl<'a> Writer<'a> {
                 self.jobs_running = self.jobs_running.saturating_sub(1);
                 self.failed = Some(format!("{what} panicked; the group is opened again"));
             }
-            Command::Close => self.closing = true,
+            Command::Close => {
+                self.closing = true;
+                // Or its source would go on sending, and this would never end.
+                if let Some(link) = &self.link {
+                    link.lane.say(&Message::refuse(RefuseCode::ShuttingDown, "the group is closed"));
+                }
+                self.drop_link();
+            }
         }
     }
 
@@ -504,6 +556,11 @@ impl<'a> Writer<'a> {
     }
 
     fn step(&mut self, work: Work) -> Step {
+        if let Some(outbox) = work.outbox()
+            && !self.current.as_ref().is_some_and(|c| Arc::ptr_eq(c, outbox))
+        {
+            self.current = Some(Arc::clone(outbox));
+        }
         match work {
             Work::Ops { lane, mut ops } => {
                 let Some(op) = ops.next() else { return Step::Done };
@@ -1075,7 +1132,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Ends the thread's work: everything durable if it can be, everybody told, no job left running.
-    fn end(mut self) -> End {
+    fn end(&mut self) -> End {
         if self.failed.is_none() {
             self.settle();
         }
@@ -1130,12 +1187,7 @@ impl<'a> Writer<'a> {
         match reason {
             Some(reason) if !self.closing => End::Failed(reason),
             Some(_) => End::Closed,
-            None => {
-                if let Err(e) = self.journal.close() {
-                    self.context.events.note(Event::GroupStopped, &self.shared.name, crate::chain(&e));
-                }
-                End::Closed
-            }
+            None => End::Closed,
         }
     }
 }
