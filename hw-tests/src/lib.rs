@@ -33,6 +33,31 @@ pub fn skip(why: impl std::fmt::Display) {
     println!("SKIPPED: {why}");
 }
 
+/// A test's folder. Removed by [`Scratch::done`]; a test that fails leaves it and says where it is.
+#[derive(Debug)]
+pub struct Scratch(Option<tempfile::TempDir>);
+
+impl Scratch {
+    pub fn new() -> anyhow::Result<Self> {
+        Ok(Self(Some(tempfile::Builder::new().prefix("hf-").tempdir()?)))
+    }
+    pub fn path(&self) -> &std::path::Path {
+        self.0.as_ref().map_or(std::path::Path::new("/"), |dir| dir.path())
+    }
+    /// The test has passed.
+    pub fn done(mut self) -> anyhow::Result<()> {
+        Ok(self.0.take().map_or(Ok(()), tempfile::TempDir::close)?)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(dir) = self.0.take() {
+            eprintln!("what the test left: {}", dir.keep().display());
+        }
+    }
+}
+
 /// A small generator: workloads must be the same for the same seed, and unguessable content defeats compression.
 #[derive(Clone, Debug)]
 pub struct Draw(u64);

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
-    Draw, compare,
+    Draw, Scratch, compare,
     image::ImageDisk,
     process::{self, call, wait_for},
     product::{Appliance, At, Binaries},
@@ -36,7 +36,7 @@ fn assert_view_is(appliance: &Appliance, group: &str, at: &At, oracle: &Path) ->
 
 #[test]
 fn qemu_img_and_nbdcopy_write_a_disk_and_read_a_moment_of_it() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let mut appliance = start(dir.path())?;
     appliance.create_ingest("foreign", &[("disk", DISK_BYTES)])?;
     let uri = appliance.ingest_target("foreign", "disk")?.uri();
@@ -63,12 +63,13 @@ fn qemu_img_and_nbdcopy_write_a_disk_and_read_a_moment_of_it() -> Result<()> {
     let map = call("qemu-img", &["map", "--output=json", "-f", "raw", &view_uri], TOOL_MAX)?.stdout;
     ensure!(map.contains("\"zero\": true"), "a sparse disk has no zeroes in its map: {map}");
     view.close()?;
-    appliance.stop()
+    appliance.stop()?;
+    dir.done()
 }
 
 #[test]
 fn nbd_over_tls_takes_our_certificates_and_no_others() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let mut appliance = start(dir.path())?;
     appliance.create_ingest("remote", &[("disk", DISK_BYTES)])?;
     let export = appliance.ingest_target("remote", "disk")?.export_name;
@@ -104,12 +105,13 @@ fn nbd_over_tls_takes_our_certificates_and_no_others() -> Result<()> {
     let mut info = Command::new(tools::need("nbdinfo")?);
     info.arg(plain);
     ensure!(!process::run(info, TOOL_MAX)?.status.success(), "a client without TLS was let in");
-    appliance.stop()
+    appliance.stop()?;
+    dir.done()
 }
 
 #[test]
 fn a_view_cannot_be_written_to() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let mut appliance = start(dir.path())?;
     appliance.create_ingest("g", &[("disk", DISK_BYTES)])?;
     let mut client = appliance.ingest_target("g", "disk")?.connect()?;
@@ -124,7 +126,8 @@ fn a_view_cannot_be_written_to() -> Result<()> {
     assert_eq!(block, [7; 4096]);
     drop(reader);
     view.close()?;
-    appliance.stop()
+    appliance.stop()?;
+    dir.done()
 }
 
 /// Blocks of the disk the killed box is written to.
@@ -140,7 +143,7 @@ fn content(block: u64, version: u64) -> Vec<u8> {
 
 #[test]
 fn no_acknowledged_write_is_lost_when_the_box_is_killed() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let mut appliance = start(dir.path())?;
     appliance.create_ingest("g", &[("disk", BLOCKS * BLOCK as u64)])?;
     let seed = 11;
@@ -203,5 +206,6 @@ fn no_acknowledged_write_is_lost_when_the_box_is_killed() -> Result<()> {
         drop(client);
         view.close()?;
     }
-    appliance.stop()
+    appliance.stop()?;
+    dir.done()
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
-    compare,
+    Scratch, compare,
     disk::{LoopDisk, Workload, check_ext4, copy_sparse, counters, loop_disks_work},
     guest::{Guest, Initramfs, Kernel},
     image::ImageDisk,
@@ -21,7 +21,7 @@ const STEP_MAX: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_guest_boots_runs_commands_and_answers_on_qmp() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let kernel =
         Kernel::debian("linux-image-amd64", &PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"))?;
     let disk = dir.path().join("disk");
@@ -35,7 +35,7 @@ fn a_guest_boots_runs_commands_and_answers_on_qmp() -> Result<()> {
     assert_eq!(status["status"], "running");
     guest.power_off()?;
     assert_eq!(&fs::read(&disk)?[..8], b"\0\0\0\0mark");
-    Ok(())
+    dir.done()
 }
 
 /// nbdkit over a file of `bytes`.
@@ -54,7 +54,7 @@ fn nbdkit(dir: &Path, file: &Path, bytes: u64) -> Result<(Program, PathBuf)> {
 
 #[test]
 fn an_image_changed_in_rounds_is_sent_whole() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let bytes = 16 << 20;
     let mut image = ImageDisk::create(dir.path(), bytes, 9)?;
     let far = dir.path().join("far.img");
@@ -70,12 +70,12 @@ fn an_image_changed_in_rounds_is_sent_whole() -> Result<()> {
         check_ext4(image.path(), false)?;
     }
     assert_eq!(image.send(&mut client)?, 0, "nothing has changed");
-    Ok(())
+    dir.done()
 }
 
 #[test]
 fn a_server_that_dies_is_sent_again_what_it_had_not_flushed() -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let bytes = 16 << 20;
     let mut image = ImageDisk::create(dir.path(), bytes, 10)?;
     image.change()?;
@@ -88,7 +88,7 @@ fn a_server_that_dies_is_sent_again_what_it_had_not_flushed() -> Result<()> {
     let (_kit, socket) = nbdkit(dir.path(), &far, bytes)?;
     image.send(&mut Client::connect(&socket, "")?)?;
     assert_eq!(compare::file_with_file(&far, image.path())?, None);
-    Ok(())
+    dir.done()
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_frozen_disks_copy_is_whole_and_the_workload_goes_on() -> Result<()> {
         skip(why);
         return Ok(());
     }
-    let dir = tempfile::tempdir()?;
+    let dir = Scratch::new()?;
     let mut disk = LoopDisk::create(&dir.path().join("disk.img"), 64 << 20)?;
     disk.make_ext4()?;
     disk.mount(&dir.path().join("mnt"))?;
@@ -115,5 +115,6 @@ fn a_frozen_disks_copy_is_whole_and_the_workload_goes_on() -> Result<()> {
         workload.check()?;
     }
     workload.stop()?;
-    disk.unmount()
+    disk.unmount()?;
+    dir.done()
 }
