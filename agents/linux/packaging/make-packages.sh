@@ -177,7 +177,7 @@ make_rpm() {
     if [ -n "$fast" ]; then payload=w1.gzdio; fi
     # The scripts that rpmbuild runs over what is installed would strip the programs and look for what they depend on.
     rpmbuild -bb --quiet --target "$rpm_arch-linux" \
-        --define "_topdir $work/rpm" --define "_rpmdir $work" --define "_rpmfilename $file" --define "_tmppath $work" \
+        --define "_topdir $work/rpm" --define "_rpmdir $work" --define "_rpmfilename $file" --define "_tmppath $work" --define "_dbpath $work/rpmdb" \
         --define "version $package_version" --define "release $release" --define "stage $stage" --define "filelist $work/filelist" \
         --define "_binary_payload $payload" --define "_buildhost holdfast" --define "use_source_date_epoch_as_buildtime 1" \
         --define "clamp_mtime_to_source_date_epoch 1" --define "_build_id_links none" --define "debug_package %{nil}" \

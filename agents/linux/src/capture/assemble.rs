@@ -133,7 +133,7 @@ impl Assembler {
             }
             pending.request.data.extend_from_slice(&data[..len]);
             self.pending_bytes += len;
-            pending.lossy |= len != event.len as usize || len % 512 != 0;
+            pending.lossy |= len != event.len as usize || !len.is_multiple_of(512);
         } else if !extent.is_empty() {
             pending.request.extents.push(extent);
         }

@@ -446,9 +446,9 @@ impl Disks {
                 break;
             }
             for (name, reason) in added {
-                if !why.contains_key(&name) {
-                    notes.push(format!("/dev/{name} is taken along: {reason}"));
-                    why.insert(name, reason);
+                if let std::collections::btree_map::Entry::Vacant(free) = why.entry(name) {
+                    notes.push(format!("/dev/{} is taken along: {reason}", free.key()));
+                    free.insert(reason);
                 }
             }
         }

@@ -308,7 +308,7 @@ impl Engine {
 
     // ---- the box ----------------------------------------------------------------------------------------------------------------
 
-    pub(super) fn from_control(&mut self, generation: u64, what: FromLink) {
+    pub(super) fn heard_control(&mut self, generation: u64, what: FromLink) {
         match what {
             FromLink::Up { box_name } => {
                 self.control_up = Some(generation);

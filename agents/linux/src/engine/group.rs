@@ -424,7 +424,7 @@ impl Running {
         self.on(ctx, group, event);
     }
 
-    pub fn from_link(&mut self, ctx: &mut Ctx, group: GroupId, generation: u64, what: FromLink) {
+    pub fn heard_link(&mut self, ctx: &mut Ctx, group: GroupId, generation: u64, what: FromLink) {
         match what {
             FromLink::Up { .. } => {
                 self.up = Some(generation);

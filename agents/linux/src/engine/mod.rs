@@ -443,10 +443,10 @@ impl Engine {
                 let at = outcome.barrier;
                 self.ctx.waits.push((at, Wait::Read(outcome)));
             }
-            Input::Link(LinkId::Control, generation, what) => self.from_control(generation, what),
+            Input::Link(LinkId::Control, generation, what) => self.heard_control(generation, what),
             Input::Link(LinkId::Stream(group), generation, what) => {
                 if let Some((running, ctx)) = self.running(group) {
-                    running.from_link(ctx, group, generation, what);
+                    running.heard_link(ctx, group, generation, what);
                 }
             }
             Input::Request(request, answer) => self.request(request, answer),

@@ -315,7 +315,7 @@ impl Engine {
         let dev = file.metadata().ok()?.dev();
         let number = crate::capture::DevNo { major: libc::major(dev), minor: libc::minor(dev) };
         let Some(device) = disks.by_number(number) else { return Some(why) };
-        let leaves = disks.resolve(&[device.name.clone()]).ok().map(|r| r.leaves).unwrap_or_default();
+        let leaves = disks.resolve(std::slice::from_ref(&device.name)).ok().map(|r| r.leaves).unwrap_or_default();
         let hit = leaves.is_empty() || leaves.iter().any(|l| self.overlaps_protected(&l.disk, &[l.range], volumes));
         hit.then_some(why)
     }

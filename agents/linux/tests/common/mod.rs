@@ -130,10 +130,10 @@ impl PinDir {
         dir
     }
     fn clear(&self) {
-        if let Some(pins) = Pins::existing(&self.0) {
-            if let Err(e) = pins.remove() {
-                eprintln!("{e}");
-            }
+        if let Some(pins) = Pins::existing(&self.0)
+            && let Err(e) = pins.remove()
+        {
+            eprintln!("{e}");
         }
     }
     pub fn options(&self, ring_mib: u32) -> Options {

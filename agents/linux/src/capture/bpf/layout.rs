@@ -149,7 +149,7 @@ pub struct CalibrationValue {
     pub offset: u64,
 }
 
-// SAFETY (all four): plain integers without padding (every struct is a run of u32 pairs and u64), any bytes are a value.
+// SAFETY: plain integers without padding (every struct is a run of u32 pairs and u64), any bytes are a value.
 unsafe impl Pod for TargetValue {}
 // SAFETY: as above.
 unsafe impl Pod for Big {}

@@ -404,7 +404,7 @@ impl BpfCapture {
 
     fn add(&mut self, target: &Target) -> Result<TargetId, CaptureError> {
         const CHUNK_SECTORS: u64 = GRANULES_PER_CHUNK * GRANULE_BYTES / 512;
-        let full = CaptureError::DirtyMapFull { max_tib: u64::from(DIRTY_CHUNKS) * CHUNK_SECTORS * 512 >> 40 };
+        let full = CaptureError::DirtyMapFull { max_tib: (u64::from(DIRTY_CHUNKS) * CHUNK_SECTORS * 512) >> 40 };
         if granules_of(target.sectors).div_ceil(GRANULES_PER_CHUNK) > u64::from(DIRTY_CHUNKS) {
             return Err(full);
         }
