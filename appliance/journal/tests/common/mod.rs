@@ -41,6 +41,14 @@ impl Rng {
     }
 }
 
+/// How many seeds a long test takes: a few in the run of every day, as many as `HOLDFAST_SEEDS` says in a long one.
+pub fn seeds(default: u64) -> u64 {
+    match std::env::var("HOLDFAST_SEEDS") {
+        Ok(text) => text.parse().unwrap_or_else(|e| panic!("HOLDFAST_SEEDS={text}: {e}")),
+        Err(_) => default,
+    }
+}
+
 pub fn dir() -> &'static Path {
     Path::new(DIR)
 }
