@@ -277,6 +277,12 @@ pub enum BranchError {
     TooMany { count: usize, max: usize },
     #[error("views of timeline {0} are open")]
     InUse(TimelineId),
+    /// Nothing but a bookmark's release may take it away.
+    #[error(
+        "{count} bookmarks would be lost, {name:?} at LSN {lsn} of timeline {timeline} among them; release them first",
+        name = name.as_str()
+    )]
+    Bookmarked { timeline: TimelineId, name: BookmarkName, lsn: Lsn, count: usize },
     #[error("make what was appended durable")]
     Append(#[from] AppendError),
     #[error("keep the control record")]

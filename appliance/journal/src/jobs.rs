@@ -7,7 +7,7 @@
 //! Retain    cutoff persisted ─► base folded ─► floor persisted ─► files and index generations deleted
 //! Note      what is durable goes into the control record when appends have come to rest: from then on damage anywhere in the
 //!           open segment is told from a torn tail, even in its last batches
-//! Delete    files of timelines that were given up
+//! Delete    files of timelines that were given up, and what Retain could not delete
 //! ```
 //!
 //! [`Journal::next_job`] hands out at most one job of a kind at a time; [`Job::run`] blocks and may run on any thread;
@@ -17,9 +17,10 @@
 
 use crate::{
     ControlError, IndexError, JobError, ReadError,
+    ageing::Ageing,
     base::{BaseError, FoldData, FoldPiece},
     control::{Control, ControlRecord, Floor},
-    format,
+    format::{self, SegmentState},
     index::{
         GenerationId, IndexStore, Inputs, MemStore, Piece, PieceKind, RunId, RunTask, SledOptions, SledStore, Version,
         merge, pieces_from_versions,
@@ -99,6 +100,8 @@ pub struct JobState {
     delete: Vec<Arc<Segment>>,
     index: IndexChoice,
     index_due: bool,
+    /// Damaged generations the index knew of at the last look.
+    index_damaged: u32,
     retain_due: bool,
     must_free: Option<u64>,
     preparing: Lane,
@@ -113,6 +116,7 @@ pub struct JobState {
     noted: Lsn,
     /// As of the last [`Journal::next_job`].
     now: HistoryTime,
+    pub ageing: Ageing,
 }
 
 impl JobState {
@@ -125,6 +129,7 @@ impl JobState {
             delete: Vec::new(),
             index: options.index.clone(),
             index_due: options.index != IndexChoice::None,
+            index_damaged: 0,
             retain_due: true,
             must_free: None,
             preparing: Lane::default(),
@@ -136,7 +141,25 @@ impl JobState {
             rest: (Lsn::ZERO, now),
             noted: Lsn::ZERO,
             now,
+            ageing: Ageing::default(),
         }
+    }
+    /// A clock that is set back must not hold anything up: what waits for a time does so no longer.
+    fn look(&mut self, now: HistoryTime) {
+        if now < self.now {
+            for lane in [
+                &mut self.preparing,
+                &mut self.sealing,
+                &mut self.indexing,
+                &mut self.retaining,
+                &mut self.deleting,
+                &mut self.noting,
+            ] {
+                lane.not_before = 0;
+            }
+            self.rest.1 = now;
+        }
+        self.now = now;
     }
     pub fn take_prepared(&mut self) -> Option<Prepared> {
         self.prepared.pop_front()
@@ -151,7 +174,9 @@ impl JobState {
     pub fn add_unsealed(&mut self, segment: Arc<Segment>) {
         self.seal.push_back(segment);
     }
+    /// Files that nobody needs any more; what waited to be sealed does not wait longer.
     pub fn add_deleted(&mut self, segments: Vec<Arc<Segment>>) {
+        self.seal.retain(|s| segments.iter().all(|gone| !Arc::ptr_eq(s, gone)));
         self.delete.extend(segments);
     }
     pub fn unsealed(&self) -> usize {
@@ -201,9 +226,9 @@ impl Work {
             Self::Prepare { .. } => "prepare a segment",
             Self::Seal(_) => "seal a segment",
             Self::Index(_) => "index segments",
-            Self::Retain { .. } => "fold and delete old history",
+            Self::Retain { .. } => RETAIN,
             Self::Note { .. } => "note what is durable",
-            Self::Delete(_) => "delete a given-up timeline",
+            Self::Delete(_) => DELETE,
         }
     }
 }
@@ -240,6 +265,8 @@ pub enum JobOutcome {
 pub struct JobDone {
     work: Work,
     result: Result<JobOutcome, JobError>,
+    /// Files that should be gone and are not.
+    left: Vec<Arc<Segment>>,
     _token: Token,
 }
 
@@ -258,9 +285,9 @@ impl std::fmt::Debug for JobDone {
 impl Journal {
     /// The next thing to do in the background, if any is due and none of its kind is under way.
     pub fn next_job(&mut self, now: HistoryTime) -> Option<Job> {
-        // A clock that is set back must not hold anything up.
-        self.jobs.now = self.jobs.now.max(now);
-        let now = self.jobs.now;
+        // Records are never older than those before them, whatever the clock says.
+        self.jobs.ageing.reads(now.max(self.last_time()).0);
+        self.jobs.look(now);
         if self.jobs.seal.len() > UNSEALED_SOFT_MAX {
             return self.seal_job(now).or_else(|| self.prepare_job(now)).or_else(|| self.other_job(now));
         }
@@ -324,6 +351,12 @@ impl Journal {
             // The next look; a failure sets a later one.
             self.jobs.retaining.not_before = now.0.saturating_add(RETAIN_EVERY_US);
             self.jobs.retain_due = true;
+            // Reads have found damage since the index was last complete: an idle journal seals nothing that would make it due.
+            let damaged = self.shared.index().map_or(0, |index| index.damaged());
+            if damaged != self.jobs.index_damaged {
+                self.jobs.index_damaged = damaged;
+                self.jobs.index_due = true;
+            }
         }
         if self.jobs.index_due
             && let Some(token) = self.jobs.indexing.take(now)
@@ -353,20 +386,22 @@ impl Journal {
         let numbers = self.shared.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let leases = self.shared.leases.lock().unwrap_or_else(PoisonError::into_inner);
         let mut segments = Vec::new();
+        let ageing = &self.jobs.ageing;
         for line in map.lines.values() {
+            // The segment with the last durable record of a live line stays, and what comes after it: it carries the line's
+            // ordinal, time and source position. A later one may be gone after a power cut, for it holds nothing durable.
+            let last = if line.live { line.position(line.written()).unwrap_or(0) } else { usize::MAX };
             for (i, segment) in line.segments.iter().enumerate() {
                 let s = segment.summary();
-                // The newest of a live line stays: it carries the line's ordinal, time and source position.
-                let newest = line.live && i + 1 == line.segments.len();
                 segments.push(SegmentFact {
                     timeline: line.id,
                     ordinal: segment.header.ordinal,
                     first_lsn: segment.first_lsn(),
                     last_lsn: s.last_lsn,
-                    first_time_us: s.first_time.0,
-                    last_time_us: s.last_time.0,
+                    first_time_us: ageing.time_as_aged(s.first_time.0),
+                    last_time_us: ageing.time_as_aged(s.last_time.0),
                     bytes: s.file_bytes,
-                    open: !s.sealed || newest,
+                    open: !s.sealed || i >= last,
                 });
             }
         }
@@ -384,7 +419,7 @@ impl Journal {
         let pins: Vec<Pin> = leases.list().into_iter().map(|(timeline, lsn)| Pin { timeline, lsn }).collect();
         let hours = |h: u32| u64::from(h) * 3_600_000_000;
         let out = act(&Facts {
-            now_us: now.0,
+            now_us: ageing.now(now.0),
             window_us: hours(policy.window_hours),
             window_floor_us: hours(policy.window_hours_floor),
             // One segment below the limit: there must be room for the next one before it is needed. The base is not history and
@@ -420,6 +455,8 @@ impl Journal {
             }
             (plan, idle)
         });
+        let oldest = shared.map().segments().map(|s| s.summary().first_time.0).min();
+        self.jobs.ageing.forget_before(oldest.unwrap_or(u64::MAX));
         let status = RetentionStatus {
             pressure: plan.pressure,
             forecast: plan.forecast,
@@ -434,7 +471,8 @@ impl Journal {
     pub fn job_done(&mut self, done: JobDone) -> Result<JobOutcome, JobError> {
         let what = done.work.what();
         let later = self.jobs.now.0.saturating_add(RETRY_US);
-        let JobDone { work, result, _token } = done;
+        let JobDone { work, result, left, _token } = done;
+        self.jobs.add_deleted(left);
         match (work, &result) {
             (Work::Prepare { path, bytes }, Ok(_)) => self.jobs.prepared.push_back(Prepared { path, bytes }),
             (Work::Prepare { .. }, Err(_)) => {
@@ -501,20 +539,21 @@ impl Job {
     pub fn run(self) -> JobDone {
         let Job { work, shared, token } = self;
         let what = work.what();
+        let mut left = Vec::new();
         let result = match &work {
             // Another writer may have the journal open by now.
             _ if shared.closed.load(Ordering::Acquire) => Err(JobError::Closed { what }),
             Work::Prepare { path, bytes } => prepare(&shared, path, *bytes),
             Work::Seal(segment) => seal(&shared, segment),
             Work::Index(choice) => build_index(&shared, choice),
-            Work::Retain { control, plan } => retain(&shared, control, plan),
+            Work::Retain { control, plan } => retain(&shared, control, plan, &mut left),
             Work::Delete(segments) => delete(&shared, segments),
             Work::Note { control, ends, durable } => control
                 .update(|r| note_durable(r, ends))
                 .map(|()| JobOutcome::Noted { durable: *durable })
                 .map_err(|source| JobError::Control { what, source }),
         };
-        JobDone { work, result, _token: token }
+        JobDone { work, result, left, _token: token }
     }
 }
 
@@ -535,31 +574,39 @@ fn prepare(shared: &Shared, path: &Path, bytes: ByteLen) -> Result<JobOutcome, J
     Ok(JobOutcome::Prepared { bytes })
 }
 
-fn seal(shared: &Shared, segment: &Segment) -> Result<JobOutcome, JobError> {
-    segment::seal(&*shared.disk, &shared.dir, segment).map_err(disk_error("seal a segment"))?;
+fn seal(shared: &Shared, segment: &Arc<Segment>) -> Result<JobOutcome, JobError> {
+    match segment::seal(&*shared.disk, &shared.dir, segment) {
+        Ok(()) => {}
+        // Given up, and deleted, after this job was handed out.
+        Err(e) if e.is_not_found() && !shared.map().segments().any(|s| Arc::ptr_eq(s, segment)) => {
+            return Ok(JobOutcome::Deleted { files: 0 });
+        }
+        Err(e) => return Err(disk_error("seal a segment")(e)),
+    }
     Ok(JobOutcome::Sealed { first: segment.first_lsn(), last: segment.last_lsn() })
 }
 
-/// Removes files; one that is gone already was removed by an earlier try.
-fn remove_files(shared: &Shared, segments: &[Arc<Segment>], what: &'static str) -> Result<(usize, u64), JobError> {
-    let (mut files, mut bytes) = (0, 0);
-    for segment in segments {
-        let len = segment.summary().file_bytes;
-        match shared.disk.remove(&segment.path(&shared.dir)) {
-            Ok(()) => {
-                files += 1;
-                bytes += len;
-            }
-            Err(e) if e.is_not_found() => {}
-            Err(e) => return Err(disk_error(what)(e)),
-        }
-        shared.forget(segment);
+/// Removes a file and says how long it was; one that is gone already was removed by an earlier try.
+fn remove_file(shared: &Shared, segment: &Segment) -> Result<Option<u64>, DiskError> {
+    let len = segment.summary().file_bytes;
+    let removed = match shared.disk.remove(&segment.path(&shared.dir)) {
+        // A seal that was under way may have renamed it and not have said so yet.
+        Err(e) if e.is_not_found() => shared.disk.remove(&segment.header.name(SegmentState::Sealed).path(&shared.dir)),
+        other => other,
+    };
+    shared.forget(segment);
+    match removed {
+        Ok(()) => Ok(Some(len)),
+        Err(e) if e.is_not_found() => Ok(None),
+        Err(e) => Err(e),
     }
-    Ok((files, bytes))
 }
 
 fn delete(shared: &Shared, segments: &[Arc<Segment>]) -> Result<JobOutcome, JobError> {
-    let (files, _) = remove_files(shared, segments, "delete a given-up timeline")?;
+    let mut files = 0;
+    for segment in segments {
+        files += usize::from(remove_file(shared, segment).map_err(disk_error(DELETE))?.is_some());
+    }
     Ok(JobOutcome::Deleted { files })
 }
 
@@ -684,8 +731,14 @@ fn segment_pieces(
 // ---------------------------------------------------------------- retention
 
 const RETAIN: &str = "fold and delete old history";
+const DELETE: &str = "delete files of history";
 
-fn retain(shared: &Arc<Shared>, control: &Control, plan: &Plan) -> Result<JobOutcome, JobError> {
+fn retain(
+    shared: &Arc<Shared>,
+    control: &Control,
+    plan: &Plan,
+    left: &mut Vec<Arc<Segment>>,
+) -> Result<JobOutcome, JobError> {
     let keep = |source: ControlError| JobError::Control { what: RETAIN, source };
     // The cutoff first: from here on nobody is promised anything below it, whatever happens.
     control.update(|r| r.cutoff = r.cutoff.max(plan.new_cutoff)).map_err(keep)?;
@@ -721,7 +774,17 @@ fn retain(shared: &Arc<Shared>, control: &Control, plan: &Plan) -> Result<JobOut
             record.timeline(*id).is_some()
         });
     });
-    let (deleted, bytes) = remove_files(shared, &gone, RETAIN)?;
+    // The map has them no more, so no plan will name them again: what cannot be removed now is left to Delete, which says why.
+    let (mut deleted, mut bytes) = (0, 0);
+    for segment in gone {
+        match remove_file(shared, &segment) {
+            Ok(len) => {
+                deleted += usize::from(len.is_some());
+                bytes += len.unwrap_or(0);
+            }
+            Err(_) => left.push(segment),
+        }
+    }
     if let Some(index) = shared.index() {
         drop_old_generations(shared, &*index)?;
         shared.numbers.lock().unwrap_or_else(PoisonError::into_inner).index_bytes = ByteLen(index.bytes());
@@ -800,4 +863,116 @@ fn fold(shared: &Arc<Shared>, plan: &Plan) -> Result<(), JobError> {
         shared.base.fold(plan.new_cutoff, volume, &mut stream).map_err(base)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        NewRecord,
+        index::{RunInfo, RunIter},
+    };
+    use durable::SimDisk;
+    use model::{
+        Codec, Extent, GroupId, GroupPolicy, GroupSpec, Sectors, SourceSeq, StreamId, Term, VolumeId, VolumeSpec,
+        WriteFlags,
+    };
+
+    /// An index that has lost what it had, as one whose damaged generation was set aside.
+    #[derive(Debug)]
+    struct Damaged(MemStore);
+
+    impl IndexStore for Damaged {
+        fn put_run(
+            &self,
+            run: RunId,
+            tag: u64,
+            pieces: &mut dyn Iterator<Item = Result<Piece, IndexError>>,
+        ) -> Result<RunInfo, IndexError> {
+            self.0.put_run(run, tag, pieces)
+        }
+        fn run(&self, run: RunId) -> Option<RunInfo> {
+            self.0.run(run)
+        }
+        fn lookup(&self, run: RunId, volume: VolumeId, e: Extent, out: &mut Vec<Piece>) -> Result<(), IndexError> {
+            self.0.lookup(run, volume, e, out)
+        }
+        fn run_iter(&self, run: RunId) -> Result<RunIter<'_>, IndexError> {
+            self.0.run_iter(run)
+        }
+        fn generations(&self) -> Vec<GenerationId> {
+            self.0.generations()
+        }
+        fn drop_generation(&self, generation: GenerationId) -> Result<(), IndexError> {
+            self.0.drop_generation(generation)
+        }
+        fn damaged(&self) -> u32 {
+            1
+        }
+        fn bytes(&self) -> u64 {
+            self.0.bytes()
+        }
+        fn flush(&self) -> Result<(), IndexError> {
+            self.0.flush()
+        }
+    }
+
+    #[test]
+    fn an_idle_journal_rebuilds_a_damaged_index() {
+        let disk: Arc<dyn durable::Disk> = Arc::new(SimDisk::new(1, ByteLen(64 << 20)));
+        let volume = VolumeSpec { id: VolumeId(1), name: "v".into(), sectors: Sectors(64), identity: String::new() };
+        let spec = GroupSpec {
+            id: GroupId([1; 16]),
+            name: "g".into(),
+            host: None,
+            volumes: vec![volume],
+            policy: GroupPolicy::default(),
+        };
+        let options = JournalOptions {
+            segment_bytes: ByteLen(160 * 1024),
+            batch_bytes: 4096,
+            depth: 2,
+            prepared_ahead: 1,
+            segments_per_generation: 8,
+            index: IndexChoice::Memory,
+        };
+        let mut journal =
+            Journal::create(disk, Path::new("g"), &spec, Term(1), options, HistoryTime(1)).expect("creates");
+        let payload = [7; 4096];
+        for seq in 1..=100u64 {
+            let record = NewRecord {
+                kind: RecordKind::Write,
+                flags: WriteFlags::NONE,
+                volume: VolumeId(1),
+                extent: Extent::new(seq % 8 * 8, 8),
+                codec: Codec::Raw,
+                payload_crc: crc32fast::hash(&payload),
+                payload: &payload,
+                time: HistoryTime(seq),
+                source_wall_us: 0,
+                stream: StreamId([1; 16]),
+                seq: SourceSeq(seq),
+            };
+            while journal.append(&record).is_err() {
+                journal.poll(true).expect("polls");
+            }
+        }
+        journal.drain().expect("durable");
+        let indexed = |journal: &mut Journal, now: u64| {
+            let mut built = 0;
+            while let Some(job) = journal.next_job(HistoryTime(now)) {
+                if let JobOutcome::Indexed { runs } = journal.job_done(job.run()).expect("succeeds") {
+                    built += runs;
+                }
+            }
+            built
+        };
+        let runs = indexed(&mut journal, 1_000);
+        assert!(runs > 3, "{runs} runs");
+        assert_eq!(indexed(&mut journal, 20_000_000), 0, "there is nothing to do");
+        journal.shared.set_index(Some(Arc::new(Damaged(MemStore::new(journal.shared.shape)))));
+        assert_eq!(journal.stats().index_damaged, 1);
+        assert_eq!(indexed(&mut journal, 40_000_000), runs, "rebuilt without a single append");
+        assert_eq!(indexed(&mut journal, 60_000_000), 0, "once");
+    }
 }

@@ -40,6 +40,7 @@
 //! `retention` (power cut at every operation of a fold), `concurrent`, `fixtures` (version 1 opens for ever). Examples:
 //! `append_bench`, `open_bench` (both `--json`), `make_fixture`.
 
+mod ageing;
 mod base;
 mod cache;
 mod control;

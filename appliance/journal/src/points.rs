@@ -22,7 +22,7 @@ pub struct History<'a> {
     map: &'a Map,
     timeline: TimelineId,
     end: Lsn,
-    /// Stretches without a gap, in order; the first LSN of each is that of the mark that ended the gap, or the floor.
+    /// Stretches without a gap, in order; the first LSN of each is that of the mark that ended the gap, or the cutoff.
     regions: Vec<(Lsn, Lsn)>,
     gaps: Vec<GapSpan>,
     marks: Vec<MarkEntry>,
@@ -76,7 +76,10 @@ impl<'a> History<'a> {
             let first = from.max(Lsn(1));
             this.gaps.push(GapSpan { first, ended: None, first_time: gap_time, end_time: None, reason: gap_reason });
         }
+        // Below the cutoff nothing can be opened any more, even before the base has got there.
+        this.regions.iter_mut().for_each(|(first, _)| *first = (*first).max(map.cutoff));
         this.regions.retain(|(first, last)| first <= last && *last > Lsn::ZERO);
+        this.gaps.retain(|gap| gap.ended.is_none_or(|ended| ended > map.cutoff));
         this
     }
 

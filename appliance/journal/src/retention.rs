@@ -13,6 +13,11 @@
 //! nobody wants the timeline beyond the branch point and exactly one that matters branched from it, over into that one.
 //! Segments of timelines that do not matter, and those past the last point anyone needs, are deleted without a fold.
 //!
+//! # Whose clock
+//!
+//! Times in [`Facts`] are those of the history as they have *aged* ([`crate::ageing`]): a clock that leaps, or time in which the
+//! process did not run, makes nothing old. The plan itself knows of no clock.
+//!
 //! # When room runs out
 //!
 //! In order: an alarm while the forecast is below the asked hours; then the window is shortened, down to its floor, the group
@@ -44,10 +49,11 @@ pub struct SegmentFact {
     pub first_lsn: Lsn,
     /// Below `first_lsn` when the segment holds no record.
     pub last_lsn: Lsn,
+    /// As aged.
     pub first_time_us: u64,
     pub last_time_us: u64,
     pub bytes: u64,
-    /// Still being appended to.
+    /// Still being appended to, or the last that is known to be durable: never folded.
     pub open: bool,
 }
 
@@ -71,7 +77,7 @@ pub struct Pin {
 /// Everything the plan is made from.
 #[derive(Clone, Debug)]
 pub struct Facts<'a> {
-    /// On the history's clock.
+    /// On the history's clock, as far as it is believed.
     pub now_us: u64,
     pub window_us: u64,
     /// The window is never shortened below this.
@@ -523,7 +529,7 @@ pub fn share(facts: &Facts<'_>, priority: u8) -> Share {
 /// Who frees how much.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SharedOut {
-    /// For each group, in the order given: [`Facts::must_free`].
+    /// For each group, in the order given: what its [`Journal::set_must_free`](crate::Journal::set_must_free) takes.
     pub must_free: Vec<u64>,
     /// What cannot be freed by anyone: new writes will find the disk full.
     pub missing: u64,

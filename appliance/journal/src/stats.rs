@@ -62,6 +62,8 @@ pub struct JournalStats {
     /// None before the first plan.
     pub retention: Option<RetentionStatus>,
     pub index_behind: bool,
+    /// Parts of the index found damaged since the journal was opened; each is set aside and rebuilt.
+    pub index_damaged: u32,
     pub failing: BTreeMap<&'static str, String>,
 }
 
@@ -106,6 +108,7 @@ pub fn stats(shared: &Shared) -> JournalStats {
         hours_left: numbers.retention.as_ref().and_then(|r| r.forecast).map(|f| f.hours_left),
         retention: numbers.retention,
         index_behind: numbers.index_behind,
+        index_damaged: shared.index().map_or(0, |index| index.damaged()),
         failing: numbers.failing,
     }
 }

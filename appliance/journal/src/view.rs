@@ -37,8 +37,8 @@ const HOLES_MAX: usize = 8;
 /// A read that loses its segments to a fold starts again; folds are seconds apart, so this never ends a healthy read.
 const RETRIES_MAX: usize = 32;
 
-/// Decoded payloads, shared by the views of one reader: timeline, ordinal, offset.
-pub type RecordCache = Lru<(TimelineId, u32, u32), Kept>;
+/// Decoded payloads, shared by the views of one reader: segment (tag and ordinal; a tag alone is a hash), offset.
+pub type RecordCache = Lru<(u64, u32, u32), Kept>;
 
 /// A record's data, and what it stands for.
 #[derive(Clone)]
@@ -385,7 +385,7 @@ pub fn fetch(
     want: Extent,
     skip: u64,
 ) -> Result<Arc<Vec<u8>>, ReadError> {
-    let key = (segment.header.timeline, segment.header.ordinal, offset);
+    let key = (segment.tag, segment.header.ordinal, offset);
     let end = (skip + want.sectors.0) * SECTOR;
     if let Some(kept) = cache.get(&key)
         && kept.holds(volume, want, skip)

@@ -17,6 +17,7 @@
 
 use crate::{
     AppendError, BookmarkError, BranchError, ControlError, CreateError, OpenError, SpecError,
+    ageing::Ageing,
     base::{Base, ImageBase},
     control::{self, Control, ControlRecord, TIMELINES_MAX, TimelineRecord},
     error::SharedDiskError,
@@ -220,6 +221,8 @@ impl Journal {
         };
         journal.know_volumes(&record.spec);
         journal.stand_on(record.current);
+        let window_us = u64::from(record.spec.policy.window_hours) * 3_600_000_000;
+        journal.jobs.ageing = Ageing::of(journal.shared.map().segments(), window_us);
         let waiting: Vec<Arc<Segment>> =
             journal.shared.map().segments().filter(|s| s.sealed().is_none()).cloned().collect();
         waiting.into_iter().for_each(|segment| journal.jobs.add_unsealed(segment));
@@ -403,6 +406,7 @@ impl Journal {
         current.records += 1;
         current.segment.with_unsealed(|unsealed| unsealed.index.insert(&record, offset, mark));
         self.carry.advance(&record, mark);
+        self.jobs.ageing.saw(record.time.0);
         self.appended = record.lsn;
         if batch.buf.len() >= self.options.batch_bytes {
             self.submit()?;
@@ -738,7 +742,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Gives up a timeline. What others branched from stays as far as they need it.
+    /// Gives up a timeline. What others branched from stays as far as they need it. Refused while a bookmark, here or on a
+    /// timeline that is only kept because of this one, would go with it.
     pub fn drop_timeline(&mut self, id: TimelineId) -> Result<(), BranchError> {
         if id == self.timeline {
             return Err(BranchError::Current(id));
@@ -751,13 +756,22 @@ impl Journal {
         if leases.iter().any(|(timeline, _)| *timeline == id) {
             return Err(BranchError::InUse(id));
         }
-        let ends = self.ends();
-        self.control.update(|r| {
-            note_durable(r, &ends);
+        let give_up = |r: &mut ControlRecord| {
             if let Some(line) = r.timeline_mut(id) {
                 line.live = false;
             }
             forget_unneeded(r);
+        };
+        let mut then = self.control.record();
+        give_up(&mut then);
+        let mut lost = bookmarks_lost(&map, &then).into_iter();
+        if let Some((timeline, lsn, name)) = lost.next() {
+            return Err(BranchError::Bookmarked { timeline, name, lsn, count: lost.len() + 1 });
+        }
+        let ends = self.ends();
+        self.control.update(|r| {
+            note_durable(r, &ends);
+            give_up(r);
         })?;
         let record = self.control.record();
         let mut gone: Vec<Arc<Segment>> = Vec::new();
@@ -833,6 +847,27 @@ pub(crate) fn forget_unneeded(record: &mut ControlRecord) {
         let Some(id) = gone else { return };
         record.timelines.retain(|t| t.id != id);
     }
+}
+
+/// Bookmarks, not released, that `then` has no room for.
+fn bookmarks_lost(map: &Map, then: &ControlRecord) -> Vec<(TimelineId, Lsn, BookmarkName)> {
+    let mut lost = Vec::new();
+    for line in map.lines.values() {
+        let keeps = match then.timeline(line.id) {
+            Some(known) if known.live => continue,
+            Some(_) => load::needed_upto(then, line.id).unwrap_or(Lsn::ZERO),
+            None => Lsn::ZERO,
+        };
+        for entry in line.segments.iter().flat_map(|s| s.marks(line.written())) {
+            if let Mark::Bookmark { name, .. } = entry.mark
+                && entry.lsn > keeps
+                && !map.released.contains(&(line.id, entry.lsn))
+            {
+                lost.push((line.id, entry.lsn, name));
+            }
+        }
+    }
+    lost
 }
 
 /// What a position carries along: from the segment that holds it, and its records up to there.

@@ -4,9 +4,16 @@
 mod common;
 
 use common::*;
-use durable::SimDisk;
+use durable::{DirEntry, Disk, DiskError, DiskFile, OpenMode, SimDisk, Space, WriteQueue};
 use journal::{IndexChoice, JobOutcome, Journal, OpenViewError, ResolveError, ResolvedPoint};
 use model::{ByteLen, Consistency, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, Term, TimelineId};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 const SECTORS: [u64; 2] = [300, 500];
 const HOUR: u64 = 3_600_000_000;
@@ -277,4 +284,201 @@ fn a_disk_that_fills_up_shortens_the_window_and_keeps_going() {
     assert!(oracle.log.len() > 5000, "{refused} refused");
     assert!(journal.stats().cutoff > Lsn(1000), "{:?}", journal.stats());
     check_from(&journal, TimelineId(0), &oracle, 400, "shortened");
+}
+
+#[test]
+fn what_a_cut_takes_from_a_new_segment_does_not_take_the_sources_place_too() {
+    let disk = disk(60);
+    let mut rng = Rng::new(60);
+    let mut journal = create_aging(&disk, 1, IndexChoice::Memory);
+    let mut oracle = Oracle::new(&SECTORS);
+    grow(&mut journal, &mut oracle, &mut rng, 100).expect("grows");
+    let hour = |n: u64| n * HOUR;
+    journal.set_term(Term(2)).expect("goes up");
+    for n in 2..30 {
+        run_jobs(&mut journal, hour(n)).expect("jobs succeed");
+    }
+    // The first record in a new segment, taken and not yet durable.
+    let entry = Entry { change: Change::None, time: hour(30), more: false, kind: model::RecordKind::Flush };
+    append(&mut journal, &entry, 101).expect("appends");
+    for n in 30..40 {
+        run_jobs(&mut journal, hour(n)).expect("jobs succeed");
+    }
+    assert!(journal.stats().cutoff > Lsn(1), "{:?}", journal.stats());
+    drop(journal);
+    let mut journal = open(&disk.power_cut(), IndexChoice::Memory);
+    assert_eq!(journal.progress().durable, Lsn(100));
+    let position = journal.source_position().expect("the source's place is known");
+    assert_eq!(position.appended.0, 100);
+    check_from(&journal, TimelineId(0), &oracle, 1, "after the cut");
+    grow(&mut journal, &mut oracle, &mut rng, 40).expect("goes on");
+    check_from(&journal, TimelineId(0), &oracle, 5, "gone on");
+}
+
+/// Writes at these minutes, with jobs after each.
+fn minutes(journal: &mut Journal, oracle: &mut Oracle, rng: &mut Rng, minutes: impl Iterator<Item = u64>) {
+    for minute in minutes {
+        let seq = oracle.log.len() as u64 + 1;
+        let mut entry = draw(rng, &SECTORS, minute * HOUR / 60);
+        entry.more = false;
+        append(journal, &entry, seq).expect("appends");
+        oracle.log.push(entry);
+        journal.drain().expect("durable");
+        run_jobs(journal, minute * HOUR / 60).expect("jobs succeed");
+    }
+}
+
+#[test]
+fn a_clock_that_leaps_ahead_deletes_nothing() {
+    const YEAR: u64 = 365 * 24 * 60;
+    for restart in [false, true] {
+        for ticked_first in [false, true] {
+            let what = format!("restart {restart}, jobs first {ticked_first}");
+            let disk = disk(61);
+            let mut rng = Rng::new(61);
+            let mut journal = create_aging(&disk, 3, IndexChoice::Memory);
+            let mut oracle = Oracle::new(&SECTORS);
+            minutes(&mut journal, &mut oracle, &mut rng, 1..150);
+            assert_eq!(journal.stats().cutoff, Lsn(0), "{what}: all of it is inside the window");
+            if ticked_first {
+                run_jobs(&mut journal, YEAR * HOUR / 60).expect("jobs succeed");
+            }
+            minutes(&mut journal, &mut oracle, &mut rng, YEAR..YEAR + 60);
+            if restart {
+                journal.close().expect("closes");
+                let now = HistoryTime((YEAR + 60) * HOUR / 60);
+                journal = Journal::open(arc(&disk), dir(), options(IndexChoice::Memory), now).expect("opens").0;
+                minutes(&mut journal, &mut oracle, &mut rng, YEAR + 60..YEAR + 61);
+            }
+            let cutoff = journal.stats().cutoff;
+            // An hour of the leap counts, and the hour since: of 150 minutes, 60 are left of the window.
+            assert!(cutoff <= Lsn(90), "{what}: {:?}", journal.stats());
+            check_from(&journal, TimelineId(0), &oracle, 19, &what);
+            // From here on it ages as it should.
+            minutes(&mut journal, &mut oracle, &mut rng, YEAR + 61..YEAR + 300);
+            assert!(journal.stats().cutoff > Lsn(150), "{what}: {:?}", journal.stats());
+            check_from(&journal, TimelineId(0), &oracle, 19, &what);
+        }
+    }
+}
+
+#[test]
+fn a_leap_that_is_taken_back_and_time_switched_off_age_nothing() {
+    let disk = disk(62);
+    let mut rng = Rng::new(62);
+    let mut journal = create_aging(&disk, 3, IndexChoice::Memory);
+    let mut oracle = Oracle::new(&SECTORS);
+    minutes(&mut journal, &mut oracle, &mut rng, 1..100);
+    // Nothing was written while the clock was wrong.
+    run_jobs(&mut journal, 9_000 * HOUR).expect("jobs succeed");
+    minutes(&mut journal, &mut oracle, &mut rng, 100..170);
+    assert_eq!(journal.stats().cutoff, Lsn(0), "the clock is right again, and all of it is inside the window");
+    minutes(&mut journal, &mut oracle, &mut rng, 170..360);
+    let cutoff = journal.stats().cutoff;
+    assert!(cutoff > Lsn(50) && cutoff <= Lsn(180), "the wrong hours hold nothing up: {:?}", journal.stats());
+    // Off for a month.
+    journal.close().expect("closes");
+    let month = 30 * 24 * 60;
+    let open =
+        |now: u64| Journal::open(arc(&disk), dir(), options(IndexChoice::Memory), HistoryTime(now)).expect("opens").0;
+    let mut journal = open(month * HOUR / 60);
+    run_jobs(&mut journal, month * HOUR / 60).expect("jobs succeed");
+    assert!(journal.stats().cutoff <= Lsn(240), "{:?}", journal.stats());
+    check_from(&journal, TimelineId(0), &oracle, 19, "after a month");
+    // An idle group ages while its process runs.
+    for quarter in 0..20 {
+        run_jobs(&mut journal, (month + quarter * 15) * HOUR / 60).expect("jobs succeed");
+    }
+    let stats = journal.stats();
+    assert!(stats.cutoff > Lsn(300) && stats.cutoff < Lsn(360), "{stats:?}");
+}
+
+#[test]
+fn points_begin_where_views_may() {
+    let disk = disk(63);
+    let mut rng = Rng::new(63);
+    let mut journal = create_aging(&disk, 1, IndexChoice::None);
+    let mut oracle = Oracle::new(&SECTORS);
+    mark(&mut journal, &mut oracle, &Mark::Consistent, 1).expect("appends");
+    grow(&mut journal, &mut oracle, &mut rng, 300).expect("grows");
+    let now = HistoryTime(300 * HOUR / 60);
+    let fold = loop {
+        let job = journal.next_job(now).expect("a fold is due");
+        if job.what() == "fold and delete old history" {
+            break job;
+        }
+        journal.job_done(job.run()).expect("succeeds");
+    };
+    let stats = journal.stats();
+    assert!(stats.cutoff > stats.floor, "the fold is decided and not begun: {stats:?}");
+    let reader = journal.reader();
+    let points = reader.points();
+    assert_eq!(points.valid.len(), 1, "{points:?}");
+    assert!(points.valid[0].first_lsn >= stats.cutoff, "{points:?}, cutoff {}", stats.cutoff);
+    let first = RecoveryPoint::Lsn(points.valid[0].first_lsn);
+    drop(reader.view(reader.resolve(&first).expect("resolves")).expect("what is offered can be opened"));
+    journal.job_done(fold.run()).expect("succeeds");
+}
+
+/// A disk that now and then removes no segment.
+#[derive(Debug)]
+struct Stubborn {
+    inner: SimDisk,
+    refuses: AtomicBool,
+}
+
+impl Disk for Stubborn {
+    fn create_zeroed(&self, path: &Path, len: ByteLen) -> Result<Arc<dyn DiskFile>, DiskError> {
+        self.inner.create_zeroed(path, len)
+    }
+    fn create_sparse(&self, path: &Path, len: ByteLen) -> Result<Arc<dyn DiskFile>, DiskError> {
+        self.inner.create_sparse(path, len)
+    }
+    fn open(&self, path: &Path, mode: OpenMode) -> Result<Arc<dyn DiskFile>, DiskError> {
+        self.inner.open(path, mode)
+    }
+    fn write_queue(&self, path: &Path, depth: usize) -> Result<Box<dyn WriteQueue>, DiskError> {
+        self.inner.write_queue(path, depth)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), DiskError> {
+        self.inner.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> Result<(), DiskError> {
+        if self.refuses.load(Ordering::Relaxed) && path.to_string_lossy().contains("/seg/0") {
+            return Err(DiskError::from_io("remove", path, std::io::ErrorKind::PermissionDenied.into()));
+        }
+        self.inner.remove(path)
+    }
+    fn create_dir(&self, path: &Path) -> Result<(), DiskError> {
+        self.inner.create_dir(path)
+    }
+    fn list(&self, dir: &Path) -> Result<Vec<DirEntry>, DiskError> {
+        self.inner.list(dir)
+    }
+    fn space(&self) -> Result<Space, DiskError> {
+        self.inner.space()
+    }
+}
+
+#[test]
+fn files_that_could_not_be_deleted_go_later() {
+    let disk = disk(64);
+    let stubborn = Arc::new(Stubborn { inner: disk.clone(), refuses: AtomicBool::new(false) });
+    let mut rng = Rng::new(64);
+    let shared: Arc<dyn Disk> = Arc::clone(&stubborn) as _;
+    let mut journal =
+        Journal::create(shared, dir(), &aging_spec(1), Term(1), options(IndexChoice::None), HistoryTime(1))
+            .expect("creates");
+    let mut oracle = Oracle::new(&SECTORS);
+    grow(&mut journal, &mut oracle, &mut rng, 300).expect("grows");
+    let minute = HOUR / 60;
+    let segments = |disk: &SimDisk| disk.paths().into_iter().filter(|p| p.to_string_lossy().contains("/seg/0")).count();
+    stubborn.refuses.store(true, Ordering::Relaxed);
+    let _ = run_jobs(&mut journal, 300 * minute);
+    assert!(journal.stats().floor > Lsn(0) && segments(&disk) > journal.stats().segments, "files are left");
+    assert!(!journal.stats().failing.is_empty());
+    stubborn.refuses.store(false, Ordering::Relaxed);
+    run_jobs(&mut journal, 301 * minute).expect("jobs succeed");
+    assert_eq!(segments(&disk), journal.stats().segments, "nothing is left behind");
+    assert!(journal.stats().failing.is_empty(), "{:?}", journal.stats().failing);
 }

@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use journal::{BranchError, IndexChoice, Journal, OpenViewError, ResolvedPoint};
-use model::{HistoryTime, Lsn, TimelineId};
+use model::{Consistency, HistoryTime, Lsn, Mark, RecoveryPoint, TimelineId};
 use std::collections::BTreeMap;
 
 const SECTORS: [u64; 2] = [200, 300];
@@ -168,4 +168,99 @@ fn a_branch_point_outside_the_history_is_refused() {
     assert!(matches!(reader.resolve_on(branch, &at), Some(Err(journal::ResolveError::AfterEnd { end: Lsn(5), .. }))));
     assert!(reader.resolve_on(TimelineId(9), &at).is_none() && reader.points_on(TimelineId(9)).is_none());
     assert_eq!(reader.points_on(branch).expect("known").timeline, branch);
+}
+
+#[test]
+fn a_timeline_dropped_before_its_segments_were_sealed_blocks_nothing() {
+    for sealing in [false, true] {
+        let disk = disk(42);
+        let mut rng = Rng::new(42);
+        let mut journal = create(&disk, &SECTORS, IndexChoice::Memory);
+        let mut main = Oracle::new(&SECTORS);
+        let fill = |journal: &mut Journal, oracle: &mut Oracle, rng: &mut Rng| {
+            for _ in 0..60 {
+                let seq = oracle.log.len() as u64 + 1;
+                let entry = draw(rng, &SECTORS, seq);
+                append(journal, &entry, seq).expect("appends");
+                oracle.log.push(entry);
+            }
+            journal.drain().expect("durable");
+        };
+        fill(&mut journal, &mut main, &mut rng);
+        run_jobs(&mut journal, 1).expect("jobs succeed");
+        let drill = journal.branch(Lsn(60), TimelineId(0)).expect("branches");
+        journal.switch_timeline(drill).expect("switches");
+        fill(&mut journal, &mut main.clone(), &mut rng);
+        journal.switch_timeline(TimelineId(0)).expect("switches");
+        let mut held = None;
+        while let Some(job) = journal.next_job(HistoryTime(1)).filter(|_| sealing) {
+            if job.what() == "seal a segment" {
+                held = Some(job);
+                break;
+            }
+            journal.job_done(job.run()).expect("succeeds");
+        }
+        assert_eq!(held.is_some(), sealing, "a seal was under way");
+        journal.drop_timeline(drill).expect("drops");
+        let job = journal.next_job(HistoryTime(1));
+        if let Some(held) = held {
+            // The files go first, then the seal comes to a file that is gone.
+            if let Some(job) = job {
+                journal.job_done(job.run()).expect("succeeds");
+            }
+            while let Some(job) = journal.next_job(HistoryTime(1)) {
+                journal.job_done(job.run()).expect("succeeds");
+            }
+            journal.job_done(held.run()).expect("a segment that is not wanted any more is no failure");
+        } else if let Some(job) = job {
+            journal.job_done(job.run()).expect("succeeds");
+        }
+        run_jobs(&mut journal, 2_000_000).unwrap_or_else(|e| panic!("sealing {sealing}: {}", chain(&e)));
+        fill(&mut journal, &mut main, &mut rng);
+        run_jobs(&mut journal, 4_000_000).unwrap_or_else(|e| panic!("sealing {sealing}: {}", chain(&e)));
+        let stats = journal.stats();
+        assert_eq!((stats.unsealed, stats.failing.len()), (1, 0), "sealing {sealing}: {stats:?}");
+        let left = disk.paths().into_iter().filter(|p| p.to_string_lossy().contains("/seg/00000001-")).count();
+        assert_eq!(left, 0, "sealing {sealing}");
+        check_all(&journal, &[(TimelineId(0), main)].into_iter().collect(), 7, "after the drop");
+    }
+}
+
+#[test]
+fn a_timeline_whose_bookmarks_would_be_lost_is_not_dropped() {
+    let disk = disk(43);
+    let mut rng = Rng::new(43);
+    let mut journal = create(&disk, &SECTORS, IndexChoice::None);
+    let mut main = Oracle::new(&SECTORS);
+    grow(&mut journal, &mut main, &mut rng, 20);
+    let bookmark = |journal: &mut Journal, oracle: &mut Oracle, name: &str| {
+        let name = name.parse().expect("a name");
+        mark(journal, oracle, &Mark::Bookmark { name, consistency: Consistency::Crash }, 0).expect("appends");
+        journal.drain().expect("durable");
+    };
+    let drill = journal.branch(Lsn(20), TimelineId(0)).expect("branches");
+    journal.switch_timeline(drill).expect("switches");
+    let mut line = main.clone();
+    bookmark(&mut journal, &mut line, "early");
+    grow(&mut journal, &mut line, &mut rng, 20);
+    let child = journal.branch(line.last(), drill).expect("branches");
+    bookmark(&mut journal, &mut line, "late");
+    journal.switch_timeline(child).expect("switches");
+    let refused = journal.drop_timeline(drill).expect_err("a bookmark would be lost");
+    let BranchError::Bookmarked { timeline, name, lsn, count } = refused else { panic!("{refused}") };
+    assert_eq!((timeline, name.as_str(), lsn, count), (drill, "late", line.last(), 1));
+    assert!(journal.reader().resolve_on(drill, &RecoveryPoint::Lsn(lsn)).is_some(), "nothing was changed");
+    journal.switch_timeline(drill).expect("switches");
+    journal.release_bookmark(&name).expect("releases");
+    journal.switch_timeline(child).expect("switches");
+    journal.drop_timeline(drill).expect("the early one lies where the child still needs it");
+    // With the child that would go too, though nobody names the timeline it lies on.
+    journal.switch_timeline(TimelineId(0)).expect("switches");
+    let refused = journal.drop_timeline(child).expect_err("a bookmark would be lost");
+    let BranchError::Bookmarked { timeline, name, lsn, count } = refused else { panic!("{refused}") };
+    assert_eq!((timeline, name.as_str(), lsn, count), (drill, "early", Lsn(21), 1));
+    journal.switch_timeline(child).expect("switches");
+    journal.release_bookmark(&name).expect("releases");
+    journal.switch_timeline(TimelineId(0)).expect("switches");
+    journal.drop_timeline(child).expect("drops");
 }

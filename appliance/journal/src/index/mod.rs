@@ -101,6 +101,10 @@ pub trait IndexStore: Send + Sync + std::fmt::Debug {
     fn generations(&self) -> Vec<GenerationId>;
     /// Removes a generation and gives its room back; one that is not there is fine.
     fn drop_generation(&self, generation: GenerationId) -> Result<(), IndexError>;
+    /// How many generations were found damaged since the store was opened.
+    fn damaged(&self) -> u32 {
+        0
+    }
     /// Bytes on disk (or in memory).
     fn bytes(&self) -> u64;
     /// After `Ok`, all runs put before survive power loss.

@@ -318,12 +318,6 @@ impl SledStore {
         })
     }
 
-    /// How many generations this process has set aside as damaged.
-    #[allow(dead_code, reason = "for the journal's statistics")]
-    pub fn damaged(&self) -> u32 {
-        self.set_aside.load(Ordering::Relaxed)
-    }
-
     fn path(&self, id: GenerationId) -> PathBuf {
         self.dir.join(dir_name(id))
     }
@@ -659,6 +653,10 @@ impl IndexStore for SledStore {
         state.gone = true;
         lock(&self.slots).remove(&generation);
         Ok(())
+    }
+
+    fn damaged(&self) -> u32 {
+        self.set_aside.load(Ordering::Relaxed)
     }
 
     fn bytes(&self) -> u64 {
