@@ -12,11 +12,20 @@ const SYSTEMS: &[&str] = &[RAW, "qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file
 /// What our random writes are held against: those that offer a disk over NBD, as we do.
 const PEERS: &[&str] = &["qemu-nbd, raw", "qemu-nbd, qcow2", "nbdkit file"];
 
+/// Percent of ten seconds in which somebody waited for a CPU, above which a machine is not idle.
+const BUSY: f64 = 10.0;
 /// Any moment is open within this, however long the history.
 const OPEN_MS_GOAL: f64 = 100.0;
 
-pub fn render(results: &Results, commit: &str, rounds: u32) -> String {
-    let mut text = format!("# Measured\n\nBy `cargo xtask bench` at commit {commit}, on {}.\n\n", machine());
+pub fn render(results: &Results, commit: &str, rounds: u32, busy: f64) -> String {
+    let mut text = format!("# Measured\n\nBy `cargo xtask bench` at commit {commit}, on {}. ", machine());
+    text += &if busy > BUSY {
+        format!(
+            "**Other work was waiting for the CPUs {busy:.0} % of the time when it began: compare within this run only.**\n\n"
+        )
+    } else {
+        "The machine was otherwise idle.\n\n".to_owned()
+    };
     let writes = table(results, WRITES);
     if !writes.is_empty() {
         text += &format!(
@@ -122,6 +131,13 @@ fn rate(results: &Results, system: &str, job: &Job) -> Option<f64> {
     values.get(values.len() / 2).copied()
 }
 
+/// Percent of the last ten seconds in which somebody waited for a CPU; none known counts as idle.
+pub fn busy() -> f64 {
+    let text = fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
+    let value = text.split("avg10=").nth(1).and_then(|rest| rest.split(' ').next());
+    value.and_then(|v| v.parse().ok()).unwrap_or(0.0)
+}
+
 /// The class of machine, without its name.
 fn machine() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -151,7 +167,8 @@ mod tests {
         put(HOLDFAST, &WRITES[3], &[95.0]);
         results.facts.push(("memory".into(), "64 MiB".into()));
         results.histories.push(serde_json::json!({"records": 10000, "open_ms_max": 0.5, "first_read_ms_max": 120.0}));
-        let text = render(&results, "abc", 3);
+        let text = render(&results, "abc", 3, 50.0);
+        assert!(text.contains("50 % of the time"), "{text}");
         assert!(text.contains("| raw file | 110 (1.00) |"), "{text}");
         assert!(text.contains("1.80 × the best peer; goal 2 **missed**"), "{text}");
         assert!(text.contains("0.95 × the raw file; goal 0.9 met"), "{text}");
