@@ -30,6 +30,8 @@ use tokio::{
 
 /// How often the groups' needs for room are balanced.
 const BALANCE_EVERY: Duration = Duration::from_secs(2);
+/// Between two of them at least, when a group asks for one.
+const BALANCE_PAUSE: Duration = Duration::from_millis(100);
 /// How often ingest groups that have come up are looked for.
 const EXPORT_EVERY: Duration = Duration::from_millis(20);
 
@@ -309,6 +311,7 @@ async fn balance(app: Arc<App>) {
     loop {
         tokio::select! {
             () = tokio::time::sleep(BALANCE_EVERY) => {}
+            () = app.vault.room_wanted() => tokio::time::sleep(BALANCE_PAUSE).await,
             () = crate::raised(&mut stop) => return,
         }
         let vault = Arc::clone(&app.vault);

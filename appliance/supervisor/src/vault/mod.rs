@@ -27,6 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
+use tokio::sync::Notify;
 
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
@@ -67,6 +68,7 @@ pub struct Vault {
     jobs: Arc<JobPool>,
     reads: Arc<ReadPool>,
     groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
+    room_wanted: Arc<Notify>,
     /// One creation or deletion at a time: they are rare, and their steps must not mix.
     changing: Mutex<()>,
 }
@@ -87,8 +89,9 @@ impl Vault {
     pub fn start(parts: VaultParts) -> Result<Arc<Self>, VaultError> {
         let VaultParts { root, disk, journal, clock, events, catalog, reads } = parts;
         let jobs = Arc::new(JobPool::start().map_err(VaultError::Thread)?);
-        let (groups, changing) = (Mutex::default(), Mutex::default());
-        let vault = Arc::new(Self { root, disk, journal, clock, events, catalog, jobs, reads, groups, changing });
+        let (groups, changing, room_wanted) = (Mutex::default(), Mutex::default(), Arc::default());
+        let vault =
+            Arc::new(Self { root, disk, journal, clock, events, catalog, jobs, reads, groups, room_wanted, changing });
         vault.disk.create_dir(Path::new(GROUPS)).map_err(VaultError::Disk)?;
         vault.tidy()?;
         for entry in &vault.catalog.data().groups {
@@ -168,6 +171,7 @@ impl Vault {
             events: Arc::clone(&self.events),
             jobs: Arc::clone(&self.jobs),
             reads: Arc::clone(&self.reads),
+            room_wanted: Arc::clone(&self.room_wanted),
         };
         let thread = {
             let (shared, inbox) = (Arc::clone(&shared), Arc::clone(&inbox));
@@ -270,6 +274,11 @@ impl Vault {
         for (group, bytes) in members.iter().zip(out.must_free) {
             group.must_free(Some(bytes));
         }
+    }
+
+    /// Waits until a group has met a record that does not fit.
+    pub async fn room_wanted(&self) {
+        self.room_wanted.notified().await;
     }
 
     /// Room to keep free: each journal leaves alone what a fold needs (six segments), and each needs its prepared ones.

@@ -60,7 +60,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use wire::{FrameHeader, Message, Refusal, RefuseCode, Resume};
 
 /// With nothing to do, the thread looks at retention and rates this often.
@@ -72,6 +72,8 @@ const GATHER: Duration = Duration::from_micros(500);
 /// Jobs that may end without making room before a record that does not fit means "full". Several, because one prepares, one folds, one
 /// deletes.
 const JOBS_BEFORE_FULL: u32 = 4;
+/// How long a record that does not fit waits for the groups to share out their room anew before the answer is "full".
+const BALANCE_MS_MAX: u64 = 5_000;
 /// After so much was appended, jobs are looked for without waiting for the next tick: segments must be prepared ahead of a fast writer.
 const JOBS_EVERY_BYTES: u64 = 8 << 20;
 /// Waits before a stopped group is tried again.
@@ -87,6 +89,8 @@ pub struct Context {
     pub events: Arc<Events>,
     pub jobs: Arc<JobPool>,
     pub reads: Arc<ReadPool>,
+    /// Told when a record does not fit: who has to give up history is decided for all groups together.
+    pub room_wanted: Arc<Notify>,
 }
 
 /// Runs a group until it is closed. `made`: its journal, if it was only just made.
@@ -313,6 +317,16 @@ struct Held {
     /// One has ended since it was tried last.
     due: bool,
     tried: MonoTime,
+    /// Since when it waits.
+    since: MonoTime,
+    /// The groups of the box have shared out their room since.
+    balanced: bool,
+}
+
+impl Held {
+    fn at(now: MonoTime) -> Self {
+        Self { jobs: 0, due: false, tried: now, since: now, balanced: false }
+    }
 }
 
 struct Writer<'a> {
@@ -343,10 +357,17 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(context: &'a Context, shared: &'a Arc<Shared>, inbox: &'a Arc<Inbox<Command>>, journal: Journal) -> Self {
+    fn new(
+        context: &'a Context,
+        shared: &'a Arc<Shared>,
+        inbox: &'a Arc<Inbox<Command>>,
+        mut journal: Journal,
+    ) -> Self {
         let now = context.clock.mono();
         let reader = journal.reader();
         shared.set_spec(GroupSpec::clone(&journal.spec()));
+        // Until the box says otherwise, others' needs are not its own: what the disk lacks is shared out by priority.
+        journal.set_must_free(Some(0));
         Self {
             context,
             shared,
@@ -503,6 +524,10 @@ impl<'a> Writer<'a> {
             Command::MustFree { bytes } => {
                 self.journal.set_must_free(bytes);
                 self.start_jobs();
+                if let Some(held) = &mut self.held {
+                    held.balanced = true;
+                    held.due = true;
+                }
             }
             Command::Share { reply } => {
                 let _ = reply.send(self.journal.share(self.context.clock.history()));
@@ -870,7 +895,7 @@ impl<'a> Writer<'a> {
             Refused::NoRoom(text) => {
                 // Full or not, the record stays: the source is told, and what it sent is appended when there is room.
                 if !self.hold(&text) {
-                    self.held = Some(Held { jobs: 0, due: false, tried: self.context.clock.mono() });
+                    self.held = Some(Held::at(self.context.clock.mono()));
                 }
                 Step::Held(work)
             }
@@ -976,10 +1001,15 @@ impl<'a> Writer<'a> {
 
     /// The head of the queue does not fit. True: jobs may still make room, it waits. False: the group is full.
     fn hold(&mut self, text: &str) -> bool {
-        let jobs = self.held.map_or(0, |h| h.jobs);
+        let now = self.context.clock.mono();
+        let held = self.held.unwrap_or_else(|| Held::at(now));
         self.start_jobs();
-        if !self.full && self.jobs_running > 0 && jobs < JOBS_BEFORE_FULL {
-            self.held = Some(Held { jobs, due: false, tried: self.context.clock.mono() });
+        let may_balance = !held.balanced && now.ms_since(held.since) < BALANCE_MS_MAX;
+        if may_balance {
+            self.context.room_wanted.notify_one();
+        }
+        if !self.full && (may_balance || (self.jobs_running > 0 && held.jobs < JOBS_BEFORE_FULL)) {
+            self.held = Some(Held { due: false, tried: now, ..held });
             return true;
         }
         self.held = None;
