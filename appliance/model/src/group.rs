@@ -101,7 +101,9 @@ impl fmt::Display for RiskReason {
             Self::Resyncing { reason } => write!(f, "resync is running ({reason}); older moments stay open"),
             Self::HostSilent { .. } => f.write_str("nothing heard from the host: RPO unknown"),
             Self::Lagging { lag_ms, alarm_ms } => write!(f, "lag is {lag_ms} ms, the alarm is set at {alarm_ms} ms"),
-            Self::JournalFull => f.write_str("the journal is full: history is kept, new writes are only marked on the host"),
+            Self::JournalFull => {
+                f.write_str("the journal is full: history is kept, new writes are only marked on the host")
+            }
             Self::HistoryShort { hours_left, alarm_hours } => {
                 write!(f, "{hours_left} h of history fit, the alarm is set at {alarm_hours} h")
             }

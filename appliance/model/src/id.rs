@@ -98,7 +98,13 @@ mod tests {
 
     #[test]
     fn a_text_that_is_no_id_is_refused() {
-        for text in ["", "12", "zz112233445566778899aabbccddeeff", "00112233445566778899aabbccddeeff0", "ü0112233445566778899aabbccddeef"] {
+        for text in [
+            "",
+            "12",
+            "zz112233445566778899aabbccddeeff",
+            "00112233445566778899aabbccddeeff0",
+            "ü0112233445566778899aabbccddeef",
+        ] {
             assert!(text.parse::<HostId>().is_err(), "{text}");
         }
     }

@@ -17,7 +17,9 @@ pub enum RecoveryPoint {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} names no recovery point: use `latest`, `lsn:NUMBER`, a time like 2026-11-22T10:31:07.250 or a bookmark's name")]
+#[error(
+    "{text:?} names no recovery point: use `latest`, `lsn:NUMBER`, a time like 2026-11-22T10:31:07.250 or a bookmark's name"
+)]
 pub struct ParsePointError {
     pub text: String,
 }

@@ -214,7 +214,11 @@ mod tests {
                 let start = draw(64);
                 let extent = Extent::new(start, draw(64 - start + 1));
                 let add = draw(2) == 0;
-                if add { set.insert(extent) } else { set.remove(&extent) }
+                if add {
+                    set.insert(extent)
+                } else {
+                    set.remove(&extent)
+                }
                 (extent.start()..extent.end()).for_each(|i| flags[i as usize] = add);
                 let from_set: Vec<u64> = set.iter().flat_map(|e| e.start()..e.end()).collect();
                 let from_flags: Vec<u64> = (0..64).filter(|i| flags[*i as usize]).collect();

@@ -1,3 +1,5 @@
+//! Disk discovery on fixture trees of sysfs.
+
 use super::*;
 use std::collections::HashMap;
 
