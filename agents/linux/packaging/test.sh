@@ -15,11 +15,13 @@ export LC_ALL=C
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd -- "$here/../../.." && pwd)
 box=$root/appliance/supervisor/packaging
-built=$(cd -- "${1:-${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/debug}" && pwd)
+built=${1:-${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/debug}
 
 work=$(mktemp -d)
 daemon=''
 finish() {
+    # A child that is killed before it has become its program comes by here too.
+    if [ "$BASHPID" != "$$" ]; then return; fi
     if [ -n "$daemon" ]; then kill -KILL "$daemon" 2>/dev/null || true; fi
     rm -rf "$work"
 }
@@ -50,12 +52,21 @@ has() { command -v "$1" >/dev/null; }
 for tool in dpkg dpkg-deb rpm rpmbuild readelf; do has "$tool" || fail "$tool is missing"; done
 version=$(sed -n '/^\[workspace\.package\]/,/^\[/s/^version *= *"\([^"]*\)".*/\1/p' "$root/Cargo.toml")
 
+# As they are now: a build may replace them meanwhile.
+mkdir "$work/programs"
+for program in holdfast-agent holdfastd holdfast; do
+    cp "$built/$program" "$work/programs/" || fail "$built/$program is not there: cargo build -p agent-linux -p supervisor -p ctl"
+done
+built=$work/programs
+
 # --- Building
 
-"$here/build.sh" --fast --binary "$built/holdfast-agent" --out "$work/a" >"$work/made"
-"$box/build.sh" --fast --binaries "$built" --out "$work/a" >>"$work/made"
-(umask 077 && TZ=Asia/Shanghai "$here/build.sh" --fast --binary "$built/holdfast-agent" --out "$work/b" >/dev/null)
-(umask 077 && TZ=Asia/Shanghai "$box/build.sh" --fast --binaries "$built" --out "$work/b" >/dev/null)
+build_both() {
+    "$here/build.sh" --fast --binary "$built/holdfast-agent" --out "$1" || fail "the agent's packages were not made"
+    "$box/build.sh" --fast --binaries "$built" --out "$1" || fail "the box's packages were not made"
+}
+build_both "$work/a" >"$work/made"
+(umask 077 && TZ=Asia/Shanghai && export TZ && build_both "$work/b" >/dev/null) || exit 1
 same "files made" "$(cd "$work/a" && ls -A)" "$(cd "$work/b" && ls -A)"
 [ "$(wc -l <"$work/made")" = 4 ] || fail "four packages are expected, found: $(cat "$work/made")"
 while read -r path; do
@@ -121,7 +132,7 @@ inspect() {
         if [[ $(readelf -lW "$tree$destination") == *INTERP* ]]; then fail "$destination is not static"; fi
         # ldd's exit code differs between versions, its words do not.
         [[ $(ldd "$tree$destination" 2>&1) =~ statically|"not a dynamic" ]] || fail "ldd finds libraries of $destination"
-        cmp "$built/${source#@}" "$tree$destination"
+        cmp "$built/${source#@}" "$tree$destination" || fail "$destination is not what was built"
         same "$destination --version" "${source#@} $version" "$("$tree$destination" --version)"
     done <"$from/files"
     ok "$name: contents, modes, owners, scripts; static, and runs from where it was unpacked"
@@ -148,6 +159,8 @@ ok "the agent accepts its config.toml, with and without every key"
 try_box() {
     local what=$1 deadline=$((SECONDS + 60)) code=0
     shift
+    # Without the `READY` of the one before.
+    : >"$work/said"
     "$work/x-holdfast/usr/bin/holdfastd" "$@" --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 >"$work/said" 2>"$work/log" &
     daemon=$!
     until grep -q '^READY ' "$work/said"; do
@@ -179,11 +192,18 @@ unit() {
     sed -E 's|^ExecStart=[^ ]+|ExecStart=/bin/sh|' "$1" >"$file"
     said=$(systemd-analyze verify "$file" 2>&1) || fail "${1##*/}: $said"
     if grep -F "${1##*/}" <<<"$said"; then fail "${1##*/} has a fault"; fi
-    if systemd-analyze --help | grep -q -- --offline; then
+    if [[ $(systemd-analyze --help) == *--offline* ]]; then
         systemd-analyze security --no-pager --offline=true --threshold="$2" "$file" >"$work/log" 2>&1 ||
             fail "${1##*/} is more exposed than it was: $(tail -n 1 "$work/log")"
     fi
 }
+# What would be missed only when it is too late: the unit says why each is so.
+for line in KillMode=process RuntimeDirectoryPreserve=yes StateDirectoryMode=0700 Type=notify Restart=always; do
+    grep -qx "$line" "$here/holdfast-agent.service" || fail "holdfast-agent.service does not say $line"
+done
+if grep -E '^(ProtectHome|PrivateTmp|PrivateDevices|InaccessiblePaths|ProtectKernelTunables)=' "$here/holdfast-agent.service"; then
+    fail "holdfast-agent.service hides what the agent has to see"
+fi
 if has systemd-analyze; then
     unit "$here/holdfast-agent.service" 37
     unit "$box/holdfastd.service" 20
