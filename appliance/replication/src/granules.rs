@@ -170,7 +170,7 @@ impl GranuleMap {
                 map.words.copy_from_slice(words);
                 // Bits past the end would be counted for ever and never copied.
                 if let Some(last) = map.words.last_mut()
-                    && expected % 64 != 0
+                    && !expected.is_multiple_of(64)
                 {
                     *last &= (1 << (expected % 64)) - 1;
                 }

@@ -317,7 +317,7 @@ impl Source {
             maps.push(map);
         }
         let clean = stored.clean.filter(|_| same && maps.iter().all(GranuleMap::is_empty));
-        let gap = clean.is_none().then(|| Gap {
+        let gap = clean.is_none().then_some(Gap {
             reason: match () {
                 () if !stored.synced_once => GapReason::InitialSync,
                 () if !same => GapReason::VolumeChanged,
