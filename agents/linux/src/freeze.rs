@@ -2,7 +2,7 @@
 //!
 //! A frozen file system blocks every writer of the host. So before anything is frozen a guard process is started that holds the mount
 //! points open and lets them go when the agent says so, when the agent dies (its end of a pipe closes), or after
-//! [`FREEZE_MAX`], whichever is first. The guard does nothing else: no log, no allocation on the way, no write to a file system.
+//! [`FREEZE_MAX`], whichever is first. It ends only with the pipe: a freeze that comes about later than that is ended too. The guard does nothing else: no log, no allocation on the way, no write to a file system.
 
 use std::{
     fs::File,
@@ -10,7 +10,7 @@ use std::{
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Writers of the host wait this long at most.
@@ -62,6 +62,7 @@ fn thaw(dir: &File) -> io::Result<()> {
 pub struct Frozen {
     dirs: Vec<File>,
     guard: Guard,
+    since: Instant,
 }
 
 struct Guard {
@@ -95,7 +96,8 @@ pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeEr
     if !matches!(said, Some(Ok(()))) {
         return Err(FreezeError::GuardDead);
     }
-    let mut frozen = Frozen { dirs: Vec::new(), guard };
+    // From when the guard counts, not from when the last one is frozen.
+    let mut frozen = Frozen { dirs: Vec::new(), guard, since: Instant::now() };
     for (dir, mount) in dirs.into_iter().zip(mounts) {
         // Two mounts of one file system: it is frozen already.
         match freeze(&dir) {
@@ -108,6 +110,10 @@ pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeEr
 }
 
 impl Frozen {
+    /// Whether the guard cannot have let go yet.
+    pub fn surely_frozen(&self) -> bool {
+        self.since.elapsed() + Duration::from_secs(1) < FREEZE_MAX
+    }
     /// For the test of the guard: what we hold, and the guard.
     pub fn into_parts(mut self) -> (Vec<File>, impl Drop) {
         let dirs = std::mem::take(&mut self.dirs);
@@ -140,11 +146,18 @@ pub fn guard(mounts: &[PathBuf]) -> io::Result<()> {
     let mut out = io::stdout();
     out.write_all(b"r")?;
     out.flush()?;
-    let mut poll = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid entry. Whatever ends the wait, what follows is the same.
-    unsafe { libc::poll(&mut poll, 1, FREEZE_MAX.as_millis() as i32) };
-    for dir in dirs.iter().rev() {
-        let _ = thaw(dir);
+    let mut wait = FREEZE_MAX;
+    loop {
+        let mut poll = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid entry. Whatever ends the wait, what follows is the same.
+        let ended = unsafe { libc::poll(&mut poll, 1, wait.as_millis() as i32) } > 0;
+        for dir in dirs.iter().rev() {
+            let _ = thaw(dir);
+        }
+        if ended {
+            return Ok(());
+        }
+        // The agent still holds on: what it may freeze from now on is let go at once.
+        wait = Duration::from_millis(200);
     }
-    Ok(())
 }

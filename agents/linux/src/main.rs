@@ -257,11 +257,8 @@ fn run(config: Config) -> anyhow::Result<()> {
     let engine = Engine::new(config, Box::new(start))?;
     let stopper = engine.stopper();
     let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-        let result = engine.run();
-        // Wakes the wait below when the engine ended by itself.
-        // SAFETY: our own process id and a signal that is blocked everywhere but in the wait.
-        unsafe { libc::kill(libc::getpid(), libc::SIGHUP) };
-        result
+        let _wake = WakeMain;
+        engine.run()
     })?;
     notify_ready();
     tracing::info!(version = agent_linux::VERSION, "agent runs");
@@ -282,6 +279,16 @@ fn run(config: Config) -> anyhow::Result<()> {
     match worker.join() {
         Ok(result) => Ok(result?),
         Err(_) => bail!("the engine thread panicked"),
+    }
+}
+
+/// Wakes the wait for signals when the engine ends by itself, in whatever way.
+struct WakeMain;
+
+impl Drop for WakeMain {
+    fn drop(&mut self) {
+        // SAFETY: our own process id and a signal that is blocked everywhere but in the wait.
+        unsafe { libc::kill(libc::getpid(), libc::SIGHUP) };
     }
 }
 

@@ -228,6 +228,17 @@ fn root_a_spool_that_overflows_becomes_a_gap_and_is_copied() {
     assert!(gaps.contains(&GapReason::Overflow), "{gaps:?}");
     assert!(all - copied < 60 << 20, "only what was marked is copied: {}", all - copied);
     assert_eq!(consistents(&fake), gaps.len());
+    // What was lost is recorded, so the ring is free again: nothing more is lost.
+    let before = agent.status().unwrap()["capture"]["dropped"].as_u64().unwrap();
+    for i in 0..20u64 {
+        file.write_all_at(&vec![i as u8; 1 << 20], i << 20).unwrap();
+        file.sync_all().unwrap();
+        thread::sleep(Duration::from_millis(20));
+    }
+    identical(&agent, &fake, &disk);
+    let status = agent.status().unwrap();
+    assert_eq!(status["capture"]["dropped"].as_u64(), Some(before), "{status}");
+    assert!(status["ring"]["used_bytes"].as_u64().unwrap() < 1 << 20, "{status}");
 }
 
 #[test]

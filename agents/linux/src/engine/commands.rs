@@ -22,6 +22,9 @@ pub(super) enum Pending {
     Unprotect { group: GroupId, answer: Answer },
 }
 
+/// Bookmarks of one group that wait for a freeze, for their place or for the box; more at once are somebody's mistake.
+const WAITING_MAX: usize = 64;
+
 fn fail(answer: &Answer, code: &str, message: impl Into<String>, remedy: &str) {
     // Whoever asked may have gone away.
     let _ = answer.send(Reply::Error(Failure::new(code, message, remedy)));
@@ -123,6 +126,17 @@ impl Engine {
             .collect();
         self.tell(Message::Protect { group_name: name, volumes, mode: SyncMode::Async });
         self.pending = Some(Pending::Protect { resolution, answer });
+        self.pending_since = clock::mono();
+    }
+
+    /// A box that never answers must not keep every later change waiting.
+    pub(super) fn give_up_pending(&mut self, now: model::MonoTime) {
+        if self.pending.is_some()
+            && now.ms_since(self.pending_since) >= super::PENDING_MS
+            && let Some(Pending::Protect { answer, .. } | Pending::Unprotect { answer, .. }) = self.pending.take()
+        {
+            fail(&answer, "no-answer", format!("the box has not answered for {} s", super::PENDING_MS / 1000), OFFLINE);
+        }
     }
 
     fn protected(&mut self, spec: GroupSpec) {
@@ -187,6 +201,7 @@ impl Engine {
         }
         self.tell(Message::Unprotect { group: id });
         self.pending = Some(Pending::Unprotect { group: id, answer });
+        self.pending_since = clock::mono();
     }
 
     fn unprotected(&mut self, group: GroupId) {
@@ -244,6 +259,14 @@ impl Engine {
         let Some((running, _)) = self.running(group) else {
             return self.bookmark_failed(answer, "the group is not running here".to_owned());
         };
+        if running.bookmarks.len() >= WAITING_MAX {
+            return self.bookmark_failed(answer, format!("{WAITING_MAX} bookmarks are waiting already"));
+        }
+        if consistency == Consistency::Filesystem && self.freezing {
+            return self
+                .bookmark_failed(answer, "another bookmark has file systems frozen right now; try again".to_owned());
+        }
+        let Some((running, _)) = self.running(group) else { return };
         let devices: Vec<String> = running.volumes.iter().map(|v| v.device.clone()).collect();
         match consistency {
             Consistency::Application => {
@@ -258,6 +281,7 @@ impl Engine {
             }
             Consistency::Filesystem => {
                 running.bookmarks.push(PlacedBookmark { id, seq: None, name: name.clone(), answer, frozen: None });
+                self.freezing = true;
                 // Freezing waits for the host's writers: not in this thread.
                 let sender = self.to_self.clone();
                 let job = move || {
@@ -270,6 +294,7 @@ impl Engine {
                     let _ = sender.send(Input::Frozen { group, id, name, result });
                 };
                 if let Err(e) = std::thread::Builder::new().name("freeze".to_owned()).spawn(job) {
+                    self.freezing = false;
                     self.take_bookmark(group, id, &format!("could not start a thread: {e}"));
                 }
             }
@@ -285,7 +310,14 @@ impl Engine {
         }
     }
 
-    fn take_bookmark(&mut self, group: GroupId, id: u64, why: &str) {
+    /// Whether the guard may have let go of the file systems of a bookmark.
+    pub(super) fn thawed(&mut self, group: GroupId, id: u64) -> bool {
+        let Some((running, _)) = self.running(group) else { return true };
+        let bookmark = running.bookmarks.iter().find(|b| b.id == id);
+        bookmark.is_none_or(|b| b.frozen.as_ref().is_none_or(|f| !f.surely_frozen()))
+    }
+
+    pub(super) fn take_bookmark(&mut self, group: GroupId, id: u64, why: &str) {
         let Some((running, _)) = self.running(group) else { return };
         if let Some(at) = running.bookmarks.iter().position(|b| b.id == id) {
             let bookmark = running.bookmarks.swap_remove(at);
@@ -295,6 +327,7 @@ impl Engine {
 
     /// The file systems stand still: everything written so far is before the barrier that is taken now.
     pub(super) fn frozen(&mut self, group: GroupId, id: u64, name: BookmarkName, result: Result<Frozen, FreezeError>) {
+        self.freezing = false;
         match result {
             Err(e) => self.take_bookmark(group, id, &crate::error_chain(&e)),
             Ok(frozen) => {

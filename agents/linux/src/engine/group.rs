@@ -241,6 +241,8 @@ impl Running {
     pub fn report_loss(&mut self, ctx: &mut Ctx, group: GroupId, reason: GapReason, what: Lost) -> u64 {
         let id = self.next_loss;
         self.next_loss += 1;
+        // Before the machine hears of it: it may answer at once that the loss is stored.
+        ctx.open_losses.insert((group, id));
         self.on(ctx, group, Event::CaptureLost { id, reason, what });
         id
     }
@@ -296,7 +298,10 @@ impl Running {
                     self.spool.release(through);
                     self.durable(through);
                 }
-                Action::Drop { from } => self.spool.drop_from(from),
+                Action::Drop { from } => {
+                    self.spool.drop_from(from);
+                    self.taken_back(from);
+                }
                 Action::Forget { capture } => {
                     self.captures.remove(&capture);
                 }
@@ -501,6 +506,14 @@ impl Running {
             BookmarkFor::Box { id } => {
                 self.box_answers.push((id, wire::CommandResult::Failed { text: why.to_owned() }));
             }
+        }
+    }
+
+    /// Numbers from here on will be given to other records: bookmarks that had one are lost.
+    fn taken_back(&mut self, from: model::SourceSeq) {
+        let lost: Vec<u64> = self.bookmarks.iter().filter(|b| b.seq.is_some_and(|s| s >= from)).map(|b| b.id).collect();
+        for id in lost {
+            self.refused(id, "the stream was cut before the bookmark reached the box; set it again");
         }
     }
 

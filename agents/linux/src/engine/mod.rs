@@ -65,6 +65,10 @@ const SECOND_MS: u64 = 1_000;
 const CONTROL_SILENCE_MS: u64 = 15_000;
 /// States are stored for the time after a reboot this often.
 const BOOT_STORE_MS: u64 = 600_000;
+/// Groups that are stopped (a disk is missing, capture does not work) are tried again this often.
+const RETRY_STOPPED_MS: u64 = 30_000;
+/// The box has this long to answer a change.
+const PENDING_MS: u64 = 60_000;
 /// At a stop, requests in flight are waited for this long; with some left the next start opens a gap.
 const STOP_WAIT_MS: u64 = 1_000;
 /// Reads at once, over all groups.
@@ -164,6 +168,9 @@ pub struct Engine {
     to_self: mpsc::SyncSender<Input>,
     batches: VecDeque<Batch>,
     pending: Option<commands::Pending>,
+    pending_since: MonoTime,
+    /// A thread is freezing file systems; one at a time.
+    freezing: bool,
     renewing: Option<String>,
     next_bookmark: u64,
     host_pressure: PressureInput,
@@ -171,6 +178,7 @@ pub struct Engine {
     last_tick: MonoTime,
     last_second: MonoTime,
     last_boot_store: MonoTime,
+    last_retry: MonoTime,
     heartbeats: u64,
     stopping: bool,
     _lock: durable::DirLock,
@@ -229,19 +237,25 @@ impl Engine {
             to_self,
             batches: VecDeque::new(),
             pending: None,
+            pending_since: now,
+            freezing: false,
             renewing: None,
             next_bookmark: 1,
             host_pressure: PressureInput::default(),
             started: now,
             last_tick: now,
             last_second: now,
-            last_boot_store: now,
+            // The first time after a minute.
+            last_boot_store: MonoTime(now.0.saturating_sub((BOOT_STORE_MS - 60_000) * 1_000_000)),
+            last_retry: now,
             heartbeats: 0,
             stopping: false,
             _lock: lock,
             config,
         };
-        engine.start_groups(records)?;
+        engine.groups =
+            records.into_iter().map(|record| Group { record, running: None, stopped: String::new() }).collect();
+        engine.start_stopped()?;
         let sender = engine.to_self.clone();
         let path = engine.config.socket();
         crate::local::serve(&path, move |request, answer| sender.send(Input::Request(request, answer)).is_ok())
@@ -262,6 +276,22 @@ impl Engine {
 
     /// Works until told to stop. An error is one that a new start may mend.
     pub fn run(mut self) -> Result<(), EngineError> {
+        match self.turn() {
+            Ok(()) => self.shut_down(),
+            Err(e) => {
+                if matches!(e, EngineError::Capture(CaptureError::Damaged { .. }))
+                    && let Some(capture) = &mut self.ctx.capture
+                    && let Err(e) = capture.remove()
+                {
+                    // The next agent would find the same damage.
+                    tracing::error!(error = %crate::error_chain(&e), "could not take the damaged capture out of the kernel");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), EngineError> {
         let mut sleep = SLEEP_BUSY;
         while !self.stopping {
             match self.inbox.recv_timeout(sleep) {
@@ -284,7 +314,7 @@ impl Engine {
                 (false, false) => (sleep.max(SLEEP_BUSY) * 2).min(SLEEP_IDLE),
             };
         }
-        self.shut_down()
+        Ok(())
     }
 
     /// One round: what was captured, what waited for it, time.
@@ -375,7 +405,6 @@ impl Engine {
                 Captured::Done { .. } => {}
                 Captured::Lost { target, extents, why } => self.each_running(|running, ctx, id| {
                     if let Some(loss) = running.lost(ctx, id, target, &extents, why) {
-                        ctx.open_losses.insert((id, loss));
                         batch.losses.push((id, loss));
                     }
                 }),
@@ -403,7 +432,13 @@ impl Engine {
                 }
             }
             Wait::Bookmark { group, id, name, consistency } => {
-                if let Some((running, ctx)) = self.running(group) {
+                if consistency == Consistency::Filesystem && self.thawed(group, id) {
+                    self.take_bookmark(
+                        group,
+                        id,
+                        "the file systems had to be let go before everything they had written was captured",
+                    );
+                } else if let Some((running, ctx)) = self.running(group) {
                     running.on(ctx, group, Event::Bookmark { id, name, consistency });
                 }
             }
@@ -477,6 +512,15 @@ impl Engine {
                 self.tell(Message::heartbeat(self.heartbeats, now));
                 let status = self.agent_status();
                 self.tell(Message::Status(status));
+            }
+        }
+        self.give_up_pending(now);
+        if now.ms_since(self.last_retry) >= RETRY_STOPPED_MS {
+            self.last_retry = now;
+            if self.groups.iter().any(|g| g.running.is_none()) {
+                if let Err(e) = self.start_stopped() {
+                    tracing::error!(error = %crate::error_chain(&e), "could not start a stopped group");
+                }
             }
         }
         if now.ms_since(self.last_boot_store) >= BOOT_STORE_MS {

@@ -157,9 +157,8 @@ impl Before {
 }
 
 impl Engine {
-    pub(super) fn start_groups(&mut self, records: Vec<GroupRecord>) -> Result<(), EngineError> {
-        self.groups =
-            records.into_iter().map(|record| Group { record, running: None, stopped: String::new() }).collect();
+    /// Starts every group that does not run and can.
+    pub(super) fn start_stopped(&mut self) -> Result<(), EngineError> {
         if self.groups.is_empty() {
             return Ok(());
         }
@@ -167,12 +166,12 @@ impl Engine {
             Ok(disks) => disks,
             Err(e) => {
                 let why = crate::error_chain(&e);
-                self.groups.iter_mut().for_each(|g| g.stopped = why.clone());
+                self.groups.iter_mut().filter(|g| g.running.is_none()).for_each(|g| g.stopped = why.clone());
                 return Ok(());
             }
         };
         let mut found: HashMap<usize, Vec<VolumeAt>> = HashMap::new();
-        for (i, group) in self.groups.iter_mut().enumerate() {
+        for (i, group) in self.groups.iter_mut().enumerate().filter(|(_, g)| g.running.is_none()) {
             let volumes: Result<Vec<VolumeAt>, VolumeRefusal> =
                 group.record.volumes.iter().map(|v| locate(&disks, find(&disks, v)?, v.id)).collect();
             match volumes {
@@ -180,8 +179,11 @@ impl Engine {
                     found.insert(i, volumes);
                 }
                 Err(e) => {
-                    group.stopped = crate::error_chain(&e);
-                    tracing::error!(group = %group.record.spec.name, why = %group.stopped, "group is stopped");
+                    let why = crate::error_chain(&e);
+                    if group.stopped != why {
+                        tracing::error!(group = %group.record.spec.name, %why, "group is stopped");
+                        group.stopped = why;
+                    }
                 }
             }
         }
@@ -190,7 +192,9 @@ impl Engine {
         }
         if let Err(e) = self.ensure_capture(&disks, found.values().flatten().next()) {
             let why = crate::error_chain(&e);
-            tracing::error!(%why, "nothing can be captured: all groups are stopped");
+            if self.capture_error != why {
+                tracing::error!(%why, "nothing can be captured: all groups are stopped");
+            }
             for i in found.keys() {
                 self.groups[*i].stopped = why.clone();
             }
@@ -367,8 +371,7 @@ impl Engine {
         let mut running = Running::new(source, spool, link, volumes, spool_max, note);
         running.begin(&mut self.ctx, id, actions);
         if let Some((reason, what)) = lost {
-            let loss = running.report_loss(&mut self.ctx, id, reason, what);
-            self.ctx.open_losses.insert((id, loss));
+            running.report_loss(&mut self.ctx, id, reason, what);
         }
         if self.config.copy_mib_s > 0 {
             let rate = u64::from(self.config.copy_mib_s) << 20;

@@ -633,6 +633,9 @@ impl Capture for BpfCapture {
                     let copy = data.to_vec();
                     self.scan(out)?;
                     self.assembler.event(&event, &copy, at, out);
+                    // The caller opens a gap now and may not want the next loss in order: it is asked again.
+                    more = true;
+                    break;
                 } else {
                     self.assembler.event(&event, data, at, out);
                 }
