@@ -32,6 +32,8 @@
 //!
 //! [`MAX_RECORD_BYTES`] per record, 1 GiB per segment, [`format::MAX_SEGMENT_RECORDS`] records per segment; caches and
 //! queues are bounded where they are made. Volumes may grow, never shrink. A bookmark pins all history from it on.
+//! History ages by time that was seen to pass: a clock that leaps ahead, and time in which the process did not run, age it by an
+//! hour at most each.
 //!
 //! # Tests
 //!

@@ -36,35 +36,42 @@ fn check_all(reader: &JournalReader, oracle: &Oracle, step: usize, what: &str) {
 
 #[test]
 fn every_lsn_reads_as_the_model_says() {
+    every_lsn(IndexChoice::Memory);
+}
+
+#[test]
+fn every_lsn_reads_as_the_model_says_without_an_index() {
+    every_lsn(IndexChoice::None);
+}
+
+fn every_lsn(index: IndexChoice) {
     for seed in 1..=seeds(1) {
-        for index in [IndexChoice::Memory, IndexChoice::None] {
-            let what = format!("seed {seed}, {index:?}");
-            let mut rng = Rng::new(seed);
-            let disk = disk(seed);
-            let mut journal = create(&disk, &SECTORS, index.clone());
-            let mut oracle = Oracle::new(&SECTORS);
-            fill(&mut journal, &mut oracle, &mut rng, 500, true);
-            check_all(&journal.reader(), &oracle, 1, &what);
-            run_jobs(&mut journal, 1_000_000).expect("jobs succeed");
-            let stats = journal.stats();
-            assert!(stats.segments > 12, "{what}: {stats:?}");
-            assert_eq!(stats.records, 500, "{what}");
-            assert_eq!(stats.unsealed, 1, "{what}");
-            check_all(&journal.reader(), &oracle, 3, &what);
-            journal.close().expect("closes");
+        let what = format!("seed {seed}, {index:?}");
+        let mut rng = Rng::new(seed);
+        let disk = disk(seed);
+        let mut journal = create(&disk, &SECTORS, index.clone());
+        let mut oracle = Oracle::new(&SECTORS);
+        fill(&mut journal, &mut oracle, &mut rng, 500, true);
+        check_all(&journal.reader(), &oracle, 1, &what);
+        run_jobs(&mut journal, 1_000_000).expect("jobs succeed");
+        let stats = journal.stats();
+        assert!(stats.segments > 12, "{what}: {stats:?}");
+        assert_eq!(stats.records, 500, "{what}");
+        assert_eq!(stats.unsealed, 1, "{what}");
+        check_all(&journal.reader(), &oracle, 3, &what);
+        journal.close().expect("closes");
 
-            let offline = JournalReader::open_offline(arc(&disk), dir()).expect("opens offline");
-            assert!(offline.damage().is_empty(), "{what}: {:?}", offline.damage());
-            check_all(&offline, &oracle, 7, &what);
+        let offline = JournalReader::open_offline(arc(&disk), dir()).expect("opens offline");
+        assert!(offline.damage().is_empty(), "{what}: {:?}", offline.damage());
+        check_all(&offline, &oracle, 7, &what);
 
-            let mut journal = open(&disk, index);
-            check_all(&journal.reader(), &oracle, 7, &what);
-            fill(&mut journal, &mut oracle, &mut rng, 100, true);
-            check_all(&journal.reader(), &oracle, 11, &what);
-            let report = journal.reader().verify(&mut |_| {});
-            assert!(report.is_clean() && report.index_wrong == 0, "{what}: {report:?}");
-            assert_eq!(report.records, 600, "{what}");
-        }
+        let mut journal = open(&disk, index.clone());
+        check_all(&journal.reader(), &oracle, 7, &what);
+        fill(&mut journal, &mut oracle, &mut rng, 100, true);
+        check_all(&journal.reader(), &oracle, 11, &what);
+        let report = journal.reader().verify(&mut |_| {});
+        assert!(report.is_clean() && report.index_wrong == 0, "{what}: {report:?}");
+        assert_eq!(report.records, 600, "{what}");
     }
 }
 

@@ -150,7 +150,8 @@ impl Shape {
             .collect()
     }
 
-    /// As [`Shape::decompose`], with what there is: the largest run that `have` knows, else the footer.
+    /// What a view needs that starts below segment `end` and may stop at `first_kept`, newest first: the largest run that `have`
+    /// knows, else the footer.
     pub fn cover(&self, timeline: TimelineId, first_kept: u32, end: u32, have: impl Fn(RunId) -> bool) -> Vec<Source> {
         let mut out = Vec::new();
         let size = self.segments_per_generation();
