@@ -1,9 +1,9 @@
 //! The journal on a [`SimDisk`], as the box drives it: one thread's worth of appends, polls and background jobs.
 
 use crate::rng::Rng;
-use crate::store::{Down, NotRead, NotTaken, Position, Store, StoreCounts, StoreProgress};
+use crate::store::{Down, NotTaken, Position, Store, StoreCounts, StoreProgress};
 use durable::{Disk, SimDisk};
-use journal::{AppendError, IndexChoice, JobOutcome, Journal, JournalOptions, NewRecord, RecoveryReport, ResolveError};
+use journal::{AppendError, IndexChoice, JobOutcome, Journal, JournalOptions, NewRecord, RecoveryReport};
 use model::{
     ByteLen, Extent, GapReason, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, SECTOR, SourceSeq, StreamId, Term,
 };
@@ -114,7 +114,7 @@ impl JournalStore {
             let done = job.run();
             match journal.job_done(done) {
                 Ok(JobOutcome::Sealed { .. }) => self.counts.segments += 1,
-                Ok(JobOutcome::Retained { .. }) => self.counts.folds += 1,
+                Ok(JobOutcome::Retained { deleted, .. }) => self.counts.folds += u64::from(deleted > 0),
                 Ok(_) => {}
                 // A disk without room or power is no fault of the journal's; damage is.
                 Err(error @ journal::JobError::Corrupt { .. }) => return Err(chain(&error)),
@@ -273,18 +273,16 @@ impl Store for JournalStore {
         self.journal().reader().points().valid.iter().map(|range| (range.first_lsn, range.last_lsn)).collect()
     }
 
-    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, NotRead> {
+    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String> {
         let reader = self.journal().reader();
-        let point = match reader.resolve(&RecoveryPoint::Lsn(lsn)) {
-            Ok(point) if point.lsn == lsn => point,
-            Ok(other) => return Err(NotRead::Failed(format!("asked for LSN {lsn}, resolved to {}", other.lsn))),
-            Err(ResolveError::BeforeFloor { .. }) => return Err(NotRead::Folded),
-            Err(error) => return Err(NotRead::Failed(chain(&error))),
-        };
-        let view = reader.view(point).map_err(|error| NotRead::Failed(chain(&error)))?;
+        let point = reader.resolve(&RecoveryPoint::Lsn(lsn)).map_err(|error| chain(&error))?;
+        if point.lsn != lsn {
+            return Err(format!("asked for LSN {lsn}, resolved to {}", point.lsn));
+        }
+        let view = reader.view(point).map_err(|error| chain(&error))?;
         let mut out = vec![0; extent.bytes() as usize];
         let id = self.spec.volumes[volume].id;
-        view.read(id, extent.start() * SECTOR, &mut out).map_err(|error| NotRead::Failed(chain(&error)))?;
+        view.read(id, extent.start() * SECTOR, &mut out).map_err(|error| chain(&error))?;
         Ok(out)
     }
 

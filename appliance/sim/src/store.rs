@@ -32,14 +32,6 @@ pub(crate) enum NotTaken {
     Dead(String),
 }
 
-/// Why a point was not read.
-#[derive(Debug)]
-pub(crate) enum NotRead {
-    /// It was given up: a cutoff above it is stored, whether or not the fold behind it has ended.
-    Folded,
-    Failed(String),
-}
-
 /// How a box goes down.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Down {
@@ -83,7 +75,7 @@ pub(crate) trait Store {
     /// Ranges of LSNs in which every request boundary is offered as a recovery point, both ends included.
     fn offered(&self) -> Vec<(Lsn, Lsn)>;
     /// The bytes of a volume at this point.
-    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, NotRead>;
+    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
     /// The newest state, gaps or not.
     fn read_head(&mut self, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
     /// What the run added to the counts of the summary.
@@ -264,11 +256,10 @@ impl Store for MemoryStore {
         }
         ranges
     }
-    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, NotRead> {
-        let failed = |what: &str| NotRead::Failed(what.into());
-        let item = lsn.0.checked_sub(1).and_then(|at| self.items.get(at as usize)).ok_or(failed("no such LSN"))?;
+    fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String> {
+        let item = lsn.0.checked_sub(1).and_then(|at| self.items.get(at as usize)).ok_or("no such LSN")?;
         if item.flags.contains(WriteFlags::MORE) {
-            return Err(failed("inside a request"));
+            return Err("inside a request".into());
         }
         Ok(Self::cut(self.image(lsn.0, volume), extent))
     }

@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::net::{Connection, ToAgent, ToBox, box_time};
 use crate::oracle::{Request, fill_sector};
 use crate::rng::Rng;
-use crate::store::{Down, MemoryStore, NotRead, NotTaken, Store, StoreCounts};
+use crate::store::{Down, MemoryStore, NotTaken, Store, StoreCounts};
 use model::{
     Bound, Consistency, Extent, GroupPolicy, GroupSpec, Lsn, Mark, MonoTime, SECTOR, SourceSeq, StreamId, SyncMode,
     WriteFlags,
@@ -54,7 +54,6 @@ pub struct Summary {
     pub times_full: u64,
     pub gaps: u64,
     pub points_checked: u64,
-    pub points_folded: u64,
     pub segments: u64,
     pub cut_tails: u64,
     pub folds: u64,
@@ -98,7 +97,6 @@ impl Summary {
             ("times full", &mut self.times_full),
             ("gaps", &mut self.gaps),
             ("points checked", &mut self.points_checked),
-            ("points folded", &mut self.points_folded),
             ("segments", &mut self.segments),
             ("cut tails", &mut self.cut_tails),
             ("folds", &mut self.folds),
@@ -136,6 +134,8 @@ pub enum FailureKind {
     StoreDied { what: String },
     #[error("the store lost durable records: durable to LSN {durable}, after the restart it ends at {end}")]
     LostDurable { durable: Lsn, end: Lsn },
+    #[error("the store has record {durable} of the stream durable and says it is at {position}")]
+    PositionForgotten { durable: SourceSeq, position: String },
     #[error("LSNs jumped: {got} after {had}")]
     LsnJump { had: Lsn, got: Lsn },
     #[error("LSN {lsn} is offered as a recovery point inside a gap")]
@@ -668,6 +668,13 @@ impl World {
                 self.box_hears_end();
                 self.the_box.note_progress();
                 let position = self.the_box.store.position();
+                if let Some((stream, durable)) = self.the_box.durable_position()
+                    && !position.is_some_and(|p| p.stream == stream && p.durable >= durable && p.appended >= p.durable)
+                {
+                    return Err(self
+                        .trace
+                        .fail(FailureKind::PositionForgotten { durable, position: format!("{position:?}") }));
+                }
                 let decided = resume(position.map(|p| (p.stream, p.appended)), &facts);
                 if self.trace.on() {
                     self.trace.line("box", "open", &format!("{facts:?} has {position:?}: {decided:?}"));
@@ -879,14 +886,8 @@ impl World {
         for volume in 0..self.host.disks.len() {
             let sectors = self.host.disks[volume].len() as u64;
             let extent = Extent::new(0, sectors);
-            let bytes = match self.the_box.store.read(lsn, volume, extent) {
-                Ok(bytes) => bytes,
-                Err(NotRead::Folded) => {
-                    self.summary.points_folded += 1;
-                    return Ok(());
-                }
-                Err(NotRead::Failed(what)) => return Err(self.trace.fail(FailureKind::Unreadable { lsn, what })),
-            };
+            let read = self.the_box.store.read(lsn, volume, extent);
+            let bytes = read.map_err(|what| self.trace.fail(FailureKind::Unreadable { lsn, what }))?;
             let mut want = [0; SECTOR as usize];
             for (sector, got) in bytes.chunks_exact(SECTOR as usize).enumerate() {
                 fill_sector(self.host.log.tag(volume, sector as u64, request), &mut want);
