@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let mut total = sim::Summary::default();
     let mut failed = 0;
     for seed in seed..seed.saturating_add(count) {
-        let sink: Option<Box<dyn FnMut(&str)>> = if trace { Some(Box::new(|line| println!("{line}"))) } else { None };
+        let sink: Option<sim::TraceSink> = if trace { Some(Box::new(|line| println!("{line}"))) } else { None };
         match sim::run_with(seed, options, sink) {
             Ok(summary) => total.add(&summary),
             Err(failure) => {

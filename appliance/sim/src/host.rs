@@ -242,7 +242,7 @@ impl Host {
 /// What a request writes into a sector.
 fn tag(request: Request, sector: u64) -> u64 {
     // Now and then zeroes, as disks are full of them.
-    if request % 11 == 0 { 0 } else { request << 16 | sector }
+    if request.is_multiple_of(11) { 0 } else { request << 16 | sector }
 }
 
 /// The data a part carries.

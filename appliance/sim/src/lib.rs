@@ -38,4 +38,4 @@ mod rng;
 mod store;
 mod world;
 
-pub use world::{Failure, FailureKind, Options, Summary, run, run_with};
+pub use world::{Failure, FailureKind, Options, Summary, TraceSink, run, run_with};

@@ -174,9 +174,12 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// Where the lines of a trace go.
+pub type TraceSink = Box<dyn FnMut(&str)>;
+
 /// One line per event, in columns, when somebody looks.
 pub(crate) struct Trace {
-    sink: Option<Box<dyn FnMut(&str)>>,
+    sink: Option<TraceSink>,
     pub(crate) seed: u64,
     pub(crate) now_ms: u64,
 }
@@ -300,7 +303,7 @@ pub fn run(seed: u64) -> Result<Summary, Failure> {
 }
 
 /// Runs one world, telling a line per event to `trace`.
-pub fn run_with(seed: u64, options: Options, trace: Option<Box<dyn FnMut(&str)>>) -> Result<Summary, Failure> {
+pub fn run_with(seed: u64, options: Options, trace: Option<TraceSink>) -> Result<Summary, Failure> {
     let mut world = World::new(seed, options, Trace { sink: trace, seed, now_ms: 0 })?;
     for _ in 0..STEPS {
         world.step()?;
