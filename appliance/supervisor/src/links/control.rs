@@ -194,9 +194,6 @@ fn session_number() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// What is done about a message on a blocking thread.
-type Blocking = Box<dyn FnOnce(&Arc<Links>) -> Result<Message, Refusal> + Send>;
-
 /// What the box says to a message. An error ends the connection.
 async fn answer(
     links: &Arc<Links>,
@@ -204,7 +201,7 @@ async fn answer(
     message: Message,
     open: &mut BTreeMap<u64, oneshot::Sender<CommandResult>>,
 ) -> Result<Option<Message>, Refusal> {
-    let blocking = |work: Blocking| {
+    let blocking = |work: Box<dyn FnOnce(&Arc<Links>) -> Result<Message, Refusal> + Send>| {
         let links = Arc::clone(links);
         async move {
             let done = tokio::task::spawn_blocking(move || work(&links)).await;

@@ -33,7 +33,6 @@ impl JobPool {
             .map(|i| {
                 let queue = Arc::clone(&queue);
                 std::thread::Builder::new().name(format!("job-{i}")).spawn(move || {
-                    step_back();
                     while let Some(task) = queue.next() {
                         work(task);
                     }
@@ -67,13 +66,4 @@ fn work(task: Task) {
     };
     // A group that is gone needs no result.
     let _ = home.push(command);
-}
-
-/// Background work gives way to those who wait for a write or a read.
-fn step_back() {
-    // SAFETY: sets a number of the calling thread (on Linux 0 means the thread, not the process); no memory is handed over.
-    let done = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
-    if done != 0 {
-        tracing::debug!("background threads run at the usual priority");
-    }
 }

@@ -245,8 +245,9 @@ impl Conn {
     }
     pub fn hear_refusal(&mut self) -> Refusal {
         loop {
-            if let Err(refusal) = self.hear() {
-                return refusal;
+            match self.hear() {
+                Err(refusal) => return refusal,
+                Ok(_) => {}
             }
         }
     }
@@ -384,7 +385,7 @@ impl Host {
                     let kind = FrameKind::Record(record.kind);
                     let (codec, stored) = match record.kind {
                         model::RecordKind::Write => packer.pack(data),
-                        _ => (Codec::Raw, data.as_slice()),
+                        _ => (Codec::Raw, data.as_slice().into()),
                     };
                     let header = FrameHeader {
                         kind,
@@ -396,10 +397,10 @@ impl Host {
                         mono: record.mono,
                         wall_us: record.wall_us,
                         payload_len: stored.len() as u32,
-                        payload_crc: wire::crc32(stored),
+                        payload_crc: wire::crc32(&stored),
                     };
                     let mut bytes = encode_header(&header).unwrap().to_vec();
-                    bytes.extend_from_slice(stored);
+                    bytes.extend_from_slice(&stored);
                     if self.stream.as_mut().is_some_and(|s| s.raw(&bytes).is_err()) {
                         self.cut();
                         return;

@@ -26,28 +26,33 @@
 //! **Limits.** What is queued is bounded by its producers, see [`Inbox`]; `waiters` and `reads` hold at most what those have
 //! unanswered.
 
-mod append;
-mod clients;
-mod source;
-
 use super::{
-    Command, Counters, GroupError, Marked, Phase, Shared,
+    Command, Counters, GroupError, LinkInfo, Marked, Phase, Shared, StreamOpening,
     group::Live,
     inbox::{Inbox, Wait},
-    jobs::JobPool,
+    jobs::{self, JobPool},
 };
 use crate::{
     clock::Clock,
     events::{Event, Events},
-    exports::{driver::Op, lane::Lane, pool::ReadPool},
+    exports::{
+        driver::Op,
+        lane::Lane,
+        pool::{ReadJob, ReadPool, Source},
+    },
     links::lane::{Inbound, LinkLane},
     outbox::Outbox,
 };
 use durable::Disk;
-use journal::{AppendError, Journal, JournalOptions, JournalReader, OpenError, Progress, RecoveryReport};
-use model::{HistoryTime, Lsn, Mark, MonoTime, SourceSeq, StreamId};
-use nbd::Errno;
-use replication::{Target, TargetAction, TargetEvent};
+use journal::{
+    AppendError, Journal, JournalOptions, JournalReader, MAX_RECORD_BYTES, NewRecord, OpenError, Progress,
+    RecoveryReport,
+};
+use model::{
+    Codec, Extent, GroupSpec, HistoryTime, Lsn, Mark, MonoTime, RecordKind, SECTOR, SourceSeq, StreamId, WriteFlags,
+};
+use nbd::{Command as Nbd, Errno};
+use replication::{Had, Target, TargetAction, TargetConfig, TargetEvent, TargetState};
 use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -56,7 +61,7 @@ use std::{
     time::Duration,
 };
 use tokio::sync::{Notify, oneshot};
-use wire::{FrameHeader, Message, Refusal, RefuseCode};
+use wire::{FrameHeader, Message, Refusal, RefuseCode, Resume};
 
 /// With nothing to do, the thread looks at retention and rates this often.
 const TICK_MS: u64 = 1000;
@@ -64,10 +69,6 @@ const TICK_MS: u64 = 1000;
 const LINK_TICK_MS: u64 = 100;
 /// Plain writes under way and nobody waiting: new ones are gathered for so long at most before completions are looked at.
 const GATHER: Duration = Duration::from_micros(500);
-/// With so few waiting (and more than one), commands and completions are waited for by turns of this length. Measured on two
-/// processors: twice the durable writes at depth 2 to 8, fewer at 16 and more.
-const BESIDE: Duration = Duration::from_micros(40);
-const BESIDE_WAITERS_MAX: usize = 8;
 /// Jobs that may end without making room before a record that does not fit means "full". Several, because one prepares, one folds, one
 /// deletes.
 const JOBS_BEFORE_FULL: u32 = 4;
@@ -94,7 +95,6 @@ pub struct Context {
 
 /// Runs a group until it is closed. `made`: its journal, if it was only just made.
 pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>, mut made: Option<Journal>) {
-    sharpen_timer();
     let mut failures = 0;
     loop {
         shared.set_phase(Phase::Opening);
@@ -129,15 +129,6 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>,
     let mut left = VecDeque::new();
     inbox.take(&mut left, Wait::No);
     left.into_iter().for_each(|command| refuse(command, "the group is closed"));
-}
-
-/// Short waits of this thread end when they should: the kernel's usual slack of 50 µs is more than [`BESIDE`].
-fn sharpen_timer() {
-    // SAFETY: sets a number of the calling thread; no memory is handed over.
-    let done = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1000) };
-    if done != 0 {
-        tracing::debug!("the kernel keeps its timer slack; short waits are longer");
-    }
 }
 
 fn note_opened(context: &Context, shared: &Shared, report: &RecoveryReport, failures: usize) {
@@ -374,7 +365,7 @@ impl<'a> Writer<'a> {
     ) -> Self {
         let now = context.clock.mono();
         let reader = journal.reader();
-        shared.set_spec(journal.spec().clone());
+        shared.set_spec(GroupSpec::clone(&journal.spec()));
         // Until the box says otherwise, others' needs are not its own: what the disk lacks is shared out by priority.
         journal.set_must_free(Some(0));
         Self {
@@ -411,6 +402,11 @@ impl<'a> Writer<'a> {
             if let Some(outbox) = self.current.take() {
                 outbox.close();
             }
+            self.closing |= self.queue.drain(..).any(|command| {
+                let close = matches!(command, Command::Close);
+                refuse(command, "the group's thread panicked");
+                close
+            });
         }
         match catch_unwind(AssertUnwindSafe(|| self.end())) {
             Ok(End::Closed) if self.failed.is_none() => {
@@ -461,27 +457,12 @@ impl<'a> Writer<'a> {
         self.drain();
         self.submit();
         self.wake();
-        self.await_completion();
+        // Whoever needs a completion waits for one, unless there is more to submit first.
+        let progress = self.journal.progress();
+        self.collect(self.wanted(&progress) && progress.in_flight > 0 && self.inbox.is_empty());
         self.wake();
         self.tick();
         self.publish();
-    }
-
-    /// Whoever needs a completion waits for one, unless there is more to submit first.
-    fn await_completion(&mut self) {
-        let progress = self.journal.progress();
-        let waits = self.wanted(&progress) && progress.in_flight > 0 && self.inbox.is_empty();
-        // A few clients: the request of another one is sent beside what is under way rather than behind it. Many: what they ask for
-        // meanwhile makes one large batch, which costs less than several small ones. One: nobody else will ask.
-        if waits
-            && (2..=BESIDE_WAITERS_MAX).contains(&self.waiters.len())
-            && progress.in_flight < self.context.options.depth
-        {
-            self.inbox.take(&mut self.queue, Wait::AtMost(BESIDE));
-            self.collect(false);
-        } else {
-            self.collect(waits);
-        }
     }
 
     /// Whether somebody waits for what is not there yet.
@@ -530,7 +511,7 @@ impl<'a> Writer<'a> {
             Command::SetSpec { spec, reply } => {
                 let result = self.journal.set_spec(*spec).map_err(GroupError::Control);
                 if result.is_ok() {
-                    self.shared.set_spec(self.journal.spec().clone());
+                    self.shared.set_spec(GroupSpec::clone(&self.journal.spec()));
                     self.start_jobs();
                 }
                 let _ = reply.send(result);
@@ -636,6 +617,302 @@ impl<'a> Writer<'a> {
         }
     }
 
+    // ---- NBD
+
+    fn op(&mut self, lane: &Arc<Lane>, op: Op) -> Step {
+        let request = op.request;
+        match request.command {
+            Nbd::Write { .. } => self.write(Arc::clone(lane), op, 0),
+            Nbd::WriteZeroes { .. } | Nbd::Trim { .. } => self.write(Arc::clone(lane), op, 0),
+            Nbd::Flush => {
+                Counters::add(&self.shared.counters.flushes, 1);
+                let progress = self.journal.progress();
+                if progress.durable >= progress.appended {
+                    lane.done(&request);
+                    self.touch(&lane.outbox);
+                } else {
+                    let who = Who::Client { lane: Arc::clone(lane), op };
+                    self.waiters.push_back(Waiter { lsn: progress.appended, who });
+                }
+                Step::Done
+            }
+            Nbd::Read { .. } | Nbd::BlockStatus { .. } => {
+                let progress = self.journal.progress();
+                let reading = Reading { lsn: progress.appended, lane: Arc::clone(lane), op };
+                if reading.lsn <= progress.written {
+                    self.read(reading)
+                } else {
+                    self.reads.push_back(reading)
+                }
+                Step::Done
+            }
+            Nbd::Cache => {
+                lane.done(&request);
+                self.touch(&lane.outbox);
+                Step::Done
+            }
+        }
+    }
+
+    fn read(&self, reading: Reading) {
+        let source = Source::Head(self.reader.clone());
+        self.context.reads.push(ReadJob { lane: reading.lane, request: reading.op.request, source });
+    }
+
+    /// Appends a write, trim or zeroing from byte `done` on, and sees to its answer.
+    fn write(&mut self, lane: Arc<Lane>, op: Op, mut done: usize) -> Step {
+        let request = op.request;
+        let len = request.len as usize;
+        let fua = request.fua();
+        let kind = match request.command {
+            Nbd::Trim { .. } => RecordKind::Discard,
+            Nbd::WriteZeroes { .. } => RecordKind::Zero,
+            _ => RecordKind::Write,
+        };
+        let time = self.context.clock.history();
+        while done < len {
+            // Only data is split: a range without data fits one record whatever its length.
+            let piece = if kind == RecordKind::Write { (len - done).min(MAX_RECORD_BYTES) } else { len };
+            let mut flags = WriteFlags::NONE;
+            if fua {
+                flags = flags | WriteFlags::FUA;
+            }
+            if done + piece < len {
+                flags = flags | WriteFlags::MORE;
+            }
+            let payload = if kind == RecordKind::Write { &op.payload[done..done + piece] } else { &[][..] };
+            let record = NewRecord {
+                kind,
+                flags,
+                volume: lane.volume,
+                extent: Extent::new((request.offset + done as u64) / SECTOR, piece as u64 / SECTOR),
+                codec: Codec::Raw,
+                payload,
+                payload_crc: crc32fast::hash(payload),
+                time,
+                source_wall_us: time.0,
+                stream: StreamId::default(),
+                seq: SourceSeq::ZERO,
+            };
+            match self.append(&record) {
+                Ok(_) => done += piece,
+                Err(Refused::NoRoom(text)) => {
+                    if self.hold(&text) {
+                        return Step::Held(Work::Write { lane, op, done });
+                    }
+                    Counters::add(&self.shared.counters.refused_full, 1);
+                    return self.fail_op(&lane, &op, Errno::NoSpace, &format!("the journal is full: {text}"));
+                }
+                Err(Refused::Record(e)) => return self.fail_op(&lane, &op, Errno::Io, &crate::chain(&e)),
+                Err(Refused::Failed(text)) => {
+                    self.fail_op(&lane, &op, Errno::Io, &text);
+                    self.failed = Some(text);
+                    return Step::Done;
+                }
+            }
+        }
+        if fua {
+            let lsn = self.journal.progress().appended;
+            self.waiters.push_back(Waiter { lsn, who: Who::Client { lane, op } });
+        } else {
+            lane.done(&request);
+            self.touch(&lane.outbox);
+        }
+        Step::Done
+    }
+
+    fn fail_op(&mut self, lane: &Arc<Lane>, op: &Op, errno: Errno, text: &str) -> Step {
+        lane.fail(&op.request, errno, text);
+        self.touch(&lane.outbox);
+        Step::Done
+    }
+
+    // ---- the agent's stream
+
+    fn is_current(&self, link: &LinkLane) -> bool {
+        self.link.as_ref().is_some_and(|l| l.lane.id == link.id)
+    }
+
+    fn attach(&mut self, lane: Arc<LinkLane>, open: &StreamOpening) -> Result<(), Refusal> {
+        let spec = GroupSpec::clone(&self.journal.spec());
+        if let Some(text) = volumes_differ(&spec.volumes, &open.volumes) {
+            return Err(Refusal { code: RefuseCode::VolumeChanged, text });
+        }
+        // What the connection before had sent and was not appended is dropped; its source sends it again.
+        self.drop_link();
+        // The resume point is then all durable, and the first ack tells the source so.
+        self.settle();
+        if let Some(reason) = &self.failed {
+            return Err(Refusal { code: RefuseCode::Stopped, text: reason.clone() });
+        }
+        let position = self.journal.source_position();
+        let resume = replication::resume(position.map(|p| (p.stream, p.appended)), &open.facts);
+        let config = TargetConfig {
+            in_gap: self.journal.in_gap().map(|(_, reason)| reason),
+            silence_ms: open.silence_ms,
+            last_time: self.journal.last_time(),
+            had: position.map(|p| Had { durable: p.durable, appended_lsn: self.journal.progress().appended }),
+            ..TargetConfig::new(spec.id, open.facts.stream, spec.volumes.clone(), resume)
+        };
+        let clock = &self.context.clock;
+        let (target, ready) = Target::open(config, spec, open.mono, clock.history(), clock.mono());
+        lane.say(&ready);
+        let text = match resume {
+            Resume::Continue { next } => format!("stream {} goes on at {next}", open.facts.stream),
+            Resume::Restart => format!("stream {} begins", open.facts.stream),
+        };
+        self.context.events.note(Event::StreamOpened, &self.shared.name, text);
+        let link = LinkInfo { id: lane.id, since_us: clock.wall_us() };
+        self.shared.change_live(|live| live.link = Some(link));
+        self.touch(&lane.outbox);
+        self.link = Some(Attached { lane, stream: open.facts.stream, target });
+        if self.full {
+            self.target_event(TargetEvent::Room(false), None);
+        }
+        Ok(())
+    }
+
+    fn drop_link(&mut self) {
+        let Some(link) = self.link.take() else { return };
+        link.lane.outbox.close();
+        let now = self.context.clock.wall_us();
+        self.shared.change_live(|live| (live.link, live.link_lost_us) = (None, Some(now)));
+        self.context.events.note(Event::StreamClosed, &self.shared.name, &link.lane.peer);
+        let before = self.pending.len();
+        self.pending.retain(|work| !matches!(work, Work::Record { .. } | Work::SourceMark { .. }));
+        if self.pending.len() != before {
+            self.held = None;
+        }
+    }
+
+    fn frame(&mut self, link: &Arc<LinkLane>, frame: Inbound) {
+        match frame {
+            Inbound::Message(message) => self.target_event(TargetEvent::Message(&message), None),
+            Inbound::Record { header, payload } => {
+                let event = TargetEvent::Frame { header: &header, payload: &payload };
+                let work = |time| Work::Record { link: Arc::clone(link), header, payload: payload.clone(), time };
+                self.target_event(event, Some(&work));
+            }
+        }
+    }
+
+    /// Lets the target see an event and does what it says. Appends go to the front of the queue.
+    fn target_event(&mut self, event: TargetEvent<'_>, append: Option<&dyn Fn(HistoryTime) -> Work>) {
+        let Some(link) = &mut self.link else { return };
+        let (now, wall) = (self.context.clock.mono(), self.context.clock.history());
+        let mut actions = std::mem::take(&mut self.actions);
+        link.target.on(event, now, wall, &mut actions);
+        let lane = Arc::clone(&link.lane);
+        for action in actions.drain(..) {
+            match action {
+                TargetAction::Append { time } => {
+                    if let Some(work) = append {
+                        self.pending.push_front(work(time));
+                    }
+                }
+                TargetAction::AppendMark { mark, time, seq } => {
+                    self.pending.push_front(Work::SourceMark { link: Arc::clone(&lane), mark, time, seq });
+                }
+                TargetAction::SendAck(ack) => {
+                    lane.outbox.put(0, |out| ack.encode(out));
+                    self.touch(&lane.outbox);
+                }
+                TargetAction::Send(message) => {
+                    lane.say(&message);
+                    self.touch(&lane.outbox);
+                }
+                TargetAction::Refuse(refusal) => {
+                    let event =
+                        if refusal.code == RefuseCode::Silent { Event::HostSilent } else { Event::FrameRefused };
+                    self.context.events.note(event, &lane.peer, &refusal);
+                    lane.say(&Message::Refuse(refusal));
+                    self.drop_link();
+                }
+                TargetAction::Proven { until, .. } => {
+                    self.shared.change_live(|live| live.proven = live.proven.max(Some(until)));
+                }
+                TargetAction::State(state) => {
+                    if state != TargetState::Refused {
+                        tracing::debug!(group = %self.shared.name, ?state, "stream");
+                    }
+                }
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn record(&mut self, link: Arc<LinkLane>, header: FrameHeader, payload: bytes::Bytes, time: HistoryTime) -> Step {
+        let wire::FrameKind::Record(kind) = header.kind else { return Step::Done };
+        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
+            return Step::Done;
+        };
+        let record = NewRecord {
+            kind,
+            flags: header.flags,
+            volume: header.volume,
+            extent: header.extent,
+            codec: header.codec,
+            payload: &payload,
+            payload_crc: header.payload_crc,
+            time,
+            source_wall_us: header.wall_us,
+            stream,
+            seq: header.seq,
+        };
+        match self.append(&record) {
+            Ok(lsn) => {
+                self.waiters.push_back(Waiter { lsn, who: Who::Source });
+                self.target_event(TargetEvent::Appended { seq: header.seq, lsn }, None);
+                Step::Done
+            }
+            Err(refused) => {
+                self.source_refused(&link, refused, Work::Record { link: Arc::clone(&link), header, payload, time })
+            }
+        }
+    }
+
+    fn source_mark(&mut self, link: Arc<LinkLane>, mark: Mark, time: HistoryTime, seq: SourceSeq) -> Step {
+        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
+            return Step::Done;
+        };
+        match self.append_mark(&mark, time, stream, seq) {
+            Ok(lsn) => {
+                if let Mark::Bookmark { name, .. } = &mark {
+                    self.context.events.note(Event::BookmarkMade, &self.shared.name, name);
+                }
+                self.waiters.push_back(Waiter { lsn, who: Who::Source });
+                self.target_event(TargetEvent::Appended { seq, lsn }, None);
+                Step::Done
+            }
+            Err(refused) => {
+                self.source_refused(&link, refused, Work::SourceMark { link: Arc::clone(&link), mark, time, seq })
+            }
+        }
+    }
+
+    fn source_refused(&mut self, link: &Arc<LinkLane>, refused: Refused, work: Work) -> Step {
+        match refused {
+            Refused::NoRoom(text) => {
+                // Full or not, the record stays: the source is told, and what it sent is appended when there is room.
+                if !self.hold(&text) {
+                    self.held = Some(Held::at(self.context.clock.mono()));
+                }
+                Step::Held(work)
+            }
+            Refused::Record(e) => {
+                let refusal = Refusal { code: RefuseCode::BadFrame, text: crate::chain(&e) };
+                self.context.events.note(Event::FrameRefused, &link.peer, &refusal);
+                link.say(&Message::Refuse(refusal));
+                self.drop_link();
+                Step::Done
+            }
+            Refused::Failed(text) => {
+                self.failed = Some(text);
+                Step::Held(work)
+            }
+        }
+    }
+
     // ---- marks of the box's own
 
     fn mark(&mut self, mark: Mark, reply: oneshot::Sender<Result<Marked, GroupError>>) -> Step {
@@ -657,6 +934,189 @@ impl<'a> Writer<'a> {
             }
         }
         Step::Done
+    }
+
+    // ---- the journal
+
+    fn append(&mut self, record: &NewRecord<'_>) -> Result<Lsn, Refused> {
+        loop {
+            match self.journal.append(record) {
+                Ok(lsn) => {
+                    let bytes = if record.kind == RecordKind::Write { record.extent.bytes() } else { 0 };
+                    Counters::add(&self.shared.counters.bytes, bytes);
+                    Counters::add(&self.shared.counters.records, 1);
+                    self.appended_since_jobs += record.payload.len() as u64 + 128;
+                    self.took();
+                    return Ok(lsn);
+                }
+                Err(AppendError::Busy { .. }) => self.make_way()?,
+                Err(e) => return Err(sort(e)),
+            }
+        }
+    }
+
+    fn append_mark(
+        &mut self,
+        mark: &Mark,
+        time: HistoryTime,
+        stream: StreamId,
+        seq: SourceSeq,
+    ) -> Result<Lsn, Refused> {
+        loop {
+            match self.journal.append_mark(mark, time, stream, seq) {
+                Ok(lsn) => {
+                    self.took();
+                    return Ok(lsn);
+                }
+                Err(AppendError::Busy { .. }) => self.make_way()?,
+                Err(e) => return Err(sort(e)),
+            }
+        }
+    }
+
+    /// All writes are in flight and the batch is full: answers go out while one of them ends.
+    fn make_way(&mut self) -> Result<(), Refused> {
+        self.wake();
+        self.collect(true);
+        self.wake();
+        match self.failed.take() {
+            None => Ok(()),
+            Some(text) => Err(Refused::Failed(text)),
+        }
+    }
+
+    /// Something was appended: there is room.
+    fn took(&mut self) {
+        self.held = None;
+        if self.full {
+            self.full = false;
+            self.shared.change_live(|live| live.full = None);
+            self.context.events.note(Event::JournalRoom, &self.shared.name, "writes are taken again");
+            self.target_event(TargetEvent::Room(true), None);
+        }
+        if self.appended_since_jobs >= JOBS_EVERY_BYTES {
+            self.start_jobs();
+        }
+    }
+
+    /// The head of the queue does not fit. True: jobs may still make room, it waits. False: the group is full.
+    fn hold(&mut self, text: &str) -> bool {
+        let now = self.context.clock.mono();
+        let held = self.held.unwrap_or_else(|| Held::at(now));
+        self.start_jobs();
+        let may_balance = !held.balanced && now.ms_since(held.since) < BALANCE_MS_MAX;
+        if may_balance {
+            self.context.room_wanted.notify_one();
+        }
+        if !self.full && (may_balance || (self.jobs_running > 0 && held.jobs < JOBS_BEFORE_FULL)) {
+            self.held = Some(Held { due: false, tried: now, ..held });
+            return true;
+        }
+        self.held = None;
+        if !self.full {
+            self.full = true;
+            self.shared.change_live(|live| live.full = Some(text.to_owned()));
+            self.context.events.note(Event::JournalFull, &self.shared.name, text);
+            self.target_event(TargetEvent::Room(false), None);
+        }
+        false
+    }
+
+    fn submit(&mut self) {
+        let progress = self.journal.progress();
+        if progress.unsent_bytes == 0 || !(self.wanted(&progress) || progress.in_flight == 0) {
+            return;
+        }
+        Counters::add(&self.shared.counters.batches, 1);
+        match self.journal.submit() {
+            Ok(()) | Err(AppendError::Busy { .. }) => {}
+            Err(e) => self.failed = Some(crate::chain(&e)),
+        }
+    }
+
+    /// Takes in completions and answers who waited for them.
+    fn collect(&mut self, block: bool) {
+        let progress = match self.journal.poll(block) {
+            Ok(progress) => progress,
+            Err(e) => {
+                self.failed = Some(crate::chain(&e));
+                return;
+            }
+        };
+        let mut source = false;
+        while let Some(front) = self.waiters.front()
+            && front.lsn <= progress.durable
+            && let Some(waiter) = self.waiters.pop_front()
+        {
+            match waiter.who {
+                Who::Client { lane, op } => {
+                    lane.done(&op.request);
+                    self.touch(&lane.outbox);
+                }
+                Who::Mark { time, reply } => {
+                    let _ = reply.send(Ok(Marked { lsn: waiter.lsn, time }));
+                }
+                Who::Barrier { reply } => {
+                    let _ = reply.send(Ok(()));
+                }
+                Who::Source => source = true,
+            }
+        }
+        while let Some(front) = self.reads.front()
+            && front.lsn <= progress.written
+            && let Some(reading) = self.reads.pop_front()
+        {
+            self.read(reading);
+        }
+        if source {
+            self.target_event(TargetEvent::Progress { written: progress.written, durable: progress.durable }, None);
+        }
+    }
+
+    /// Makes everything appended durable.
+    fn settle(&mut self) {
+        loop {
+            let progress = self.journal.progress();
+            if self.failed.is_some() || progress.durable >= progress.appended {
+                return;
+            }
+            match self.journal.submit() {
+                Ok(()) | Err(AppendError::Busy { .. }) => self.collect(true),
+                Err(e) => self.failed = Some(crate::chain(&e)),
+            }
+        }
+    }
+
+    // ---- jobs
+
+    fn start_jobs(&mut self) {
+        self.appended_since_jobs = 0;
+        while self.jobs_running < jobs::PER_GROUP
+            && !self.closing
+            && let Some(job) = self.journal.next_job(self.context.clock.history())
+        {
+            tracing::debug!(group = %self.shared.name, job = job.what(), "job");
+            if self.context.jobs.push(job, self.inbox).is_err() {
+                return; // the box is shutting down
+            }
+            self.jobs_running += 1;
+        }
+    }
+
+    fn job_done(&mut self, done: journal::JobDone) {
+        if let Some(held) = &mut self.held {
+            held.jobs += 1;
+            held.due = true;
+        }
+        match self.journal.job_done(done) {
+            Ok(outcome) => tracing::debug!(group = %self.shared.name, ?outcome, "job done"),
+            Err(e) => {
+                self.context.events.note(Event::JobFailed, &self.shared.name, crate::chain(&e));
+                // Not at once: a job that fails for lack of room would be tried in a loop.
+                return;
+            }
+        }
+        self.start_jobs();
     }
 
     // ---- housekeeping
@@ -736,11 +1196,11 @@ impl<'a> Writer<'a> {
         }
         self.drop_link();
         self.wake();
-        // A job works on the journal's files: the next opening must not meet it. What was taken from the inbox and not looked at may
-        // hold its end.
-        let mut queue = std::mem::take(&mut self.queue);
-        loop {
-            for command in queue.drain(..) {
+        // A job works on the journal's files: the next opening must not meet it.
+        while self.jobs_running > 0 {
+            let mut queue = VecDeque::new();
+            self.inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(TICK_MS)));
+            for command in queue {
                 match command {
                     Command::JobDone(done) => {
                         self.jobs_running -= 1;
@@ -753,10 +1213,6 @@ impl<'a> Writer<'a> {
                     other => refuse(other, text),
                 }
             }
-            if self.jobs_running == 0 {
-                break;
-            }
-            self.inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(TICK_MS)));
         }
         match reason {
             Some(reason) if !self.closing => End::Failed(reason),
@@ -782,4 +1238,36 @@ fn fail_work(work: Work, text: &str) {
             let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
         }
     }
+}
+
+fn sort(e: AppendError) -> Refused {
+    match e {
+        AppendError::NoSpace { .. } | AppendError::OverLimit { .. } => Refused::NoRoom(e.to_string()),
+        AppendError::Poisoned(_) | AppendError::Roll(_) | AppendError::Control(_) => Refused::Failed(crate::chain(&e)),
+        e => Refused::Record(e),
+    }
+}
+
+/// Says how what a source calls its volumes differs from what the journal recorded.
+fn volumes_differ(have: &[model::VolumeSpec], said: &[model::VolumeSpec]) -> Option<String> {
+    for volume in have {
+        let Some(s) = said.iter().find(|s| s.id == volume.id) else {
+            return Some(format!("volume {} ({}) is missing", volume.id, volume.name));
+        };
+        if s.sectors != volume.sectors {
+            return Some(format!(
+                "{} had {} sectors and has {} now: its size changed",
+                volume.name, volume.sectors.0, s.sectors.0
+            ));
+        }
+        if s.identity != volume.identity {
+            return Some(format!(
+                "{} is another disk than before: {:?} instead of {:?}",
+                volume.name, s.identity, volume.identity
+            ));
+        }
+    }
+    said.iter()
+        .find(|s| !have.iter().any(|h| h.id == s.id))
+        .map(|s| format!("volume {} ({}) is not part of the group", s.id, s.name))
 }
