@@ -78,14 +78,39 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         let mut test = Command::new("agents/linux/packaging/test.sh");
         r.repo.show(test.arg(programs).current_dir(&r.repo.root))
     });
-    run.phase("tests", |r| r.tests(&["--workspace", "--exclude", "hw-tests"]));
+    run.phase("tests", |r| r.tests(Which::AllButGuests));
     if !options.quick {
-        run.phase("guests", |r| r.tests(&["--package", "hw-tests"]));
-        run.phase("try --check", |r| r.repo.show(Command::new(std::env::current_exe()?).args(["try", "--check"])));
+        run.phase("guests", |r| r.tests(Which::Guests));
+        run.phase("try --check", |r| r.repo.show(Command::new(ourselves()?).args(["try", "--check"])));
         run.phase("try --check notices one wrong byte", |r| a_wrong_byte_is_noticed(r.repo));
         run.phase("try --check without root", |_| without_root());
     }
     run.finish()
+}
+
+/// Which tests run together: those of the guests come last, alone.
+#[derive(Clone, Copy)]
+enum Which {
+    AllButGuests,
+    Guests,
+}
+
+impl Which {
+    /// For nextest.
+    fn filter(self) -> &'static str {
+        match self {
+            Self::AllButGuests => "not package(hw-tests)",
+            Self::Guests => "package(hw-tests)",
+        }
+    }
+
+    /// For cargo's own runner.
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::AllButGuests => &["--workspace", "--exclude", "hw-tests"],
+            Self::Guests => &["--package", "hw-tests"],
+        }
+    }
 }
 
 impl Run<'_> {
@@ -104,9 +129,14 @@ impl Run<'_> {
     }
 
     /// Runs tests with nextest, or with cargo's own runner where that is all there is.
-    fn tests(&mut self, which: &[&str]) -> Result<()> {
-        let (counts, outcome) =
-            if tools::find("cargo-nextest").is_some() { self.nextest(which)? } else { self.cargo_test(which)? };
+    fn tests(&mut self, which: Which) -> Result<()> {
+        let (counts, outcome) = if tools::find("cargo-nextest").is_some() {
+            // Chosen by a filter, not by `--package`: another choice of packages is another choice of features, and cargo would
+            // build the same crates again.
+            self.nextest(&["--workspace", "-E", which.filter()])?
+        } else {
+            self.cargo_test(which.packages())?
+        };
         self.counts.add(counts);
         outcome
     }
@@ -147,6 +177,12 @@ impl Run<'_> {
     }
 }
 
+/// Our own program as it was built last: while the tests run, cargo may put a new file in the place of the one we run from, and
+/// what the kernel names as ours then is gone.
+fn ourselves() -> Result<PathBuf> {
+    Ok(programs()?.join("xtask"))
+}
+
 /// The folder of the programs. Ours has been built again meanwhile, perhaps, and its old file is gone; its folder is not.
 fn programs() -> Result<PathBuf> {
     let us = std::env::current_exe()?;
@@ -155,7 +191,7 @@ fn programs() -> Result<PathBuf> {
 
 /// A check that cannot fail proves nothing: this one must, and must say where.
 fn a_wrong_byte_is_noticed(repo: &Repo) -> Result<()> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(ourselves()?);
     command
         .args(["try", "--check", "--built", "--without-root", "--spoil", "--data"])
         .arg(repo.target_dir()?.join("try-spoilt"));
