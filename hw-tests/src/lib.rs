@@ -7,6 +7,7 @@
 //! - [`process`]: programs that die with the test, a time limit on every wait;
 //! - [`tools`]: finding system tools, saying which package brings a missing one;
 //! - [`nbd`]: a small NBD client;
+//! - [`net`]: a host behind a cable that can be pulled;
 //! - [`control`]: JSON over the box's control socket;
 //! - [`product`]: the three binaries, a box and an agent in a folder;
 //! - [`disk`]: loop disks with a file system and a workload, as root;
@@ -23,6 +24,7 @@ pub mod disk;
 pub mod guest;
 pub mod image;
 pub mod nbd;
+pub mod net;
 pub mod process;
 pub mod product;
 pub mod qmp;

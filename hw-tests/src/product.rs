@@ -3,6 +3,7 @@
 use crate::{
     control::Control,
     nbd,
+    net::Cable,
     process::{self, Finished, Program, wait_for},
 };
 use anyhow::{Context, Result, bail};
@@ -333,19 +334,33 @@ pub struct Agent {
     bins: Binaries,
     dir: PathBuf,
     pins: PathBuf,
+    cable: Option<Cable>,
     program: Option<Program>,
+}
+
+/// What is not as usual with an agent.
+#[derive(Debug, Default)]
+pub struct Setup<'a> {
+    /// Lines of its configuration.
+    pub config: &'a str,
+    /// Its host is behind this cable; everything but the network it shares with us.
+    pub cable: Option<Cable>,
 }
 
 impl Agent {
     /// Writes the configuration, enrols with the box, and starts the daemon.
     pub fn start(bins: &Binaries, dir: &Path, appliance: &Appliance) -> Result<Self> {
+        Self::start_with(bins, dir, appliance, Setup::default())
+    }
+
+    pub fn start_with(bins: &Binaries, dir: &Path, appliance: &Appliance, setup: Setup<'_>) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         let pins = pin_dir(&dir);
         let places = [("state_dir", dir.join("state")), ("run_dir", dir.join("run")), ("pin_dir", pins.clone())];
         let config: String = places.iter().map(|(key, path)| format!("{key} = {}\n", toml_text(path))).collect();
-        fs::write(dir.join("agent.toml"), config)?;
-        let mut this = Self { bins: bins.clone(), dir, pins, program: None };
+        fs::write(dir.join("agent.toml"), config + setup.config)?;
+        let mut this = Self { bins: bins.clone(), dir, pins, cable: setup.cable, program: None };
         if !this.dir.join("state").join("enrolled").exists() {
             let token = appliance.token()?;
             this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
@@ -386,7 +401,18 @@ impl Agent {
     pub fn cli(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.bins.agent);
         command.arg("--config").arg(self.dir.join("agent.toml")).args(args);
-        command
+        match &self.cable {
+            Some(cable) => cable.host(&command),
+            None => command,
+        }
+    }
+    /// The cable it was set up with.
+    pub fn cable(&self) -> Result<&Cable> {
+        self.cable.as_ref().context("this agent's host has no cable of its own")
+    }
+    /// What keeps capturing while the agent is away; gone once nothing of it is left in the kernel.
+    pub fn pins(&self) -> &Path {
+        &self.pins
     }
     pub fn run_cli(&self, args: &[&str]) -> Result<Finished> {
         process::run(self.cli(args), COMMAND_MAX)?.ok()

@@ -1,0 +1,99 @@
+//! A host of its own on the network: a namespace at the end of a cable that can be pulled.
+//!
+//! A pulled cable is what a proxy cannot imitate: nothing is refused, nothing is closed, packets just stop arriving, and both
+//! ends find out by themselves. Block devices, the capture in the kernel and unix sockets know nothing of it.
+
+use crate::{
+    process::{Finished, call},
+    tools,
+};
+use anyhow::{Context, Result};
+use std::{
+    net::Ipv4Addr,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
+
+const IP_MAX: Duration = Duration::from_secs(30);
+
+/// A namespace and the cable to it; both go when this is dropped.
+#[derive(Debug)]
+pub struct Cable {
+    namespace: String,
+    /// Our end; an interface's name has at most 15 characters.
+    near: String,
+    address: Ipv4Addr,
+}
+
+impl Cable {
+    /// Makes a namespace with one interface, and plugs it in. Needs root.
+    pub fn new() -> Result<Self> {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        // Each test is a process of its own: its number keeps names and addresses apart from those of its neighbours.
+        let (us, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let place = us.wrapping_mul(4).wrapping_add(u32::from(n)) % (1 << 14);
+        // 10.192.0.0/12 in networks of four: base, near, far, broadcast.
+        let base = u32::from(Ipv4Addr::new(10, 192, 0, 0)) + place * 4;
+        let (address, far_address) = (Ipv4Addr::from(base + 1), Ipv4Addr::from(base + 2));
+        let this = Self { namespace: format!("hf-{us}-{n}"), near: format!("hf{place}a"), address };
+        let far = format!("hf{place}b");
+        ip(&["netns", "add", &this.namespace])?;
+        ip(&["link", "add", &this.near, "type", "veth", "peer", "name", &far, "netns", &this.namespace])?;
+        ip(&["address", "add", &format!("{address}/30"), "dev", &this.near])?;
+        ip(&["link", "set", &this.near, "up"])?;
+        this.inside(&["address", "add", &format!("{far_address}/30"), "dev", &far])?;
+        this.inside(&["link", "set", "lo", "up"])?;
+        this.inside(&["link", "set", &far, "up"])?;
+        Ok(this)
+    }
+
+    /// Where the host in the namespace reaches us.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+    pub fn pull(&self) -> Result<()> {
+        ip(&["link", "set", &self.near, "down"]).map(drop)
+    }
+    /// Plugs it in again; an interface keeps its address while it is down.
+    pub fn plug(&self) -> Result<()> {
+        ip(&["link", "set", &self.near, "up"]).map(drop)
+    }
+    /// Turns `command` into the same one on the host behind the cable. `/sys` stays ours: `ip netns exec` would mount another
+    /// one, without the BPF file system.
+    pub fn host(&self, command: &Command) -> Command {
+        let mut there = Command::new("nsenter");
+        there.arg(format!("--net=/run/netns/{}", self.namespace)).arg("--").arg(command.get_program());
+        there.args(command.get_args());
+        there
+    }
+
+    fn inside(&self, args: &[&str]) -> Result<Finished> {
+        ip(&[&["-n", &self.namespace], args].concat())
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        let gone = ip(&["link", "delete", &self.near]).and_then(|_| ip(&["netns", "delete", &self.namespace]));
+        if let Err(e) = gone {
+            eprintln!("namespace {}: {e:#}", self.namespace);
+        }
+    }
+}
+
+fn ip(args: &[&str]) -> Result<Finished> {
+    call("ip", args, IP_MAX).with_context(|| format!("ip {}", args.join(" ")))
+}
+
+/// Whether namespaces can be had here; why not otherwise.
+pub fn cables_work() -> Result<(), String> {
+    if !tools::is_root() {
+        return Err("a network namespace needs root".into());
+    }
+    if !Path::new("/proc/self/ns/net").exists() {
+        return Err("this kernel has no network namespaces".into());
+    }
+    Ok(())
+}
