@@ -10,7 +10,7 @@ use crate::{
 use anyhow::{Context, Result};
 use std::{
     net::Ipv4Addr,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
@@ -25,6 +25,7 @@ pub struct Cable {
     /// Our end; an interface's name has at most 15 characters.
     near: String,
     address: Ipv4Addr,
+    nsenter: PathBuf,
 }
 
 impl Cable {
@@ -37,7 +38,8 @@ impl Cable {
         // 10.192.0.0/12 in networks of four: base, near, far, broadcast.
         let base = u32::from(Ipv4Addr::new(10, 192, 0, 0)) + place * 4;
         let (address, far_address) = (Ipv4Addr::from(base + 1), Ipv4Addr::from(base + 2));
-        let this = Self { namespace: format!("hf-{us}-{n}"), near: format!("hf{place}a"), address };
+        let (namespace, near, nsenter) = (format!("hf-{us}-{n}"), format!("hf{place}a"), tools::need("nsenter")?);
+        let this = Self { namespace, near, address, nsenter };
         let far = format!("hf{place}b");
         ip(&["netns", "add", &this.namespace])?;
         ip(&["link", "add", &this.near, "type", "veth", "peer", "name", &far, "netns", &this.namespace])?;
@@ -63,7 +65,7 @@ impl Cable {
     /// Turns `command` into the same one on the host behind the cable. `/sys` stays ours: `ip netns exec` would mount another
     /// one, without the BPF file system.
     pub fn host(&self, command: &Command) -> Command {
-        let mut there = Command::new("nsenter");
+        let mut there = Command::new(&self.nsenter);
         there.arg(format!("--net=/run/netns/{}", self.namespace)).arg("--").arg(command.get_program());
         there.args(command.get_args());
         there

@@ -77,6 +77,7 @@ pub const TOOLS: &[Tool] = &[
     Tool { name: "rpmbuild", package: "rpm", used_for: "the agent's package", needed_by: &[Test] },
     Tool { name: "shellcheck", package: "shellcheck", used_for: "checking scripts", needed_by: &[Test] },
     Tool { name: "ip", package: "iproute2", used_for: "network faults", needed_by: &[Test] },
+    Tool { name: "nsenter", package: "util-linux", used_for: "a host behind a cable of its own", needed_by: &[Test] },
     Tool { name: "mkfs.xfs", package: "xfsprogs", used_for: "XFS on test disks", needed_by: &[Test] },
     Tool { name: "fio", package: "fio", used_for: "load", needed_by: &[Test, Bench] },
     Tool { name: "nbdkit", package: "nbdkit", used_for: "a peer in the bench", needed_by: &[Test, Bench] },

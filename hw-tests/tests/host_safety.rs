@@ -29,6 +29,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Small buffers: what takes a day on a server takes a second here. Pressure is not heeded, for the other tests of this machine
 /// would make the agent mark instead of spool.
 const SMALL: &str = "ring_mib = 1\nspool_memory_mib = 8\nspool_mib = 16\nmemory_mib = 64\nheed_pressure = false\n";
+const PAUSE: Duration = Duration::from_millis(2);
 /// Steps of the workload that show that the host gets on: some write, some fsync.
 const STEPS: u64 = 40;
 
@@ -67,7 +68,7 @@ impl Scene {
         disk.make_ext4()?;
         disk.mount(&dir.join("mnt"))?;
         write_still(&dir.join("mnt/still"), seed)?;
-        let workload = Workload::start(&dir.join("mnt"), seed, Duration::from_millis(2));
+        let workload = Workload::start(&dir.join("mnt"), seed, PAUSE);
         agent.protect(disk.device(), GROUP)?;
         appliance.wait_state(GROUP, "replicating", LIMIT)?;
         let before = hold(&appliance, &mut disk, "before", &dir)?;
@@ -206,10 +207,13 @@ fn a_box_that_is_gone_for_long_does_not_hold_up_the_host_and_is_not_sent_everyth
     scene.appliance.kill()?;
     scene.host_gets_on()?;
     scene.host_writes(40 << 20)?;
+    // Quiet from here on, so that what is sent is what happened meanwhile and nothing else.
+    scene.workload.stop()?;
     scene.appliance.run()?;
     scene.wait_in_step()?;
     let sent = scene.journalled()?.saturating_sub(before);
     ensure!(sent < STILL_BYTES, "{sent} bytes were sent after the pause: what did not change was among them");
+    scene.workload = Workload::start(&scene.scratch.path().join("mnt"), 5, PAUSE);
     scene.end()
 }
 
