@@ -4,7 +4,9 @@
 //! that hangs is worth nothing. It runs no service; each step of a test is a command sent by [`Guest::sh`], whose output
 //! and status come back. Everything the guest prints on its console is in the log named by [`Guest::log_path`].
 //!
-//! The kernel comes as a Debian package by `apt-get download` (no root needed) and is kept in a cache folder.
+//! The kernel comes as a Debian package by `apt-get download` (no root needed), which checks it against the archive's signed index, and
+//! is kept in a cache folder. A kernel of another Debian release comes by a list of sources of its own in that folder: the
+//! system's sources are not touched.
 
 use crate::{
     process::{Program, call, run, wait_for},
@@ -44,15 +46,73 @@ pub struct Kernel {
     pub version: String,
 }
 
+/// A Debian release whose kernel is not the system's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// Name of its folder in the cache.
+    pub name: &'static str,
+    /// Base address and suite.
+    archive: &'static str,
+    suite: &'static str,
+}
+
+/// Linux 6.12.
+pub const BOOKWORM_BACKPORTS: Release =
+    Release { name: "6.12", archive: "http://deb.debian.org/debian", suite: "bookworm-backports" };
+/// Linux 5.10.
+pub const BULLSEYE_SECURITY: Release =
+    Release { name: "5.10", archive: "http://deb.debian.org/debian-security", suite: "bullseye-security" };
+
+impl Release {
+    /// Options that make apt use this release alone, with all it keeps in `dir`.
+    fn apt_options(&self, dir: &Path) -> Result<Vec<String>> {
+        fs::create_dir_all(dir.join("lists/partial"))?;
+        fs::create_dir_all(dir.join("archives/partial"))?;
+        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let list = format!("deb [arch=amd64 signed-by={keys}] {} {} main\n", self.archive, self.suite);
+        fs::write(dir.join("sources.list"), list)?;
+        let at = |name: &str| dir.join(name).display().to_string();
+        let pairs = [
+            ("Dir::Etc::sourcelist", at("sources.list")),
+            ("Dir::Etc::sourceparts", "-".to_owned()),
+            ("Dir::State::lists", at("lists")),
+            ("Dir::Cache", dir.display().to_string()),
+            ("APT::Architectures", "amd64".to_owned()),
+        ];
+        Ok(pairs.into_iter().flat_map(|(key, value)| ["-o".to_owned(), format!("{key}={value}")]).collect())
+    }
+}
+
 impl Kernel {
+    /// The kernel of another release, downloaded once into `cache`.
+    pub fn of_release(release: &Release, cache: &Path) -> Result<Self> {
+        // Absolute: apt is started in another folder.
+        fs::create_dir_all(cache)?;
+        let cache = cache.canonicalize()?;
+        let _lock = lock(&cache.join("lock"))?;
+        let name = format!("linux-image-{}", release.name);
+        Self::unpacked(&name, &cache, || {
+            let options = release.apt_options(&cache.join(format!("{name}.apt")))?;
+            let options: Vec<&str> = options.iter().map(String::as_str).collect();
+            if Self::kept(&cache.join(format!("{name}.deb")))?.is_none() {
+                call("apt-get", &[&options[..], &["--quiet=2", "update"]].concat(), DOWNLOAD_MAX)?;
+            }
+            Self::package("linux-image-amd64", &name, &cache, &options)
+        })
+    }
+
     /// The kernel that `meta`, e.g. `linux-image-amd64`, stands for; downloaded once into `cache`.
     pub fn debian(meta: &str, cache: &Path) -> Result<Self> {
         fs::create_dir_all(cache)?;
         let _lock = lock(&cache.join("lock"))?;
-        let root = cache.join(meta);
+        Self::unpacked(meta, cache, || Self::package(meta, meta, cache, &[]))
+    }
+
+    fn unpacked(name: &str, cache: &Path, package: impl FnOnce() -> Result<PathBuf>) -> Result<Self> {
+        let root = cache.join(name);
         if !root.join("complete").exists() {
-            let package = Self::package(meta, cache)?;
-            let fresh = cache.join(format!("{meta}.unpacking"));
+            let package = package()?;
+            let fresh = cache.join(format!("{name}.unpacking"));
             if fresh.exists() {
                 fs::remove_dir_all(&fresh)?;
             }
@@ -76,30 +136,32 @@ impl Kernel {
         entry.file_name().into_string().map_err(|name| anyhow::anyhow!("kernel version {name:?}"))
     }
 
-    /// The package file, from the cache or from Debian.
-    fn package(meta: &str, cache: &Path) -> Result<PathBuf> {
-        let kept = |dir: &Path| -> Result<Option<PathBuf>> {
-            let mut found = None;
-            for entry in fs::read_dir(dir)? {
-                let path = entry?.path();
-                if path.extension().is_some_and(|e| e == "deb") {
-                    found = Some(path);
-                }
+    /// The package in a folder of the cache.
+    fn kept(dir: &Path) -> Result<Option<PathBuf>> {
+        let mut found = None;
+        fs::create_dir_all(dir)?;
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "deb") {
+                found = Some(path);
             }
-            Ok(found)
-        };
-        let dir = cache.join(format!("{meta}.deb"));
-        fs::create_dir_all(&dir)?;
-        if let Some(file) = kept(&dir)? {
+        }
+        Ok(found)
+    }
+
+    /// The package file, from the cache or from Debian. `options` are for apt.
+    fn package(meta: &str, name: &str, cache: &Path, options: &[&str]) -> Result<PathBuf> {
+        let dir = cache.join(format!("{name}.deb"));
+        if let Some(file) = Self::kept(&dir)? {
             return Ok(file);
         }
-        let depends = call("apt-cache", &["depends", meta], TOOL_MAX)?;
+        let depends = call("apt-cache", &[options, &["depends", meta]].concat(), TOOL_MAX)?;
         let real = depends.stdout.lines().find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
         let real = real.with_context(|| format!("apt knows no kernel behind {meta}: run apt-get update"))?;
         let mut download = Command::new(tools::need("apt-get")?);
-        download.arg("download").arg(format!("linux-image-{real}")).current_dir(&dir);
+        download.args(options).arg("download").arg(format!("linux-image-{real}")).current_dir(&dir);
         run(download, DOWNLOAD_MAX)?.ok()?;
-        kept(&dir)?.with_context(|| format!("apt-get downloaded nothing for linux-image-{real}"))
+        Self::kept(&dir)?.with_context(|| format!("apt-get downloaded nothing for linux-image-{real}"))
     }
 
     fn image(&self) -> PathBuf {
@@ -155,8 +217,13 @@ impl Initramfs {
                 .with_context(|| format!("module file {}", file.display()))?
                 .to_string_lossy()
                 .into_owned();
+            // Newer kernels come with compressed modules, which busybox cannot load.
+            let (base, bytes) = match base.strip_suffix(".xz") {
+                Some(plain) => (plain.to_owned(), unpack_xz(&file)?),
+                None => (base, fs::read(&file)?),
+            };
             if !self.modules.contains(&base) {
-                self.file(&format!("modules/{base}"), 0o644, fs::read(&file)?);
+                self.file(&format!("modules/{base}"), 0o644, bytes);
                 self.modules.push(base);
             }
         }
@@ -204,6 +271,12 @@ impl Initramfs {
         let insmods: String = self.modules.iter().map(|m| format!("insmod /modules/{m}\n")).collect();
         INIT.replace("INSMODS\n", &insmods)
     }
+}
+
+fn unpack_xz(file: &Path) -> Result<Vec<u8>> {
+    let out = Command::new(tools::need("xz")?).arg("-dc").arg(file).output()?;
+    ensure!(out.status.success(), "xz -dc {}: {}", file.display(), String::from_utf8_lossy(&out.stderr));
+    Ok(out.stdout)
 }
 
 /// Runs as process 1: file systems, modules, network, then commands from the second serial port, one per line:

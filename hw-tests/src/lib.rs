@@ -28,6 +28,7 @@ pub mod net;
 pub mod process;
 pub mod product;
 pub mod qmp;
+pub mod record;
 pub mod tools;
 
 /// Prints why a test did not run, in the form `cargo xtask test` counts.

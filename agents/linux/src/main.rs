@@ -8,7 +8,7 @@ use agent_linux::{
         bpf::{BpfCapture, Options, Pins},
     },
     config::{Config, LogFormat},
-    disks::Disks,
+    disks::{Backend, Cost, Disks},
     engine::Engine,
     enrol, freeze, local,
     state::StateDir,
@@ -46,10 +46,12 @@ enum Command {
     },
     /// Run the agent (what the service does)
     Run,
-    /// Show the disks of this host, and what a choice would take along
+    /// Show the disks of this host as a tree; with a choice, what it takes along, what it gets and what it costs
     Disks {
-        /// Device, mount point or volume to resolve
+        /// Device, mount point or volume to look at
         choice: Vec<String>,
+        #[arg(long)]
+        json: bool,
     },
     /// Protect disks, partitions, volumes or what is mounted somewhere
     Protect {
@@ -131,24 +133,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Run => run(config),
-        Command::Disks { choice } => {
-            let disks = Disks::here()?;
-            if choice.is_empty() {
-                print!("{disks}");
-                return Ok(());
-            }
-            let resolution = disks.resolve(&choice)?;
-            for leaf in &resolution.leaves {
-                println!(
-                    "/dev/{:<20} {:>10}  {}",
-                    leaf.volume,
-                    model::ByteLen(leaf.range.bytes()).to_string(),
-                    leaf.why
-                );
-            }
-            resolution.notes.iter().for_each(|note| println!("{note}"));
-            Ok(())
-        }
+        Command::Disks { choice, json } => show_disks(&config, &choice, json),
         Command::Protect { devices, group, whole_image } => {
             let value = ask(local::Request::Protect { devices, group, whole_image })?;
             show::protected(&value);
@@ -191,6 +176,47 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Remove { purge } => remove(&config, purge),
     }
+}
+
+fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<()> {
+    let disks = Disks::here()?;
+    if choice.is_empty() {
+        match json {
+            true => println!("{}", serde_json::to_string_pretty(&disks.json())?),
+            false => print!("{disks}"),
+        }
+        return Ok(());
+    }
+    let resolution = disks.resolve(choice)?;
+    let cost = Cost::of(&resolution, &disks, config);
+    if json {
+        let mut value = disks.choice_json(choice, &resolution);
+        value["cost"] = cost.json();
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    for choice in choice {
+        let stack = disks.stack_of(disks.find(choice)?);
+        println!("{choice} is");
+        stack.iter().enumerate().for_each(|(depth, layer)| println!("{:width$}{layer}", "", width = 2 + depth * 2));
+    }
+    println!("captured would be");
+    for leaf in &resolution.leaves {
+        println!(
+            "  /dev/{:<20} {:>10}  {:<8}  {}",
+            leaf.volume,
+            model::ByteLen(leaf.range.bytes()).to_string(),
+            leaf.backend.name(),
+            leaf.why
+        );
+    }
+    resolution.notes.iter().for_each(|note| println!("  {note}"));
+    let mut backends: Vec<Backend> = resolution.leaves.iter().map(|l| l.backend).collect();
+    backends.sort();
+    backends.dedup();
+    backends.iter().for_each(|b| println!("promise  {}: {}", b.name(), b.promise()));
+    println!("{cost}");
+    Ok(())
 }
 
 fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {

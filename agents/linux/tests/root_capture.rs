@@ -77,8 +77,8 @@ fn root_a_replayed_capture_is_the_disk_and_every_cut_is_a_crash_image() {
         events.iter().filter_map(|e| if let Captured::Request(r) = e { Some(r) } else { None }).collect();
     let lost: Vec<_> = events.iter().filter(|e| matches!(e, Captured::Lost { .. })).collect();
     assert!(lost.is_empty(), "{lost:?}");
-    let done = events.iter().filter(|e| matches!(e, Captured::Done { .. })).count();
-    assert_eq!(done, requests.iter().filter(|r| r.op != Op::Flush).count(), "every write completed");
+    let open = never_completed(&events);
+    assert!(open.is_empty(), "requests without a completion: {open:#?}");
     assert!(requests.iter().any(|r| r.op == Op::Flush), "fsync shows as a flush");
     assert!(requests.iter().any(|r| r.op == Op::Discard), "fstrim shows as discards");
 
@@ -105,6 +105,33 @@ fn root_a_replayed_capture_is_the_disk_and_every_cut_is_a_crash_image() {
         run("e2fsck", &["-fn", copy.dev()]);
     }
     assert!(with_data > 0, "seed {seed}: no cut fell into the workload");
+}
+
+/// Requests that were issued and not seen to complete, in words.
+fn never_completed(events: &[Captured]) -> Vec<String> {
+    let mut open: std::collections::HashMap<_, (usize, &agent_linux::capture::Request)> =
+        std::collections::HashMap::new();
+    let mut out = Vec::new();
+    let say = |n: usize, r: &agent_linux::capture::Request, why: &str| {
+        format!("event {n}: {:?} of {:?} {why}", r.op, r.extents)
+    };
+    for (n, event) in events.iter().enumerate() {
+        match event {
+            Captured::Request(r) if r.op != Op::Flush => {
+                if let Some((before, old)) = open.insert(r.id, (n, r)) {
+                    out.push(say(
+                        before,
+                        old,
+                        &format!("was in flight when event {n} took its place with {:?}", r.extents),
+                    ));
+                }
+            }
+            Captured::Done { id, .. } => drop(open.remove(id)),
+            _ => {}
+        }
+    }
+    out.extend(open.into_values().map(|(n, r)| say(n, r, "was in flight at the end")));
+    out
 }
 
 #[test]

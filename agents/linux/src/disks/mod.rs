@@ -5,8 +5,8 @@
 //!
 //! **Leaves.** Writes are captured where they are requests to a driver: on *leaves*, disks with a request queue. A file system, a
 //! logical volume, an encrypted volume or a RAID array lies on one or more leaves, perhaps on a partition of each; protecting it
-//! means protecting those. A disk that takes bios without a queue (zram, pmem, DRBD, the head of NVMe multipath) cannot be a
-//! leaf for `bpf-rq` and is refused with a sentence. A multipath map of the device mapper has a queue of its own and is a leaf; its paths
+//! means protecting those. A disk that takes bios without a queue (zram, pmem, DRBD, the head of NVMe multipath) is captured at the
+//! bios where the kernel shows them ([`offer`]), else refused with a sentence. A multipath map of the device mapper has a queue of its own and is a leaf; its paths
 //! are not.
 //!
 //! **Together.** Whatever shares a holder (an LV over two PVs, an array's members, a btrfs over several devices) is useless without the
@@ -16,16 +16,19 @@
 //! place and what lies on it. [`identity`] compares.
 
 pub mod identity;
+pub mod offer;
 pub mod probe;
+mod tree;
 
 pub use identity::Identity;
+pub use offer::{Backend, BioCapture, Cost};
 pub use probe::{Kind, Signature};
 
 use crate::capture::DevNo;
 use model::{ByteLen, Extent, SECTOR};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt, fs, io,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -68,6 +71,8 @@ pub struct Device {
     pub identity: Identity,
     pub signature: Option<Signature>,
     pub mounts: Vec<String>,
+    /// Where it is mounted so that programs may write to the device's memory without a write call.
+    pub dax_mount: Option<String>,
     pub swap: bool,
 }
 
@@ -117,9 +122,9 @@ pub enum DisksError {
     NotABlockDevice { choice: String },
     #[error(
         "{device} cannot be captured: it takes writes without a request queue (as zram, pmem, DRBD and the heads of NVMe \
-         multipath do), which capture backend bpf-rq does not see; protect it through an ingest target instead"
+         multipath do), and {why}; protect it through an ingest target instead"
     )]
-    NoQueue { device: String },
+    NoQueue { device: String, why: String },
     #[error(
         "{device} cannot be captured: it is a zoned disk (SMR or ZNS), whose write commands capture backend bpf-rq does not know"
     )]
@@ -141,6 +146,7 @@ pub struct Leaf {
     pub volume: String,
     /// In sectors of the disk.
     pub range: Extent,
+    pub backend: Backend,
     /// Why it is in the set.
     pub why: String,
 }
@@ -156,6 +162,8 @@ pub struct Resolution {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Disks {
     devices: BTreeMap<String, Device>,
+    /// Whether disks without a request queue can be captured here.
+    pub bio: BioCapture,
 }
 
 fn read_trimmed(path: &Path) -> Option<String> {
@@ -242,14 +250,19 @@ impl Disks {
             }
             devices.insert(name, disk);
         }
-        let mut this = Self { devices };
+        let mut this = Self { devices, bio: BioCapture::default() };
+        this.dax_mounts(&roots.proc);
         this.mounts_of_btrfs(&roots.proc);
         Ok(this)
     }
 
     /// The running host.
     pub fn here() -> Result<Self, DisksError> {
-        Self::discover(&Roots::default(), &read_head)
+        let mut this = Self::discover(&Roots::default(), &read_head)?;
+        if this.devices.values().any(|d| matches!(d.class, Class::Disk) && d.sectors > 0 && !d.queue) {
+            this.bio = crate::capture::bpf::bio_capture();
+        }
+        Ok(this)
     }
 
     fn read_device(
@@ -290,10 +303,24 @@ impl Disks {
             model: read_trimmed(&dir.join("device/model")).unwrap_or_default(),
             identity: Identity::read(dir, parent.map(|p| &p.identity), signature.as_ref()),
             mounts: mounts.get(&number).cloned().unwrap_or_default(),
+            dax_mount: None,
             swap: swaps.contains(name),
             signature,
             class,
         })
+    }
+
+    /// Mounts with DAX on, which only file systems on memory-like disks can have.
+    fn dax_mounts(&mut self, proc: &Path) {
+        for line in fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default().lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let dax = right.split(' ').nth(2).is_some_and(|o| o.split(',').any(|o| o == "dax" || o == "dax=always"));
+            let mut fields = left.split(' ');
+            let (Some(dev), Some(at)) = (fields.nth(2).and_then(number), fields.nth(1)) else { continue };
+            if dax && let Some(device) = self.devices.values_mut().find(|d| d.number == dev) {
+                device.dax_mount = Some(unescape(at));
+            }
+        }
     }
 
     /// A btrfs mount has a device number of its own; mountinfo names one of its devices by path.
@@ -507,18 +534,14 @@ impl Disks {
         if device.sectors == 0 {
             return Err(DisksError::Empty { device: device.title() });
         }
-        if !disk.queue {
-            return Err(DisksError::NoQueue { device: disk.title() });
-        }
-        if disk.zoned {
-            return Err(DisksError::Zoned { device: disk.title() });
-        }
+        let backend = self.backend(disk)?;
         Ok(Leaf {
             disk: disk.name.clone(),
             disk_number: disk.number,
             disk_sectors: disk.sectors,
             volume: device.name.clone(),
             range,
+            backend,
             why,
         })
     }
@@ -549,75 +572,6 @@ pub fn read_head(node: &Path) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     fs::File::open(node).ok()?.take(probe::PROBE_BYTES as u64).read_to_end(&mut bytes).ok()?;
     Some(bytes)
-}
-
-/// The tree as `holdfast-agent disks` prints it.
-impl fmt::Display for Disks {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut printed = BTreeSet::new();
-        for device in self.devices.values() {
-            let root = matches!(device.class, Class::Disk) && device.sectors > 0;
-            if root {
-                self.line(f, device, 0, &mut printed)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Disks {
-    fn line(
-        &self,
-        f: &mut fmt::Formatter<'_>,
-        d: &Device,
-        depth: usize,
-        printed: &mut BTreeSet<String>,
-    ) -> fmt::Result {
-        let name = match &d.class {
-            Class::Dm { name, .. } => name.clone(),
-            _ => d.name.clone(),
-        };
-        write!(
-            f,
-            "{:indent$}{:width$} {:>10}",
-            "",
-            name,
-            d.bytes().to_string(),
-            indent = depth * 2,
-            width = 28 - depth * 2
-        )?;
-        match &d.class {
-            Class::Disk | Class::Partition { .. } => {}
-            Class::Dm { maker, .. } => write!(f, "  {}", if maker.is_empty() { "dm" } else { maker })?,
-            Class::Md { level } => write!(f, "  {level}")?,
-        }
-        if let Some(s) = &d.signature {
-            write!(f, "  {}", s.kind)?;
-            if !s.label.is_empty() {
-                write!(f, " {:?}", s.label)?;
-            }
-        }
-        for mount in &d.mounts {
-            write!(f, "  {mount}")?;
-        }
-        if d.swap {
-            write!(f, "  [swap]")?;
-        }
-        if !d.model.is_empty() && matches!(d.class, Class::Disk) {
-            write!(f, "  ({})", d.model)?;
-        }
-        if matches!(d.class, Class::Disk) && !d.queue {
-            write!(f, "  cannot be captured: no request queue")?;
-        }
-        writeln!(f)?;
-        // Something over two disks is shown under each, its own tree only once.
-        if !printed.insert(d.name.clone()) {
-            return Ok(());
-        }
-        let mut children: Vec<&Device> = self.partitions(&d.name).collect();
-        children.extend(d.holders.iter().filter_map(|h| self.devices.get(h)));
-        children.into_iter().try_for_each(|c| self.line(f, c, depth + 1, printed))
-    }
 }
 
 #[cfg(test)]

@@ -165,18 +165,148 @@ fn a_btrfs_takes_along_its_devices_and_misses_none() {
 }
 
 #[test]
-fn what_has_no_queue_is_refused_with_a_sentence() {
+fn what_has_no_queue_is_captured_at_its_bios_or_refused_with_a_sentence() {
     let mut host = Host::new();
     host.device("zram0", 1000);
     host.disk("sdz", 1000);
     host.put("sdz/queue/zoned", "host-managed\n");
     host.disk("sr0", 0);
-    let disks = host.read();
-    let refused = |name: &str| disks.resolve(&[name.to_owned()]).unwrap_err();
-    let error = refused("zram0");
+    let pmem = host.device("pmem0", 1000);
+    host.put("md0/md/level", "raid0\n");
+    host.device("md0", 1000);
+    host.device("zram1", 1000);
+    host.stack("zram1", "md0");
+    host.mounts.push_str(&format!("30 1 {pmem} / /fast rw,relatime shared:1 - ext4 /dev/pmem0 rw,dax=always\n"));
+    let mut disks = host.read();
+    let refused = |disks: &Disks, name: &str| disks.resolve(&[name.to_owned()]).unwrap_err();
+    let error = refused(&disks, "zram0");
     assert!(matches!(error, DisksError::NoQueue { .. }) && error.to_string().contains("ingest target"), "{error}");
-    assert!(matches!(refused("sdz"), DisksError::Zoned { .. }));
-    assert!(matches!(refused("sr0"), DisksError::Empty { .. }));
+    assert!(matches!(refused(&disks, "sdz"), DisksError::Zoned { .. }));
+    assert!(matches!(refused(&disks, "sr0"), DisksError::Empty { .. }));
+    disks.bio = BioCapture::Works;
+    assert_eq!(disks.resolve(&["zram0".to_owned()]).unwrap().leaves[0].backend, Backend::BpfBio);
+    let error = refused(&disks, "pmem0").to_string();
+    assert!(error.contains("/fast is mounted with DAX"), "{error}");
+    let error = refused(&disks, "md0").to_string();
+    assert!(error.contains("array md0"), "{error}");
+}
+
+/// File system → logical volume → volume group → LUKS → RAID → partitions → two disks, and a disk beside it.
+fn tall() -> Disks {
+    let mut host = Host::new();
+    for disk in ["sda", "sdb"] {
+        host.disk(disk, 1 << 21);
+        host.partition(disk, &format!("{disk}1"), 2048, 1 << 20);
+        host.stack(&format!("{disk}/{disk}1"), "md127");
+    }
+    host.put("sda/device/model", "Fast Disk\n");
+    host.put("md127/md/level", "raid1\n");
+    host.device("md127", 1 << 20);
+    host.dm("dm-0", "safe", "CRYPT-LUKS2-0123-safe", (1 << 20) - 32768);
+    host.stack("md127", "dm-0");
+    let root = host.dm("dm-1", "vg--a-root", "LVM-aaaabbbb", 1 << 19);
+    host.dm("dm-2", "vg--a-swap", "LVM-aaaacccc", 1 << 18);
+    host.stack("dm-0", "dm-1");
+    host.stack("dm-0", "dm-2");
+    host.disk("sdc", 4096);
+    host.mount(&root, "/", "xfs", "/dev/mapper/vg--a-root");
+    let mut xfs = vec![0; probe::PROBE_BYTES];
+    xfs[..4].copy_from_slice(b"XFSB");
+    xfs[108..112].copy_from_slice(b"ROOT");
+    host.heads.insert("dm-1".to_owned(), xfs);
+    host.read()
+}
+
+#[test]
+fn the_tree_shows_every_layer_once_under_its_disk() {
+    let text = tall().to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    let layers = [
+        "sda ",
+        "  sda1",
+        "    md127",
+        "      safe",
+        "        vg-a",
+        "          root",
+        "          swap",
+        "sdb ",
+        "  sdb1",
+        "    md127",
+        "sdc ",
+    ];
+    for (line, layer) in lines.iter().zip(layers) {
+        assert!(line.starts_with(layer), "{layer:?} expected in {line:?} of\n{text}");
+    }
+    assert!(lines[0].contains("(Fast Disk)") && lines[0].ends_with("bpf-rq"), "{text}");
+    assert!(lines[2].contains("RAID array, raid1") && lines[3].contains("opened encrypted volume"), "{text}");
+    assert!(lines[4].contains("LVM volume group"), "{text}");
+    assert!(lines[5].contains("logical volume, xfs \"ROOT\"  /"), "{text}");
+    assert!(text.contains("bpf-rq: every write, in one order over all disks"), "{text}");
+}
+
+#[test]
+fn a_choice_says_what_it_lies_on_what_it_takes_along_and_what_it_costs() {
+    let disks = tall();
+    let stack = disks.stack_of(disks.find("/").unwrap());
+    let expected = [
+        "xfs at /",
+        "logical volume /dev/mapper/vg--a-root",
+        "LVM volume group vg-a",
+        "opened encrypted volume /dev/mapper/safe",
+        "RAID array, raid1 /dev/md127",
+        "partition /dev/sda1 + partition /dev/sdb1",
+        "disk /dev/sda + disk /dev/sdb",
+    ];
+    assert_eq!(stack, expected);
+    let resolution = disks.resolve(&["/".to_owned()]).unwrap();
+    let cost = Cost::of(&resolution, &disks, &crate::config::Config::default());
+    assert_eq!((cost.read, cost.network_max), (ByteLen(1 << 30), ByteLen(1 << 30)), "two partitions of half a GiB");
+    assert_eq!(cost.dirty_map, ByteLen(2 * (512 << 10)), "one map for each disk");
+    assert!(cost.to_string().contains("the first copy reads 1"), "{cost}");
+    let value = disks.choice_json(&["/".to_owned()], &resolution);
+    assert_eq!(value["volumes"].as_array().unwrap().len(), 2);
+    assert_eq!(value["volumes"][0]["backend"], "bpf-rq");
+    assert_eq!(value["choices"][0]["stack"][2], "LVM volume group vg-a");
+}
+
+#[test]
+fn every_device_says_in_json_what_choosing_it_would_mean() {
+    let value = tall().json();
+    let of = |name: &str| {
+        let all = value["devices"].as_array().unwrap();
+        all.iter().find(|d| d["name"] == name).unwrap_or_else(|| panic!("{name} is missing in {value}")).clone()
+    };
+    let root = of("dm-1");
+    assert_eq!((root["kind"].as_str(), root["volume_group"].as_str()), (Some("logical-volume"), Some("vg-a")));
+    assert_eq!(root["captured_on"], serde_json::json!(["sda1", "sdb1"]));
+    assert_eq!(root["takes_along"], serde_json::json!([]));
+    assert_eq!((root["mounts"][0].as_str(), root["content"]["label"].as_str()), (Some("/"), Some("ROOT")));
+    let member = of("sda1");
+    assert_eq!(
+        (member["captured_on"].clone(), member["takes_along"].clone()),
+        (serde_json::json!(["sda1"]), serde_json::json!(["sdb1"]))
+    );
+    assert_eq!(of("md127")["raid_level"], "raid1");
+    assert_eq!(of("sdc")["takes_along"], serde_json::json!([]));
+    assert!(of("sdc")["promise"].as_str().unwrap().contains("one order"), "{value}");
+}
+
+#[test]
+fn names_of_logical_volumes_are_taken_apart() {
+    let table = [
+        ("vg-root", Some(("vg", "root"))),
+        ("my--vg-my--lv", Some(("my-vg", "my-lv"))),
+        ("a--b--c-d", Some(("a-b-c", "d"))),
+        ("plain", None),
+        ("-x", None),
+        ("x-", None),
+        ("--", None),
+        ("", None),
+    ];
+    for (name, want) in table {
+        let want = want.map(|(g, v): (&str, &str)| (g.to_owned(), v.to_owned()));
+        assert_eq!(tree::lvm_names(name), want, "{name}");
+    }
 }
 
 #[test]

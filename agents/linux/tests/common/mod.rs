@@ -43,7 +43,7 @@ pub fn run(program: &str, args: &[&str]) -> String {
 pub struct Loop {
     pub device: PathBuf,
     pub file: PathBuf,
-    _dir: tempfile::TempDir,
+    _dir: Option<tempfile::TempDir>,
 }
 
 impl Loop {
@@ -52,6 +52,13 @@ impl Loop {
     }
     fn with_dir(mib: u64, dir: tempfile::TempDir) -> Self {
         let file = dir.path().join("disk.img");
+        Self::over(file, mib, Some(dir))
+    }
+    /// A loop device on a file at a place of the caller's choice, who sees to its removal.
+    pub fn on(file: &Path, mib: u64) -> Self {
+        Self::over(file.to_owned(), mib, None)
+    }
+    fn over(file: PathBuf, mib: u64, dir: Option<tempfile::TempDir>) -> Self {
         File::create(&file).unwrap().set_len(mib << 20).unwrap();
         let device = PathBuf::from(run("losetup", &["-f", "--show", file.to_str().unwrap()]));
         Self { device, file, _dir: dir }
@@ -60,7 +67,12 @@ impl Loop {
     pub fn of_image(image: &[u8]) -> Self {
         let dir = tempfile::Builder::new().prefix("hf-loop-").tempdir_in("/dev/shm").unwrap();
         let this = Self::with_dir(image.len() as u64 >> 20, dir);
-        OpenOptions::new().write(true).open(&this.file).unwrap().write_all_at(image, 0).unwrap();
+        let file = OpenOptions::new().write(true).open(&this.file).unwrap();
+        // Holes stay holes: most of an image is empty.
+        const PIECE: usize = 65536;
+        for (i, piece) in image.chunks(PIECE).enumerate().filter(|(_, p)| p.iter().any(|b| *b != 0)) {
+            file.write_all_at(piece, (i * PIECE) as u64).unwrap();
+        }
         this
     }
     pub fn dev(&self) -> &str {

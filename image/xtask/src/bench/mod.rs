@@ -6,6 +6,7 @@
 //! durable; a "queue depth" of 16 is 16 such writers. On the raw file that is `O_DIRECT` and `fdatasync` after each write;
 //! over NBD it is a write and an NBD flush, by fio's own engine.
 
+mod capture;
 mod fio;
 mod journal;
 mod report;
@@ -25,9 +26,12 @@ pub struct Options {
     /// One short round of everything
     #[arg(long)]
     quick: bool,
-    /// Only this part: ingest, view, agent, journal
+    /// Only this part: ingest, view, agent, capture, journal
     #[arg(long)]
     only: Option<Part>,
+    /// The same as `--only capture`
+    #[arg(long, conflicts_with = "only")]
+    capture: bool,
     /// Keep the table of the tree as it is
     #[arg(long)]
     no_write: bool,
@@ -41,6 +45,8 @@ pub enum Part {
     View,
     /// A disk captured by the agent
     Agent,
+    /// What capture alone costs a host that writes
+    Capture,
     /// Opening moments and restarting with long histories
     Journal,
 }
@@ -80,7 +86,8 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         fs::remove_dir_all(&dir)?;
     }
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let wanted = |part: Part| options.only.is_none_or(|only| only == part);
+    let only = if options.capture { Some(Part::Capture) } else { options.only };
+    let wanted = |part: Part| only.is_none_or(|only| only == part);
     // So that the pressure average, over ten seconds, has forgotten the build.
     thread::sleep(Duration::from_secs(10));
     let busy = report::busy();
@@ -100,12 +107,16 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     if wanted(Part::Agent) {
         bench.agent(&mut results)?;
     }
+    if wanted(Part::Capture) {
+        repo.show(&mut repo.cargo(&["build", "--package", "agent-linux", "--examples"]))?;
+        capture::run(&dir, options.quick, &mut results)?;
+    }
     if wanted(Part::Journal) {
         journal::run(repo, &dir, options.quick, &mut results)?;
     }
     let text = report::render(&results, &repo.commit(), rounds, busy);
     println!("\n{text}");
-    if options.only.is_none() && !options.no_write {
+    if only.is_none() && !options.no_write {
         let file = repo.root.join("appliance/docs/measured.md");
         fs::create_dir_all(file.parent().context("a file in a folder")?)?;
         fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;

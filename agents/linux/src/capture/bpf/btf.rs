@@ -3,7 +3,7 @@
 //! What a kernel can do is decided from here and never from its version: distribution kernels carry changes back (Debian's
 //! 5.10 has the one-argument `block_rq_issue` of 5.11).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BtfError {
@@ -26,10 +26,18 @@ pub struct Facts {
     pub struct_size: HashMap<&'static str, u32>,
     /// Enumerators.
     pub enumerator: HashMap<&'static str, u32>,
+    /// Members that are there, as `struct.member`.
+    pub members: HashSet<&'static str>,
 }
 
-const TRACEPOINTS: [(&str, &str); 2] =
-    [("btf_trace_block_rq_issue", "block_rq_issue"), ("btf_trace_block_rq_complete", "block_rq_complete")];
+const TRACEPOINTS: [(&str, &str); 4] = [
+    ("btf_trace_block_rq_issue", "block_rq_issue"),
+    ("btf_trace_block_rq_complete", "block_rq_complete"),
+    ("btf_trace_block_bio_queue", "block_bio_queue"),
+    ("btf_trace_block_bio_complete", "block_bio_complete"),
+];
+/// Struct, member, and the name of the answer.
+const MEMBERS: [(&str, &str, &str); 1] = [("block_device_operations", "rw_page", "block_device_operations.rw_page")];
 const STRUCTS: [&str; 3] = ["page", "bio_vec", "request"];
 const ENUMERATORS: [&str; 7] = [
     "__REQ_FUA",
@@ -122,6 +130,12 @@ pub fn read_facts(bytes: &[u8]) -> Result<Facts, BtfError> {
                         facts.struct_size.insert(name, ty.size_or_type);
                     }
                 }
+                for (of, member, answer) in MEMBERS {
+                    let names = (0..ty.vlen as usize).filter_map(|i| word(ty.rest + i * 12));
+                    if name_is(ty.name, of) && names.into_iter().any(|n| name_is(n, member)) {
+                        facts.members.insert(answer);
+                    }
+                }
             }
             KIND_ENUM => {
                 for i in 0..ty.vlen as usize {
@@ -154,12 +168,14 @@ mod tests {
         };
         let (page, req, fua, tp) =
             (string("page"), string("req_flag_bits"), string("__REQ_FUA"), string("btf_trace_block_rq_issue"));
+        let (operations, rw_page) = (string("block_device_operations"), string("rw_page"));
         let mut words: Vec<u32> = Vec::new();
         words.extend([page, 4 << 24, 64]); // 1: struct page, no members
         words.extend([req, 6 << 24 | 1, 4, fua, 17]); // 2: enum
         words.extend([0, 13 << 24 | 2, 0, 0, 0, 0, 0]); // 3: proto of two arguments
         words.extend([0, 2 << 24, 3]); // 4: pointer to 3
         words.extend([tp, 8 << 24, 4]); // 5: typedef of 4
+        words.extend([operations, 4 << 24 | 2, 16, 0, 4, 0, rw_page, 4, 64]); // 6: struct of two members
         let types: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut out = vec![0x9f, 0xeb, 1, 0];
         for w in [24, 0, types.len() as u32, types.len() as u32, strings.len() as u32] {
@@ -177,6 +193,7 @@ mod tests {
         assert_eq!(facts.struct_size.get("page"), Some(&64));
         assert_eq!(facts.enumerator.get("__REQ_FUA"), Some(&17));
         assert_eq!(facts.enumerator.get("__REQ_PREFLUSH"), None);
+        assert!(facts.members.contains("block_device_operations.rw_page"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! into a page whose content and frame number we know. Symbols (kallsyms, kcore) are not needed and not used.
 
 use super::{
-    CalibrationValue, Constants, Globals, MemoryLayout, SELFTEST_PAGES, attach, key_of, layout::*, load_object,
+    CalibrationValue, Constants, Globals, MemoryLayout, SELFTEST_PAGES, attach, by_bio, key_of, layout::*, load_object,
     map_error, take_map,
 };
 use crate::capture::{CaptureError, DevNo};
@@ -148,7 +148,9 @@ fn calibrate(constants: Constants, file: &File, disk: DevNo) -> Result<MemoryLay
         let globals = Globals { constants, layout, magic: word, pfn, skip_gib: search * SEARCH_GIB, sector: at / 512 };
         let mut ebpf = load_object(&globals, PAGE as u32)?;
         watch(&mut ebpf, disk)?;
-        let link = attach(&mut ebpf, "hf_calibrate", "block_rq_issue")?;
+        let (program, tracepoint) =
+            if by_bio(disk) { ("hf_bio_calibrate", "block_bio_queue") } else { ("hf_calibrate", "block_rq_issue") };
+        let link = attach(&mut ebpf, program, tracepoint)?;
         let map: Array<MapData, CalibrationValue> =
             Array::try_from(take_map(&mut ebpf, "calibration")?).map_err(map_error("calibration"))?;
         for _ in 0..READS {
@@ -173,7 +175,9 @@ fn self_test(constants: Constants, layout: MemoryLayout, file: &File, disk: DevN
     let globals = Globals { constants, layout, magic: word, pfn: 0, skip_gib: 0, sector: 0 };
     let mut ebpf = load_object(&globals, PAGE as u32)?;
     watch(&mut ebpf, disk)?;
-    let _link = attach(&mut ebpf, "hf_selftest", "block_rq_issue")?;
+    let (program, tracepoint) =
+        if by_bio(disk) { ("hf_bio_selftest", "block_bio_queue") } else { ("hf_selftest", "block_rq_issue") };
+    let _link = attach(&mut ebpf, program, tracepoint)?;
     let map: Array<MapData, CalibrationValue> =
         Array::try_from(take_map(&mut ebpf, "calibration")?).map_err(map_error("calibration"))?;
     // All at once, so that they are different frames.

@@ -38,6 +38,8 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 /* ---- helpers, by their stable numbers ---- */
 static void *(*const map_lookup)(const void *map, const void *key) = (void *)1;
 static u64 (*const ktime_ns)(void) = (void *)5;
+static long (*const map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static long (*const map_delete)(void *map, const void *key) = (void *)3;
 static long (*const read_kernel)(void *to, u32 len, const void *from) = (void *)113;
 static void *(*const ring_reserve)(void *ring, u64 len, u64 flags) = (void *)131;
 static void (*const ring_submit)(void *rec, u64 flags) = (void *)132;
@@ -48,6 +50,9 @@ static void (*const ring_submit)(void *rec, u64 flags) = (void *)132;
 #define CORE __attribute__((preserve_access_index))
 struct gendisk {
 	i32 major, first_minor;
+} CORE;
+struct block_device {
+	struct gendisk *bd_disk;
 } CORE;
 struct request_queue {
 	struct gendisk *disk; /* since 5.15; before, the request itself points at the disk */
@@ -65,6 +70,12 @@ struct bio {
 	struct bio *bi_next;
 	struct bio_vec *bi_io_vec;
 	struct bvec_iter bi_iter;
+	u32 bi_opf;
+	u8 bi_status;
+	struct block_device *bi_bdev; /* since 5.12; before, the bio itself points at the disk */
+} CORE;
+struct bio___old {
+	struct gendisk *bi_disk;
 } CORE;
 struct request {
 	struct request_queue *q;
@@ -91,6 +102,8 @@ struct request___old {
 
 /* ---- constants set by the loader, from the kernel's BTF and from calibration ---- */
 const volatile u32 rq_arg = 0;		/* which argument of block_rq_issue is the request: 0, or 1 where the queue comes first */
+const volatile u32 bio_arg = 0;		/* the same of block_bio_queue */
+const volatile u32 bio_done_arg = 1;	/* the same of block_bio_complete */
 const volatile u32 fua_bit = 17, preflush_bit = 18;
 const volatile u64 page_struct_size = 64;
 const volatile u64 vmemmap_base = 0;	/* where struct page 0 would lie */
@@ -128,7 +141,13 @@ struct event {
 #define OP_WRITE_ZEROES 9
 #define OP_DRIVER_FIRST 32 /* from here on: commands passed through to the device */
 
+/*
+ * Data goes into records of one of two sizes: a run of 64 KiB in one piece of memory into a large one, all else page by page. The
+ * kernel wants a record's size to be a constant.
+ */
 #define CHUNK 4096
+#define LARGE_SHIFT 16
+#define LARGE (1 << LARGE_SHIFT)
 /* 1.5 MiB of single pages; the agent keeps `queue/max_sectors_kb` at 1024 or less. What is longer is marked dirty. */
 #define MAX_STEPS 384
 /* An NVMe discard has at most 256 ranges. */
@@ -142,7 +161,8 @@ struct {
 
 #define MAX_TARGETS 64	/* protected disks of one host */
 #define MAX_RANGES 8	/* protected partitions of one disk */
-#define MAX_SKIPS 16	/* extents of our own spool file on one disk */
+#define MAX_SKIPS 256	/* extents of our own spool files on one disk; a power of two */
+#define SKIPS_SHIFT 8
 struct span {
 	u64 start, end;	/* sectors, end exclusive */
 };
@@ -151,8 +171,10 @@ struct target {
 	u32 ranges_len, skips_len;
 	u32 first_chunk;	/* of the dirty map */
 	u64 granules;
+	u32 by_bio;		/* has no request queue: captured by its bios */
+	u32 pad;
 	struct span ranges[MAX_RANGES];	/* only these are captured */
-	struct span skips[MAX_SKIPS];	/* a request wholly inside one of these is not */
+	struct span skips[MAX_SKIPS];	/* a request wholly inside one of these is not; sorted, apart from each other */
 };
 struct {
 	__uint(type, 1); /* HASH; key: major << 32 | first minor of the whole disk */
@@ -224,12 +246,30 @@ struct {
 } meta SEC(".maps");
 
 /*
+ * Bios under way of disks without a request queue: what has been advanced, split or passed on no longer shows where it
+ * began when it completes.
+ */
+#define MAX_BIOS 16384
+struct bio_state {
+	u64 disk; /* key in `targets` */
+	u64 sector;
+	u32 len, pad;
+};
+struct {
+	__uint(type, 1); /* HASH; key: address of the bio */
+	__uint(max_entries, MAX_BIOS);
+	__type(key, u64);
+	__type(value, struct bio_state);
+} bios SEC(".maps");
+
+/*
  * Where the walk over a request stands. In a map and not on the stack: the verifier forgets what a map holds, so all rounds
  * of the loop look alike to it and it does not count them out one by one.
  */
 struct cursor {
 	u64 bio, vecs, sector, rq, now;
 	u32 index, done, in_bio, left, flags, total, target, lost;
+	u32 single, pad; /* one bio, whatever follows it in some list */
 };
 #define NESTING 4 /* an interrupt may issue a request while one is being copied on the same CPU */
 struct {
@@ -264,28 +304,45 @@ INLINE struct gendisk *disk_of(struct request *rq)
 	return READ(q, disk);
 }
 
-INLINE struct request *request_of(u64 *ctx)
+/* The argument of a tracepoint that is the first or the second of its arguments, by kernel. */
+INLINE u64 argument(u64 *ctx, u32 second)
 {
-	u64 rq;
+	u64 arg;
 	/* Two loads of the context at constant offsets; merged into one at a computed offset the verifier of 5.10 refuses them. */
-	if (rq_arg) {
-		rq = ctx[1];
-		asm volatile("" : "+r"(rq));
+	if (second) {
+		arg = ctx[1];
+		asm volatile("" : "+r"(arg));
 	} else {
-		rq = ctx[0];
-		asm volatile("" : "+r"(rq));
+		arg = ctx[0];
+		asm volatile("" : "+r"(arg));
 		asm volatile("r0 = 0" ::: "r0");
 	}
-	return (struct request *)rq;
+	return arg;
+}
+
+INLINE struct request *request_of(u64 *ctx)
+{
+	return (struct request *)argument(ctx, rq_arg);
+}
+
+/* Key in `targets`; 0, which no disk has, for none. */
+INLINE u64 key_of(struct gendisk *disk)
+{
+	return ((u64)(u32)READ(disk, major) << 32) | (u32)READ(disk, first_minor);
 }
 
 INLINE struct target *target_of(struct request *rq)
 {
-	struct gendisk *disk = disk_of(rq);
-	if (!disk)
-		return 0;
-	u64 key = ((u64)(u32)READ(disk, major) << 32) | (u32)READ(disk, first_minor);
+	u64 key = key_of(disk_of(rq));
 	return map_lookup(&targets, &key);
+}
+
+INLINE u64 key_of_bio(struct bio *bio)
+{
+	if (FIELD_EXISTS(struct bio___old, bi_disk))
+		return key_of(READ((struct bio___old *)bio, bi_disk));
+	struct block_device *bdev = READ(bio, bi_bdev);
+	return key_of(READ(bdev, bd_disk));
 }
 
 /* Whether any of the sectors is protected, and not all of them our own spool. */
@@ -300,13 +357,22 @@ INLINE int wanted(struct target *t, u64 start, u64 end)
 	}
 	if (!hit)
 		return 0;
-	for (u32 i = 0; i < MAX_SKIPS; i++) {
-		if (i >= t->skips_len)
+	u32 low = 0, high = t->skips_len;
+	for (int i = 0; i <= SKIPS_SHIFT; i++) {
+		if (low >= high)
 			break;
-		if (start >= t->skips[i].start && end <= t->skips[i].end)
-			return 0;
+		/* The mask tells the verifier what the agent made sure of. */
+		u32 middle = ((low + high) >> 1) & (MAX_SKIPS - 1);
+		if (start >= t->skips[middle].end)
+			low = middle + 1;
+		else
+			high = middle;
 	}
-	return 1;
+	/* The first that ends behind `start`. */
+	if (low >= t->skips_len)
+		return 1;
+	low &= MAX_SKIPS - 1;
+	return !(start >= t->skips[low].start && end <= t->skips[low].end);
 }
 
 /* ---- losses ---- */
@@ -420,6 +486,28 @@ struct chunk {
 	struct event e;
 	u8 data[CHUNK];
 };
+struct large_chunk {
+	struct event e;
+	u8 data[LARGE];
+};
+
+/* The rest of a step, once the data is in its record. */
+INLINE void describe(struct event *e, struct cursor *c, struct counters *n, u64 len, u64 fault)
+{
+	n->faults += fault;
+	n->bytes += len;
+	c->left -= len;
+	e->mono_ns = c->now;
+	e->sector = c->sector;
+	e->rq = c->rq;
+	e->len = len;
+	e->total = c->total;
+	e->lost = c->lost;
+	e->target = c->target;
+	/* E_DATA, or shifted by 6 E_FAULT; E_LAST when nothing is left. */
+	e->flags = c->flags | E_DATA << (fault * 6) | E_LAST * less(c->left, 1);
+	e->error = 0;
+}
 
 /* Copies the next chunk; non-zero when there is none or it did not fit. */
 INLINE int step(struct cursor *c, struct counters *n)
@@ -431,33 +519,32 @@ INLINE int step(struct cursor *c, struct counters *n)
 
 	/* Zeroes when it cannot be read. */
 	read_kernel(&vec, sizeof(vec), (void *)(c->vecs + (u64)c->index * sizeof(vec)));
-	u64 len = min(min(vec.len - c->done, c->in_bio), CHUNK);
-	/* The verifier does not follow the arithmetic above; the mask and the last test give it the bound. */
-	asm volatile("" : "+r"(len));
-	len &= 0x1fff;
-	if (len > CHUNK)
-		len = CHUNK;
-	if (len == 0)
-		return 1;
+	u64 len = min(vec.len - c->done, c->in_bio);
 	u64 from = (vec.page - vmemmap_base) / page_struct_size * 4096 + direct_base + vec.offset + c->done;
-	struct chunk *r = ring_reserve(&ring, sizeof(struct chunk), 0);
-	if (!r)
-		return 1;
-	u64 fault = (u64)read_kernel(r->data, len, (void *)from) >> 63;
-	n->faults += fault;
-	n->bytes += len;
-	c->left -= len;
-	r->e.mono_ns = c->now;
-	r->e.sector = c->sector;
-	r->e.rq = c->rq;
-	r->e.len = len;
-	r->e.total = c->total;
-	r->e.lost = c->lost;
-	r->e.target = c->target;
-	/* E_DATA, or shifted by 6 E_FAULT; E_LAST when nothing is left. */
-	r->e.flags = c->flags | E_DATA << (fault * 6) | E_LAST * less(c->left, 1);
-	r->e.error = 0;
-	ring_submit(r, NO_WAKEUP);
+	if (len >= LARGE) {
+		len = LARGE;
+		struct large_chunk *r = ring_reserve(&ring, sizeof(struct large_chunk), 0);
+		if (!r)
+			return 1;
+		u64 fault = (u64)read_kernel(r->data, LARGE, (void *)from) >> 63;
+		describe(&r->e, c, n, len, fault);
+		ring_submit(r, NO_WAKEUP);
+	} else {
+		len = min(len, CHUNK);
+		/* The verifier does not follow the arithmetic above; the mask and the last test give it the bound. */
+		asm volatile("" : "+r"(len));
+		len &= 0x1fff;
+		if (len > CHUNK)
+			len = CHUNK;
+		if (len == 0)
+			return 1;
+		struct chunk *r = ring_reserve(&ring, sizeof(struct chunk), 0);
+		if (!r)
+			return 1;
+		u64 fault = (u64)read_kernel(r->data, len, (void *)from) >> 63;
+		describe(&r->e, c, n, len, fault);
+		ring_submit(r, NO_WAKEUP);
+	}
 	c->flags &= ~E_FIRST;
 	c->sector += len >> 9;
 	c->in_bio -= len;
@@ -466,14 +553,14 @@ INLINE int step(struct cursor *c, struct counters *n)
 	c->index += over;
 	c->done &= (u32)(over - 1);
 	if (c->in_bio == 0) {
-		c->bio = (u64)READ((struct bio *)c->bio, bi_next);
+		c->bio = c->single ? 0 : (u64)READ((struct bio *)c->bio, bi_next);
 		enter_bio(c);
 	}
 	return 0;
 }
 
-/* Copies a write's data; answers how many bytes at its end were not. */
-INLINE u32 copy(struct target *t, struct counters *n, struct request *rq, u64 sector, u32 total, u32 flags)
+/* Copies a write's data, of one bio or of a request's chain of them; answers how many bytes at its end were not. */
+INLINE u32 copy(struct target *t, struct counters *n, u64 rq, struct bio *bio, u32 single, u64 sector, u32 total, u32 flags)
 {
 	u32 zero = 0;
 	u32 *d = map_lookup(&depth, &zero);
@@ -488,12 +575,13 @@ INLINE u32 copy(struct target *t, struct counters *n, struct request *rq, u64 se
 		return total;
 	}
 	*d = level + 1;
-	c->bio = (u64)READ(rq, bio);
+	c->bio = (u64)bio;
+	c->single = single;
 	c->left = total;
 	c->total = total;
 	c->sector = sector;
 	c->flags = flags | E_FIRST;
-	c->rq = (u64)rq;
+	c->rq = rq;
 	c->target = t->id;
 	c->lost = losses_now();
 	c->now = ktime_ns();
@@ -573,7 +661,7 @@ int hf_issue(u64 *ctx)
 	n->requests++;
 	u32 lost = 0; /* bytes at the end of the request */
 	if (op == OP_WRITE) {
-		lost = copy(t, n, rq, sector, total, flags);
+		lost = copy(t, n, (u64)rq, READ(rq, bio), 0, sector, total, flags);
 	} else if (op == OP_WRITE_ZEROES) {
 		if (!put(t, n, (u64)rq, sector, total, total, flags | E_FIRST | E_LAST, 0))
 			lost = total;
@@ -615,20 +703,103 @@ int hf_complete(u64 *ctx)
 }
 
 /*
+ * The same for disks without a request queue: what they are handed is bios. `block_bio_queue` comes before the driver sees the bio, and
+ * before it is split; `block_bio_complete` once, for all of it. A bio that depends on another one is queued after that one completed,
+ * so the order holds. A bio that a driver above passes on as it is (md raid0) shows only there: `disks` refuses such.
+ */
+SEC("raw_tp/block_bio_queue")
+int hf_bio_queue(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)argument(ctx, bio_arg);
+	u64 disk = key_of_bio(bio);
+	struct target *t = map_lookup(&targets, &disk);
+	if (!t || !t->by_bio)
+		return 0;
+	u32 place = t->id & (MAX_TARGETS - 1);
+	struct counters *n = map_lookup(&counters, &place);
+	if (!n)
+		return 0;
+	u32 cmd = READ(bio, bi_opf), op = cmd & 0xff;
+	u64 sector = READ(bio, bi_iter.bi_sector), key = (u64)bio;
+	u32 total = READ(bio, bi_iter.bi_size);
+	if (!(op & 1) || op >= OP_DRIVER_FIRST)
+		return 0;
+	if (!total) {
+		/* A flush, in this world a write of nothing. */
+		n->requests++;
+		put(t, n, key, 0, 0, 0, E_FIRST | E_LAST | OP_FLUSH << E_OP_SHIFT, 0);
+		return 0;
+	}
+	if (!wanted(t, sector, sector + ((total + 511) >> 9)))
+		return 0;
+	u32 flags = op << E_OP_SHIFT;
+	if (cmd & (1u << fua_bit))
+		flags |= E_FUA;
+	if (cmd & (1u << preflush_bit))
+		flags |= E_PREFLUSH;
+	n->requests++;
+	struct bio_state state = { .disk = disk, .sector = sector, .len = total };
+	/* With no room its completion will not be seen: it is waited for until it is given up and read again. */
+	if (map_update(&bios, &key, &state, 0))
+		n->drops++;
+	u32 lost = 0;
+	if (op == OP_WRITE) {
+		lost = copy(t, n, key, bio, 1, sector, total, flags);
+	} else if (op == OP_WRITE_ZEROES || op == OP_DISCARD || op == OP_SECURE_ERASE) {
+		if (!put(t, n, key, sector, total, total, flags | E_FIRST | E_LAST, 0))
+			lost = total;
+	} else {
+		n->unknown++;
+		lost = total;
+	}
+	if (lost)
+		lose(t, sector + ((total - lost) >> 9), lost);
+	return 0;
+}
+
+SEC("raw_tp/block_bio_complete")
+int hf_bio_complete(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)argument(ctx, bio_done_arg);
+	u64 key = (u64)bio;
+	/* By its address and not by its disk: a multipath head has sent it to another one meanwhile. */
+	struct bio_state *kept = map_lookup(&bios, &key);
+	struct bio_state state = { 0 };
+	u32 op = READ(bio, bi_opf) & 0xff;
+	if (kept)
+		state = *kept;
+	else
+		state.disk = key_of_bio(bio);
+	struct target *t = map_lookup(&targets, &state.disk);
+	if (!t || !t->by_bio || !(op & 1) || op >= OP_DRIVER_FIRST)
+		return 0;
+	u32 place = t->id & (MAX_TARGETS - 1);
+	struct counters *n = map_lookup(&counters, &place);
+	if (!n)
+		return 0;
+	if (kept) {
+		map_delete(&bios, &key);
+	} else {
+		/* Queued before capture began, or a flush, which has no length and needs no completion. */
+		state.sector = READ(bio, bi_iter.bi_sector);
+		state.len = READ(bio, bi_iter.bi_size);
+		if (!state.len || !wanted(t, state.sector, state.sector + ((state.len + 511) >> 9)))
+			return 0;
+	}
+	u32 flags = E_COMPLETE | op << E_OP_SHIFT;
+	if (!put(t, n, key, state.sector, state.len, state.len, flags, (i32)READ(bio, bi_status)))
+		lose(t, state.sector, state.len);
+	return 0;
+}
+
+/*
  * Calibration. The agent reads one block of a disk into a page that holds a magic word and whose frame number it knows. Here
  * the request shows that page's `struct page`, and with it where the array of them begins; and the one-to-one map of all
  * memory begins at the multiple of 1 GiB below the request's own address where the magic word is found.
  */
-SEC("raw_tp/block_rq_issue")
-int hf_calibrate(u64 *ctx)
+INLINE int calibrate(u64 near, struct bio *bio)
 {
-	struct request *rq = request_of(ctx);
 	u32 zero = 0;
-	if (!target_of(rq))
-		return 0;
-	if ((READ(rq, cmd_flags) & 0xff) != 0 || READ(rq, __sector) != calib_sector || READ(rq, __data_len) != 4096)
-		return 0;
-	struct bio *bio = READ(rq, bio);
 	struct calibration *c = map_lookup(&calibration, &zero);
 	if (!bio || !c || c->hits)
 		return 0;
@@ -640,7 +811,7 @@ int hf_calibrate(u64 *ctx)
 		return 0;
 	if (vec.len != 4096 || vec.offset != 0)
 		return 0;
-	u64 base = ((u64)rq & ~((1ull << 30) - 1)) - (calib_skip_gib << 30);
+	u64 base = (near & ~((1ull << 30) - 1)) - (calib_skip_gib << 30);
 	for (int i = 0; i < 2048; i++) {
 		u64 word = 0;
 		if (!read_kernel(&word, 8, (void *)(base + (calib_pfn << 12))) && word == calib_magic) {
@@ -655,15 +826,35 @@ int hf_calibrate(u64 *ctx)
 	return 0;
 }
 
-/* Self-test: the same, the other way round. The page of the request must read as the magic word by the formula of `step`. */
 SEC("raw_tp/block_rq_issue")
-int hf_selftest(u64 *ctx)
+int hf_calibrate(u64 *ctx)
 {
 	struct request *rq = request_of(ctx);
-	u32 zero = 0;
 	if (!target_of(rq))
 		return 0;
-	struct bio *bio = READ(rq, bio);
+	if ((READ(rq, cmd_flags) & 0xff) != 0 || READ(rq, __sector) != calib_sector || READ(rq, __data_len) != 4096)
+		return 0;
+	return calibrate((u64)rq, READ(rq, bio));
+}
+
+SEC("raw_tp/block_bio_queue")
+int hf_bio_calibrate(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)argument(ctx, bio_arg);
+	u64 disk = key_of_bio(bio);
+	if (!map_lookup(&targets, &disk))
+		return 0;
+	if ((READ(bio, bi_opf) & 0xff) != 0 || READ(bio, bi_iter.bi_sector) != calib_sector || READ(bio, bi_iter.bi_size) != 4096)
+		return 0;
+	/* The bio may lie on the reader's stack, which is not part of the one-to-one map; its disk does. */
+	struct block_device *bdev = READ(bio, bi_bdev);
+	return calibrate((u64)bdev, bio);
+}
+
+/* Self-test: the same, the other way round. The page of the request must read as the magic word by the formula of `step`. */
+INLINE int self_test(struct bio *bio)
+{
+	u32 zero = 0;
 	struct calibration *c = map_lookup(&calibration, &zero);
 	if (!bio || !c)
 		return 0;
@@ -682,4 +873,23 @@ int hf_selftest(u64 *ctx)
 		c->hits++;
 	}
 	return 0;
+}
+
+SEC("raw_tp/block_rq_issue")
+int hf_selftest(u64 *ctx)
+{
+	struct request *rq = request_of(ctx);
+	if (!target_of(rq))
+		return 0;
+	return self_test(READ(rq, bio));
+}
+
+SEC("raw_tp/block_bio_queue")
+int hf_bio_selftest(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)argument(ctx, bio_arg);
+	u64 disk = key_of_bio(bio);
+	if (!map_lookup(&targets, &disk))
+		return 0;
+	return self_test(bio);
 }

@@ -3,7 +3,7 @@
 use aya::Pod;
 
 /// Grows with every change of what a pinned kernel half and another version of the agent would understand differently.
-pub const ABI: u64 = 1;
+pub const ABI: u64 = 2;
 /// First cell of `meta`, with [`ABI`]: "HFBPF" in ASCII.
 pub const META_MAGIC: u64 = 0x4846_4250_4600_0000;
 /// Cells of `meta`.
@@ -18,9 +18,10 @@ pub const META_BIG: u32 = 4;
 pub const META_COMPLETE: u32 = 5;
 
 pub const CHUNK: usize = 4096;
+pub const LARGE: usize = 65536;
 pub const MAX_TARGETS: usize = 64;
 pub const MAX_RANGES: usize = 8;
-pub const MAX_SKIPS: usize = 16;
+pub const MAX_SKIPS: usize = 256;
 pub const GRANULE_BYTES: u64 = 65536;
 pub const CELLS_PER_CHUNK: u32 = 65536;
 pub const GRANULES_PER_CHUNK: u64 = CELLS_PER_CHUNK as u64 * 8;
@@ -101,15 +102,35 @@ pub struct Span {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TargetValue {
     pub id: u32,
     pub ranges_len: u32,
     pub skips_len: u32,
     pub first_chunk: u32,
     pub granules: u64,
+    pub by_bio: u32,
+    pub pad: u32,
     pub ranges: [Span; MAX_RANGES],
+    /// Sorted, and apart from each other: the kernel half looks by halves.
     pub skips: [Span; MAX_SKIPS],
+}
+
+impl Default for TargetValue {
+    fn default() -> Self {
+        let none = Span::default();
+        Self {
+            id: 0,
+            ranges_len: 0,
+            skips_len: 0,
+            first_chunk: 0,
+            granules: 0,
+            by_bio: 0,
+            pad: 0,
+            ranges: [none; MAX_RANGES],
+            skips: [none; MAX_SKIPS],
+        }
+    }
 }
 
 #[repr(C)]
@@ -165,11 +186,13 @@ mod tests {
     /// The sizes that clang gives the same structs in `capture.bpf.c`.
     #[test]
     fn the_layout_is_that_of_the_kernel_half() {
-        assert_eq!(size_of::<TargetValue>(), 16 + 8 + 16 * (MAX_RANGES + MAX_SKIPS));
+        assert_eq!(size_of::<TargetValue>(), 16 + 8 + 8 + 16 * (MAX_RANGES + MAX_SKIPS));
         assert_eq!(size_of::<Big>(), 8 + 24 * BIG_LEN);
         assert_eq!(size_of::<CountersValue>(), 64);
         assert_eq!(size_of::<CalibrationValue>(), 32);
         assert_eq!((EVENT_BYTES + CHUNK) % 8, 0);
+        assert_eq!((EVENT_BYTES + LARGE) % 8, 0);
+        assert!(MAX_SKIPS.is_power_of_two());
     }
 
     #[test]

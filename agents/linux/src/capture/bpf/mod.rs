@@ -16,8 +16,12 @@
 //! by the kernel, 2 once handed out, and 0 again when the caller has confirmed that it is safe elsewhere: an agent that dies in between
 //! leaves it for the next one.
 //!
-//! **Limits.** 64 disks, 8 ranges each; x86_64; needs `CAP_BPF` and `CAP_PERFMON` or root. Does not see commands passed through
-//! to the device (counted), nor disks without a request queue (refused by `disks`).
+//! **Disks without a request queue** (zram, pmem, the head of NVMe multipath; `bpf-bio`) are captured by a sister program where they are
+//! handed bios, into the same ring and so in the same order. It is loaded and pinned where the kernel has what it needs
+//! ([`bio_capture`]), and attached only while such a disk is captured: it looks at every bio of the host.
+//!
+//! **Limits.** 64 disks, 8 ranges each, 256 extents left out; x86_64; needs `CAP_BPF` and `CAP_PERFMON` or root. Does not see commands
+//! passed through to the device (counted), nor what programs write to memory-like disks by DAX (refused by `disks`).
 
 mod btf;
 mod calibrate;
@@ -61,6 +65,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("HOLDFAST_BPF_OBJECT"));
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Constants {
     rq_arg: u32,
+    bio_arg: u32,
+    bio_done_arg: u32,
     fua_bit: u32,
     preflush_bit: u32,
     page_struct_size: u64,
@@ -98,6 +104,8 @@ pub struct BpfCapture {
 
 struct Held {
     target: Target,
+    /// Captured by its bios.
+    by_bio: bool,
     first_chunk: u32,
     /// The dirty map's maps of this disk, in order.
     chunks: Vec<ring::Mapping>,
@@ -132,6 +140,10 @@ fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
 
 /// What the running kernel offers, or why capture cannot work on it.
 pub(crate) fn constants() -> Result<Constants, CaptureError> {
+    constants_of(&facts()?)
+}
+
+fn facts() -> Result<btf::Facts, CaptureError> {
     const PATH: &str = "/sys/kernel/btf/vmlinux";
     if OBJECT.is_empty() {
         return Err(CaptureError::NotBuiltIn);
@@ -141,8 +153,36 @@ pub(crate) fn constants() -> Result<Constants, CaptureError> {
     }
     let btf_error = |source| CaptureError::Btf { path: PATH, source };
     let bytes = std::fs::read(PATH).map_err(|e| btf_error(BtfError::Read(e)))?;
-    let facts = btf::read_facts(&bytes).map_err(btf_error)?;
-    constants_of(&facts)
+    btf::read_facts(&bytes).map_err(btf_error)
+}
+
+/// Whether disks without a request queue can be captured on this kernel.
+pub fn bio_capture() -> crate::disks::BioCapture {
+    use crate::disks::BioCapture;
+    match facts().and_then(|f| constants_of(&f).map(|_| f)) {
+        Err(e) => BioCapture::Not { why: crate::error_chain(&e) },
+        Ok(facts) => match bio_arguments(&facts) {
+            Ok(_) => BioCapture::Works,
+            Err(why) => BioCapture::Not { why },
+        },
+    }
+}
+
+/// Which arguments of the two tracepoints are the bio, or why they do not show all that such disks are written.
+fn bio_arguments(facts: &btf::Facts) -> Result<(u32, u32), String> {
+    if facts.members.contains("block_device_operations.rw_page") {
+        // Swap and some file systems hand single pages to zram, pmem and ramdisks by it, with no bio.
+        return Err("this kernel writes single pages past everything that could be watched (rw_page)".to_owned());
+    }
+    let place = |name: &str, table: &[(u32, u32)]| match facts.tracepoint_args.get(name) {
+        None => Err(format!("this kernel has no tracepoint {name}")),
+        Some(have) => table
+            .iter()
+            .find(|(args, _)| args == have)
+            .map(|(_, place)| *place)
+            .ok_or_else(|| format!("{name} takes {have} arguments, which is not known")),
+    };
+    Ok((place("block_bio_queue", &[(1, 0), (2, 1)])?, place("block_bio_complete", &[(2, 1), (3, 1)])?))
 }
 
 fn constants_of(facts: &btf::Facts) -> Result<Constants, CaptureError> {
@@ -182,7 +222,16 @@ fn constants_of(facts: &btf::Facts) -> Result<Constants, CaptureError> {
         Some(bit) if *bit < 32 => Ok(*bit),
         _ => Err(missing(format!("the request flag {name} is not described"))),
     };
-    Ok(Constants { rq_arg, fua_bit: bit("__REQ_FUA")?, preflush_bit: bit("__REQ_PREFLUSH")?, page_struct_size })
+    // Where bios cannot be captured, nobody attaches what looks at them.
+    let (bio_arg, bio_done_arg) = bio_arguments(facts).unwrap_or((0, 1));
+    Ok(Constants {
+        rq_arg,
+        bio_arg,
+        bio_done_arg,
+        fua_bit: bit("__REQ_FUA")?,
+        preflush_bit: bit("__REQ_PREFLUSH")?,
+        page_struct_size,
+    })
 }
 
 /// Where the kernel keeps its pages; found by [`calibrate`].
@@ -206,6 +255,8 @@ pub(crate) fn load_object(globals: &Globals, ring_bytes: u32) -> Result<Ebpf, Ca
     let c = &globals.constants;
     EbpfLoader::new()
         .override_global("rq_arg", &c.rq_arg, true)
+        .override_global("bio_arg", &c.bio_arg, true)
+        .override_global("bio_done_arg", &c.bio_done_arg, true)
         .override_global("fua_bit", &c.fua_bit, true)
         .override_global("preflush_bit", &c.preflush_bit, true)
         .override_global("page_struct_size", &c.page_struct_size, true)
@@ -220,14 +271,30 @@ pub(crate) fn load_object(globals: &Globals, ring_bytes: u32) -> Result<Ebpf, Ca
         .map_err(|e| CaptureError::Load(Box::new(e)))
 }
 
-/// Loads one program of the object and attaches it.
-pub(crate) fn attach(ebpf: &mut Ebpf, program: &'static str, tracepoint: &str) -> Result<FdLink, CaptureError> {
+/// Loads one program of the object.
+fn load<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTracePoint, CaptureError> {
     let error = |e| CaptureError::Program { program, source: Box::new(e) };
     let missing = CaptureError::Missing { program: "the capture object", what: program };
     let raw: &mut RawTracePoint = ebpf.program_mut(program).ok_or(missing)?.try_into().map_err(error)?;
     raw.load().map_err(error)?;
+    Ok(raw)
+}
+
+/// Loads one program of the object and attaches it.
+pub(crate) fn attach(ebpf: &mut Ebpf, program: &'static str, tracepoint: &str) -> Result<FdLink, CaptureError> {
+    attach_loaded(load(ebpf, program)?, program, tracepoint)
+}
+
+fn attach_loaded(raw: &mut RawTracePoint, program: &'static str, tracepoint: &str) -> Result<FdLink, CaptureError> {
+    let error = |e| CaptureError::Program { program, source: Box::new(e) };
     let id = raw.attach(tracepoint).map_err(error)?;
     Ok(FdLink::from(raw.take_link(id).map_err(error)?))
+}
+
+/// Whether a disk takes bios without a request queue. Unknown counts as no: then its requests, if any, are captured.
+pub(crate) fn by_bio(disk: DevNo) -> bool {
+    let dir = PathBuf::from(format!("/sys/dev/block/{disk}"));
+    dir.join("queue").is_dir() && !dir.join("mq").is_dir()
 }
 
 pub(crate) fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
@@ -289,6 +356,11 @@ impl BpfCapture {
         // never as an issue that seems to be in flight for ever.
         pins.pin_link("complete", attach(&mut ebpf, "hf_complete", "block_rq_complete")?)?;
         pins.pin_link("issue", attach(&mut ebpf, "hf_issue", "block_rq_issue")?)?;
+        if matches!(bio_capture(), crate::disks::BioCapture::Works) {
+            for (program, _, _) in pins::BIO_PROGRAMS {
+                pins.pin_program(program, load(&mut ebpf, program)?)?;
+            }
+        }
         // Last: from here on the pins are whole.
         meta.set(META_COMPLETE, 1, 0).map_err(map_error("meta"))?;
         Self::open(pins, false)
@@ -360,7 +432,7 @@ impl BpfCapture {
                 skips: spans(&value.skips, value.skips_len),
             };
             let chunks = self.map_chunks(value.first_chunk, chunks_of(target.sectors))?;
-            let held = Held { target, first_chunk: value.first_chunk, chunks };
+            let held = Held { target, by_bio: value.by_bio != 0, first_chunk: value.first_chunk, chunks };
             // Handed out to an agent that did not confirm: as good as new.
             for granule in marked(&held, 2) {
                 if let Some(cell) = held.cell(granule) {
@@ -422,7 +494,7 @@ impl BpfCapture {
             .find(|n| self.targets.keys().all(|k| k.0 as usize % MAX_TARGETS != *n as usize % MAX_TARGETS))
             .ok_or(CaptureError::TooManyDisks { asked: self.targets.len() + 1, max: MAX_TARGETS })?;
         self.meta.set(META_NEXT_ID, u64::from(id) + 1, 0).map_err(map_error("meta"))?;
-        let held = Held { target: target.clone(), first_chunk: first, chunks };
+        let held = Held { target: target.clone(), by_bio: by_bio(target.disk), first_chunk: first, chunks };
         self.write_target(TargetId(id), &held)?;
         self.targets.insert(TargetId(id), held);
         Ok(TargetId(id))
@@ -430,8 +502,9 @@ impl BpfCapture {
 
     fn write_target(&mut self, id: TargetId, held: &Held) -> Result<(), CaptureError> {
         let t = &held.target;
+        let skips = merged(&t.skips);
         for (what, asked, max) in
-            [("protected ranges", t.ranges.len(), MAX_RANGES), ("excluded extents", t.skips.len(), MAX_SKIPS)]
+            [("protected ranges", t.ranges.len(), MAX_RANGES), ("excluded extents", skips.len(), MAX_SKIPS)]
         {
             if asked > max {
                 return Err(CaptureError::TooManyRanges { disk: t.disk, what, asked, max });
@@ -440,15 +513,36 @@ impl BpfCapture {
         let mut value = TargetValue {
             id: id.0,
             ranges_len: t.ranges.len() as u32,
-            skips_len: t.skips.len() as u32,
+            skips_len: skips.len() as u32,
             first_chunk: held.first_chunk,
             granules: held.granules(),
+            by_bio: u32::from(held.by_bio),
             ..TargetValue::default()
         };
-        for (to, from) in value.ranges.iter_mut().zip(&t.ranges).chain(value.skips.iter_mut().zip(&t.skips)) {
+        for (to, from) in value.ranges.iter_mut().zip(&t.ranges).chain(value.skips.iter_mut().zip(&skips)) {
             *to = Span { start: from.start(), end: from.end() };
         }
         self.targets_map.insert(key_of(t.disk), value, 0).map_err(map_error("targets"))
+    }
+
+    /// Attaches what looks at bios while a disk needs it, and takes it away after.
+    fn bio_links(&self, needed: bool) -> Result<(), CaptureError> {
+        // Completions first, as with requests.
+        for (program, tracepoint, link) in pins::BIO_PROGRAMS {
+            match (needed, self.pins.path(link).exists()) {
+                (true, false) => {
+                    if !self.pins.path(program).exists() {
+                        let what = "disks without a request queue cannot be captured on this kernel".to_owned();
+                        return Err(CaptureError::Feature { what });
+                    }
+                    let mut loaded = self.pins.open_program(program)?;
+                    self.pins.pin_link_at(link, attach_loaded(&mut loaded, program, tracepoint)?)?;
+                }
+                (false, true) => self.pins.remove_file(link)?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn drop_target(&mut self, id: TargetId) -> Result<(), CaptureError> {
@@ -522,6 +616,13 @@ impl BpfCapture {
     }
 }
 
+/// Sorted, with neighbours joined.
+fn merged(extents: &[Extent]) -> Vec<Extent> {
+    let mut set = model::ExtentSet::new();
+    extents.iter().for_each(|e| set.insert(*e));
+    set.iter().collect()
+}
+
 fn key_of(disk: DevNo) -> u64 {
     u64::from(disk.major) << 32 | u64::from(disk.minor)
 }
@@ -576,6 +677,7 @@ impl Capture for BpfCapture {
         for id in gone {
             self.drop_target(id)?;
         }
+        self.bio_links(targets.iter().any(|t| by_bio(t.disk)))?;
         let mut ids = Vec::new();
         for target in targets {
             let held = self.targets.iter().find(|(_, h)| h.target.disk == target.disk).map(|(id, _)| *id);

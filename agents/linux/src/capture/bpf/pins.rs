@@ -1,13 +1,14 @@
 //! The directory of a BPF file system in which maps and links are kept alive beyond the agent.
 //!
-//! Files: one per map (by its name) and `link-issue`, `link-complete`. Nothing else is ever put there. Without the links the
+//! Files: one per map (by its name), `link-issue`, `link-complete`, the two programs for disks without a request queue where
+//! the kernel can run them, and their links while such a disk is captured. Nothing else is ever put there. Without the links the
 //! programs are detached by the kernel, so removing them first stops capture whatever happens next.
 
 use super::{layout::*, map_error};
 use crate::capture::CaptureError;
 use aya::{
     maps::{Array, ArrayOfMaps, Map, MapData},
-    programs::links::FdLink,
+    programs::{RawTracePoint, links::FdLink},
 };
 use std::{
     ffi::CString,
@@ -25,6 +26,11 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 pub(crate) const MAPS: [&str; 7] = ["ring", "targets", "dirty", "big", "counters", "losses", "meta"];
 const LINKS: [&str; 2] = ["link-issue", "link-complete"];
+/// Programs for disks without a request queue, where they go, and what their links are called. Completions first.
+pub(crate) const BIO_PROGRAMS: [(&str, &str, &str); 2] = [
+    ("hf_bio_complete", "block_bio_complete", "link-bio-complete"),
+    ("hf_bio_queue", "block_bio_queue", "link-bio-queue"),
+];
 
 #[derive(Debug)]
 pub struct Pins {
@@ -82,16 +88,19 @@ impl Pins {
 
     /// Removes all pins, links first, and the directory when it is empty then.
     pub fn clear(&self) -> Result<(), CaptureError> {
-        for name in LINKS.iter().chain(&MAPS) {
-            let path = self.path(name);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(CaptureError::File { what: "unpin", path: path.display().to_string(), source: e });
-                }
-                _ => {}
+        let links = LINKS.into_iter().chain(BIO_PROGRAMS.map(|(_, _, link)| link));
+        let names = links.chain(BIO_PROGRAMS.map(|(program, _, _)| program)).chain(MAPS);
+        names.into_iter().try_for_each(|name| self.remove_file(name))
+    }
+
+    pub(crate) fn remove_file(&self, name: &str) -> Result<(), CaptureError> {
+        let path = self.path(name);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(CaptureError::File { what: "unpin", path: path.display().to_string(), source: e })
             }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Removes the directory too.
@@ -112,8 +121,22 @@ impl Pins {
         map.pin(&path).map_err(|e| CaptureError::Pin { path: path.display().to_string(), source: Box::new(e) })
     }
 
+    pub(crate) fn pin_program(&self, name: &'static str, program: &mut RawTracePoint) -> Result<(), CaptureError> {
+        let path = self.path(name);
+        program.pin(&path).map_err(|e| CaptureError::Pin { path: path.display().to_string(), source: Box::new(e) })
+    }
+
+    pub(crate) fn open_program(&self, name: &'static str) -> Result<RawTracePoint, CaptureError> {
+        RawTracePoint::from_pin(self.path(name))
+            .map_err(|e| CaptureError::Program { program: name, source: Box::new(e) })
+    }
+
     pub(crate) fn pin_link(&self, name: &str, link: FdLink) -> Result<(), CaptureError> {
-        let path = self.path(&format!("link-{name}"));
+        self.pin_link_at(&format!("link-{name}"), link)
+    }
+
+    pub(crate) fn pin_link_at(&self, name: &str, link: FdLink) -> Result<(), CaptureError> {
+        let path = self.path(name);
         let pinned = link.pin(&path);
         pinned.map(drop).map_err(|e| CaptureError::Pin { path: path.display().to_string(), source: Box::new(e) })
     }
