@@ -18,7 +18,7 @@ use wire::{Command, CommandResult, Message, Refusal, RefuseCode};
 
 /// A request that waits for the box's answer; one at a time.
 pub(super) enum Pending {
-    Protect { resolution: Resolution, answer: Answer },
+    Protect { resolution: Resolution, asked: Vec<VolumeSpec>, answer: Answer },
     Unprotect { group: GroupId, answer: Answer },
 }
 
@@ -113,7 +113,7 @@ impl Engine {
             return fail(&answer, "no-box", format!("no connection to the box: {}", self.control_reason), OFFLINE);
         }
         let name = name.unwrap_or_else(|| format!("{}-{}", enrol::host_name(), resolution.leaves[0].volume));
-        let volumes = resolution
+        let volumes: Vec<VolumeSpec> = resolution
             .leaves
             .iter()
             .enumerate()
@@ -124,8 +124,8 @@ impl Engine {
                 identity: disks.get(&leaf.volume).map(|d| d.identity.to_string()).unwrap_or_default(),
             })
             .collect();
-        self.tell(Message::Protect { group_name: name, volumes, mode: SyncMode::Async });
-        self.pending = Some(Pending::Protect { resolution, answer });
+        self.tell(Message::Protect { group_name: name, volumes: volumes.clone(), mode: SyncMode::Async });
+        self.pending = Some(Pending::Protect { resolution, asked: volumes, answer });
         self.pending_since = clock::mono();
     }
 
@@ -140,24 +140,27 @@ impl Engine {
     }
 
     fn protected(&mut self, spec: GroupSpec) {
-        let Some(Pending::Protect { resolution, answer }) = self.pending.take() else { return };
+        let Some(Pending::Protect { resolution, asked, answer }) = self.pending.take() else { return };
         let disks = match Disks::here() {
             Ok(disks) => disks,
             Err(e) => return fail(&answer, "disks", crate::error_chain(&e), ""),
         };
-        if spec.volumes.len() != resolution.leaves.len() {
+        let Some(order) = order_of_box(&asked, &spec.volumes) else {
             return fail(&answer, "box", "the box answered with other volumes than it was asked to protect", "");
-        }
+        };
         let volumes = spec
             .volumes
             .iter()
-            .zip(&resolution.leaves)
-            .map(|(volume, leaf)| VolumeRecord {
-                id: volume.id,
-                device: leaf.volume.clone(),
-                sectors: leaf.range.sectors.0,
-                identity: disks.get(&leaf.volume).map(|d| d.identity.clone()).unwrap_or_default(),
-                max_sectors_kb: start::clamp_requests(&leaf.disk),
+            .zip(order)
+            .map(|(volume, leaf)| {
+                let leaf = &resolution.leaves[leaf];
+                VolumeRecord {
+                    id: volume.id,
+                    device: leaf.volume.clone(),
+                    sectors: leaf.range.sectors.0,
+                    identity: disks.get(&leaf.volume).map(|d| d.identity.clone()).unwrap_or_default(),
+                    max_sectors_kb: start::clamp_requests(&leaf.disk),
+                }
             })
             .collect();
         let record = GroupRecord { spec: spec.clone(), volumes, skips: Vec::new() };
@@ -478,6 +481,21 @@ impl Engine {
     }
 }
 
+/// For each volume of the box's answer, which of those asked for it is; none when they are not the same. The box gives the numbers, and a
+/// disk that the group had before keeps its own: the order of the answer is not that of the question.
+fn order_of_box(asked: &[VolumeSpec], answered: &[VolumeSpec]) -> Option<Vec<usize>> {
+    if asked.len() != answered.len() {
+        return None;
+    }
+    let order: Option<Vec<usize>> = answered
+        .iter()
+        .map(|a| asked.iter().position(|b| a.identity == b.identity && a.name == b.name && a.sectors == b.sectors))
+        .collect();
+    let order = order?;
+    let each_once = order.iter().collect::<std::collections::BTreeSet<_>>().len() == order.len();
+    each_once.then_some(order)
+}
+
 /// Whether a protected device and a leaf share sectors of a disk.
 fn overlap(device: &crate::disks::Device, leaf: &Leaf) -> bool {
     let (disk, range) = match &device.class {
@@ -485,4 +503,32 @@ fn overlap(device: &crate::disks::Device, leaf: &Leaf) -> bool {
         _ => (device.name.as_str(), model::Extent::new(0, device.sectors)),
     };
     disk == leaf.disk && range.intersect(&leaf.range).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(id: u32, name: &str) -> VolumeSpec {
+        VolumeSpec {
+            id: VolumeId(id),
+            name: format!("/dev/{name}"),
+            sectors: Sectors(8),
+            identity: format!("serial:{name}"),
+        }
+    }
+
+    #[test]
+    fn volumes_are_told_by_what_they_are_and_not_by_their_place() {
+        // `sdb` was added to a group that had `sdc` and `sdd`: those keep their numbers, and the answer is in the order of numbers.
+        let asked = [volume(0, "sdb"), volume(1, "sdc"), volume(2, "sdd")];
+        let answered = [volume(0, "sdc"), volume(1, "sdd"), volume(2, "sdb")];
+        assert_eq!(order_of_box(&asked, &answered), Some(vec![1, 2, 0]));
+        assert_eq!(order_of_box(&asked, &asked), Some(vec![0, 1, 2]));
+        assert_eq!(order_of_box(&asked, &answered[..2]), None);
+        assert_eq!(order_of_box(&asked, &[volume(0, "sdb"), volume(1, "sdb"), volume(2, "sdd")]), None);
+        assert_eq!(order_of_box(&asked, &[volume(0, "sdb"), volume(1, "sdc"), volume(2, "sde")]), None);
+        let smaller = VolumeSpec { sectors: Sectors(4), ..volume(0, "sdb") };
+        assert_eq!(order_of_box(&asked[..1], &[smaller]), None);
+    }
 }
