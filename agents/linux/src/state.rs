@@ -4,7 +4,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `identity.json`, `host.key`, `host.pem`, `ca.pem` | who this host is, 0600 |
+//! | `identity.json`, `host.pem`, `ca.pem` | who this host is, 0600; `host.pem` holds certificate and key, so that a renewal replaces both at once |
 //! | `groups.a` `groups.b` | what is protected (twin record of JSON) |
 //! | `source-<group>.a` `.b` | the source machine's state, now and then; for the time after a reboot |
 //! | `spool-<group>.bin` | spool file; its content is of no use to the next agent |
@@ -98,6 +98,15 @@ pub struct GroupRecord {
     pub skips: Vec<(String, u64, u64)>,
 }
 
+/// PEM texts; each may hold more than what it is named for.
+pub struct HostPem {
+    pub certificate: Vec<u8>,
+    pub key: Vec<u8>,
+}
+
+const HOST_PEM: &str = "host.pem";
+const KEY_BEGIN: &[u8] = b"PRIVATE KEY-----";
+
 pub struct StateDir {
     root: PathBuf,
     run: PathBuf,
@@ -165,7 +174,8 @@ impl StateDir {
         }
     }
 
-    /// Stores key, certificate and identity; the identity last, because with it the host counts as enrolled.
+    /// Stores key, certificate and identity; the identity last, because with it the host counts as enrolled. Certificate and key go into
+    /// one file: a renewal that is cut off must not leave a key without its certificate, for only the operator could mend that.
     pub fn store_identity(
         &self,
         identity: &HostIdentity,
@@ -173,13 +183,20 @@ impl StateDir {
         certificate: &str,
         ca: &str,
     ) -> Result<(), StateError> {
-        write_secret(&self.path("host.key"), key.as_bytes())?;
-        write_secret(&self.path("host.pem"), certificate.as_bytes())?;
         write_secret(&self.path("ca.pem"), ca.as_bytes())?;
+        write_secret(&self.path(HOST_PEM), format!("{}\n{key}", certificate.trim_end()).as_bytes())?;
         let path = self.path("identity.json");
         let text = serde_json::to_vec_pretty(identity)
             .map_err(|source| StateError::Identity { path: path.clone(), source })?;
         write_secret(&path, &text)
+    }
+
+    /// Certificate and key of this host; earlier agents kept the key in a file of its own.
+    pub fn host_pem(&self) -> Result<HostPem, StateError> {
+        let certificate = self.read(HOST_PEM)?;
+        let with_key = certificate.windows(KEY_BEGIN.len()).any(|w| w == KEY_BEGIN);
+        let key = if with_key { certificate.clone() } else { self.read("host.key")? };
+        Ok(HostPem { certificate, key })
     }
 
     pub fn read(&self, name: &str) -> Result<Vec<u8>, StateError> {
@@ -378,12 +395,45 @@ mod tests {
         let mut again = StateDir::open(&root, &run).unwrap();
         assert_eq!(again.load_groups().unwrap(), [group(), group()]);
         assert_eq!(again.identity().unwrap(), identity);
-        for name in ["host.key", "identity.json"] {
+        for name in ["host.pem", "identity.json"] {
             assert_eq!(fs::metadata(root.join(name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
         }
         assert_eq!(fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o700);
         let _held = state.lock().unwrap();
         assert!(matches!(again.lock(), Err(StateError::Running { .. })));
+    }
+
+    #[test]
+    fn a_key_never_parts_from_its_certificate() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&dir.path().join("s"), &dir.path().join("r")).unwrap();
+        let make = || {
+            let made = rcgen::generate_simple_self_signed(vec!["h".to_owned()]).unwrap();
+            (made.signing_key.serialize_pem(), made.cert.pem())
+        };
+        let good = |state: &StateDir| {
+            let pem = state.host_pem().unwrap();
+            let ca = state.read("ca.pem").unwrap();
+            crate::tls::session_config(&ca, &pem.certificate, &pem.key).is_ok()
+        };
+        // As earlier agents stored it.
+        let (key, certificate) = make();
+        for (name, text) in [("host.key", &key), ("host.pem", &certificate), ("ca.pem", &certificate)] {
+            write_secret(&state.path(name), text.as_bytes()).unwrap();
+        }
+        assert!(good(&state));
+        // A renewal that ends after any of its files leaves the old pair or the new one.
+        let identity = HostIdentity { host: HostId([3; 16]), box_address: "b:1".into(), enrolled_us: 5 };
+        let (new_key, new_certificate) = make();
+        fs::create_dir(state.path("identity.json")).unwrap(); // the last file cannot be written
+        state.store_identity(&identity, &new_key, &new_certificate, &certificate).unwrap_err();
+        assert!(good(&state));
+        assert!(String::from_utf8(state.host_pem().unwrap().key).unwrap().contains(new_key.trim()));
+        fs::remove_dir(state.path("identity.json")).unwrap();
+        fs::create_dir(state.path("host.new")).unwrap(); // not even the first
+        let (third_key, third) = make();
+        state.store_identity(&identity, &third_key, &third, &certificate).unwrap_err();
+        assert!(good(&state));
     }
 
     #[test]

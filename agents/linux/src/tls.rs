@@ -44,7 +44,7 @@ pub fn session_config(ca_pem: &[u8], cert_pem: &[u8], key_pem: &[u8]) -> Result<
     roots.add(CertificateDer::from_pem_slice(ca_pem).map_err(pem("ca.pem"))?).map_err(TlsError::Setup)?;
     let chain: Vec<CertificateDer<'static>> =
         CertificateDer::pem_slice_iter(cert_pem).collect::<Result<_, _>>().map_err(pem("host.pem"))?;
-    let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(pem("host.key"))?;
+    let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(pem("host.pem"))?;
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Setup)?

@@ -201,7 +201,8 @@ impl Engine {
         let lock = state.lock()?;
         let identity = state.identity()?;
         let records = state.load_groups()?;
-        let tls = tls::session_config(&state.read("ca.pem")?, &state.read("host.pem")?, &state.read("host.key")?)?;
+        let pem = state.host_pem()?;
+        let tls = tls::session_config(&state.read("ca.pem")?, &pem.certificate, &pem.key)?;
         let boot_id = state::boot_id();
         let who = Who {
             host: identity.host,
