@@ -147,7 +147,8 @@ pub struct VerifiedBase {
 ///
 /// A fold, as the caller does it: persist "a fold to LSN x has begun" in the control record; [`Base::fold`] for each volume
 /// with `fold = x`; persist the new floor; only then delete segments. When it stopped anywhere between, the base is
-/// opened with `interrupted = Some(x)` and the same fold (or one further) is done, whole: its segments are still there.
+/// opened with `interrupted = Some(x)` and the same fold is done, whole: its segments are still there. Not one further: the LSN
+/// persisted must stay that of the redo file until all of it is done.
 pub trait Base: Send + Sync + fmt::Debug {
     /// Opens the volume's base. Makes it when it is not there, unless `must_exist` (a fold has been done): then its loss
     /// is damage. Grows it to `sectors` if it is smaller; never shrinks it.

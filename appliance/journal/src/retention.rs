@@ -2,8 +2,8 @@
 //!
 //! The **cutoff** is an LSN: moments at or above it stay openable, everything at or below it is folded into the base. It moves
 //! in whole segments. Executing a plan: persist the cutoff, fold the base up to it, persist the floor, then delete what the
-//! plan lists and drop index generations below [`Plan::first_kept`]. Power lost anywhere: the next plan from the facts then
-//! found asks for the same again (the cutoff is never below the persisted one).
+//! plan lists and drop index generations below [`Plan::first_kept`]. Power lost anywhere, or a fold that fails: the next plan from
+//! the facts then found asks for the same cutoff again and no further, until the floor has reached it.
 //!
 //! # What holds the cutoff back
 //!
@@ -367,7 +367,9 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     let folded = steps.iter().take_while(|step| step.last <= facts.floor).count();
     let mut round = folded.min(target);
     let mut room = facts.available;
-    while round < target {
+    // A fold that was begun is ended first, as it was begun: the base knows what is half done by the LSN it was to reach.
+    let unfinished = facts.cutoff > facts.floor;
+    while round < target && !unfinished {
         let step = &steps[round];
         let first = round == folded;
         if round - folded >= facts.fold_segments_max.max(1) || (step.fact.bytes > room && !first) {
@@ -873,6 +875,9 @@ mod tests {
         assert_eq!(made.new_cutoff, Lsn(70));
         assert_eq!(made.delete.len(), 7);
         assert!(!made.is_idle(&paper.facts()));
+        // And no further, though there is much more to fold: the base finishes the fold it knows of first.
+        paper.fold_segments_max = 20;
+        assert_eq!(plan(&paper.facts()).new_cutoff, Lsn(70));
         // Even when a bookmark appeared below: the base is past it already.
         paper.bookmarks.push(Paper::pin(30));
         assert_eq!(plan(&paper.facts()).new_cutoff, Lsn(70));
