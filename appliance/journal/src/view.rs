@@ -122,8 +122,9 @@ impl Moment {
     ) -> Result<(), PlanError> {
         let Some(line) = map.line(link.timeline) else { return Ok(()) };
         let Some(mut at) = line.position(link.upto) else { return Ok(()) };
-        // The segment in which the link ends, if it goes on behind; whole segments can be answered by runs.
-        if line.segments[at].last_lsn() > link.upto {
+        // The segment in which the link ends, if it goes on behind; whole segments can be answered by runs. One that is not sealed may
+        // go on at any time: by the time the index is asked, a run of it could hold what came later.
+        if line.segments[at].sealed().is_none_or(|s| s.trailer.last_lsn > link.upto) {
             self.ask_segment(&line.segments[at], volume, link.upto, missing, parts)?;
             match at.checked_sub(1) {
                 Some(before) => at = before,
@@ -245,7 +246,7 @@ impl Moment {
         &self,
         volume: VolumeId,
         extent: Extent,
-        mut act: impl FnMut(&Map, bool, &[Part]) -> Result<T, PlanError>,
+        mut act: impl FnMut(bool, &[Part]) -> Result<T, PlanError>,
     ) -> Result<T, ReadError> {
         let mut use_index = true;
         let mut tries = 0;
@@ -253,7 +254,7 @@ impl Moment {
             let map = self.shared.map();
             let index = if use_index { self.shared.index() } else { None };
             let result =
-                self.plan(&map, index.as_deref(), volume, extent).and_then(|parts| act(&map, index.is_some(), &parts));
+                self.plan(&map, index.as_deref(), volume, extent).and_then(|parts| act(index.is_some(), &parts));
             match result {
                 Ok(out) => return Ok(out),
                 Err(PlanError::Index) if use_index => use_index = false,
@@ -276,9 +277,15 @@ impl Moment {
         }
     }
 
-    fn read_base(&self, map: &Map, volume: VolumeId, lba: u64, out: &mut [u8]) -> Result<(), ReadError> {
-        if map.floor.lsn == Lsn::ZERO {
-            out.fill(0); // no fold was ever finished: what no segment has was never written
+    /// Whether no fold was ever finished: what no segment has was never written. Asked after the plan was made, not of the plan's map: a
+    /// first fold may have ended in between, and runs of the index made since leave out what it took.
+    fn no_base(&self) -> bool {
+        self.shared.map().floor.lsn == Lsn::ZERO
+    }
+
+    fn read_base(&self, volume: VolumeId, lba: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        if self.no_base() {
+            out.fill(0);
             return Ok(());
         }
         self.shared.base.read(volume, lba, out).map_err(base_error)
@@ -286,13 +293,13 @@ impl Moment {
 
     /// Fills `buf` from whole sectors.
     fn read_sectors(&self, volume: VolumeId, extent: Extent, buf: &mut [u8]) -> Result<(), ReadError> {
-        self.with_plan(volume, extent, |map, indexed, parts| {
+        self.with_plan(volume, extent, |indexed, parts| {
             for part in parts {
                 let start = ((part.extent.start() - extent.start()) * SECTOR) as usize;
                 let out = &mut buf[start..start + part.extent.bytes() as usize];
                 match &part.from {
                     From::Zero => out.fill(0),
-                    From::Base => self.read_base(map, volume, part.extent.start(), out)?,
+                    From::Base => self.read_base(volume, part.extent.start(), out)?,
                     From::Record { segment, offset, skip } => {
                         let data = fetch(&self.shared, &self.cache, segment, *offset, volume, part.extent, *skip);
                         let data = data.map_err(|e| match e {
@@ -347,13 +354,13 @@ impl Moment {
         let mut at = extent.start();
         while at < extent.end() {
             let window = Extent::between(at, extent.end().min(at + WINDOW_SECTORS));
-            let parts = self.with_plan(volume, window, |map, _, parts| {
+            let parts = self.with_plan(volume, window, |_, parts| {
                 let mut found: Vec<(Extent, Allocation)> = Vec::new();
                 for part in parts {
                     match part.from {
                         From::Record { .. } => found.push((part.extent, Allocation::Data)),
                         From::Zero => found.push((part.extent, Allocation::Zero)),
-                        From::Base if map.floor.lsn == Lsn::ZERO => found.push((part.extent, Allocation::Zero)),
+                        From::Base if self.no_base() => found.push((part.extent, Allocation::Zero)),
                         From::Base => {
                             let written = self.shared.base.written(volume, part.extent).map_err(base_error)?;
                             let mut from = part.extent.start();
