@@ -59,8 +59,19 @@ where
 {
     let wanted = 1;
     let output = Vec::new();
-    let mut pump =
-        Pump { stream, outbox, parser, budget, input, wanted, ending: false, output, sent: 0, unflushed: false };
+    let mut pump = Pump {
+        stream,
+        outbox,
+        parser,
+        budget,
+        input,
+        wanted,
+        ending: false,
+        output,
+        sent: 0,
+        unflushed: false,
+        said: 0,
+    };
     poll_fn(|cx| pump.poll(cx)).await
 }
 
@@ -75,6 +86,8 @@ struct Pump<'a, S, P> {
     output: Vec<u8>,
     sent: usize,
     unflushed: bool,
+    /// What the parser answered itself and the outbox has not given back yet.
+    said: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
@@ -83,7 +96,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
             let mut found = None;
             if self.sent == self.output.len() {
                 self.output.clear();
-                self.sent = 0;
+                (self.sent, self.said) = (0, 0);
                 // Asks to be woken and looks under one lock: an answer put there later wakes us.
                 found = Some(self.outbox.collect(&mut self.output, cx.waker(), self.ending));
             }
@@ -97,7 +110,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
                 return Poll::Ready(Ok(()));
             }
             let closing = found.is_some_and(|f| f.closing);
-            if !self.ending && !closing && self.output.len() - self.sent <= OUTPUT_BYTES_MAX {
+            if !self.ending && !closing && self.output.len() - self.sent + self.said <= OUTPUT_BYTES_MAX {
                 moved |= self.parse()?;
                 moved |= match self.read(cx) {
                     Poll::Ready(Ok(true)) => true,
@@ -141,7 +154,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
         if self.input.len() < self.wanted {
             return Ok(false);
         }
-        let (had, put) = (self.input.len(), self.output.len());
+        let had = self.input.len();
         let mut room = self.budget.saturating_sub(self.outbox.owed());
         if room == 0 {
             // Only who asks is told; and looks again, for it may have fallen in between.
@@ -150,12 +163,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
                 return Ok(false);
             }
         }
-        match self.parser.parse(&mut self.input, &mut self.output, room)? {
+        let mut said = Vec::new();
+        match self.parser.parse(&mut self.input, &mut said, room)? {
             Parsed::Wants(bytes) => self.wanted = bytes.max(1),
             Parsed::NoRoom => self.wanted = 1,
             Parsed::Ending => self.ending = true,
         }
-        Ok(self.input.len() != had || self.output.len() != put || self.ending)
+        if !said.is_empty() {
+            // By way of the outbox: others may be sending an answer of which only a part has gone out.
+            self.said += said.len();
+            self.outbox.put(0, |out| out.extend_from_slice(&said));
+            return Ok(true);
+        }
+        Ok(self.input.len() != had || self.ending)
     }
 
     /// Reads once; false at the end of the stream.
@@ -271,6 +291,72 @@ mod tests {
             let ended = pump(&mut server, &outbox, &mut units, 1000, BytesMut::new()).await;
             assert_eq!(ended.is_ok(), fine, "{bytes:?}: {ended:?}");
         }
+    }
+
+    /// What the parser says itself and what others answer are two sources of one stream: neither may begin inside the other's unit.
+    #[tokio::test]
+    async fn an_answer_that_is_half_sent_is_finished_before_anything_else_is_said() {
+        use crate::outbox::Direct;
+        use std::{
+            pin::Pin,
+            task::{Context, Poll},
+        };
+        #[derive(Clone, Default)]
+        struct Wire(Arc<std::sync::Mutex<Vec<u8>>>);
+        impl Direct for Wire {
+            fn try_send(&self, bytes: &[u8]) -> io::Result<usize> {
+                let fits = bytes.len().min(3);
+                crate::lock(&self.0).extend_from_slice(&bytes[..fits]);
+                Ok(fits)
+            }
+        }
+        struct Stream(Wire, VecDeque<u8>);
+        impl tokio::io::AsyncRead for Stream {
+            fn poll_read(
+                mut self: Pin<&mut Self>,
+                _: &mut Context<'_>,
+                buf: &mut tokio::io::ReadBuf<'_>,
+            ) -> Poll<io::Result<()>> {
+                match self.1.pop_front() {
+                    Some(byte) => buf.put_slice(&[byte]),
+                    None => return Poll::Pending,
+                }
+                Poll::Ready(Ok(()))
+            }
+        }
+        impl AsyncWrite for Stream {
+            fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+                crate::lock(&self.0.0).extend_from_slice(bytes);
+                Poll::Ready(Ok(bytes.len()))
+            }
+            fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+                Poll::Ready(Ok(()))
+            }
+            fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+                Poll::Ready(Ok(()))
+            }
+        }
+        /// While it makes its own answer, somebody else's goes out in part.
+        struct Refuser<'a>(&'a Arc<Outbox>);
+        impl Parser for Refuser<'_> {
+            type Error = io::Error;
+            fn parse(&mut self, input: &mut BytesMut, out: &mut Vec<u8>, _: usize) -> io::Result<Parsed> {
+                match input.first() {
+                    None => return Ok(Parsed::Wants(1)),
+                    Some(0) => return Ok(Parsed::Ending),
+                    Some(_) => input.advance(1),
+                }
+                self.0.put(0, |out| out.extend_from_slice(b"AAAAAAAA"));
+                self.0.wake();
+                out.extend_from_slice(b"rrrr");
+                Ok(Parsed::NoRoom)
+            }
+        }
+        let (wire, outbox) = (Wire::default(), Arc::new(Outbox::default()));
+        outbox.set_direct(Arc::new(wire.clone()));
+        let mut stream = Stream(wire.clone(), VecDeque::from([1, 1, 0]));
+        pump(&mut stream, &outbox, &mut Refuser(&outbox), 1000, BytesMut::new()).await.unwrap();
+        assert_eq!(String::from_utf8(crate::lock(&wire.0).clone()).unwrap(), "AAAAAAAArrrrAAAAAAAArrrr");
     }
 
     #[tokio::test]
