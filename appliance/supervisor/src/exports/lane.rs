@@ -14,6 +14,8 @@ const REQUEST_COST: usize = 512;
 pub struct Lane {
     pub session: Session,
     pub volume: VolumeId,
+    /// Of an ingest target: the life of its journal in which the connection began ([`Shared::life`](crate::vault::Shared::life)).
+    pub life: u64,
     pub outbox: Arc<Outbox>,
 }
 
@@ -29,7 +31,10 @@ pub fn cost(request: &Request) -> usize {
 
 impl Lane {
     pub fn new(session: Session, volume: VolumeId) -> Self {
-        Self { session, volume, outbox: Arc::default() }
+        Self { session, volume, life: 0, outbox: Arc::default() }
+    }
+    pub fn in_life(self, life: u64) -> Self {
+        Self { life, ..self }
     }
     /// Puts the answer to `request` into the outbox; wake it after the last of many.
     pub fn answer(&self, request: &Request, encode: impl FnOnce(&Session, &mut Vec<u8>)) {
@@ -40,6 +45,14 @@ impl Lane {
     }
     pub fn fail(&self, request: &Request, errno: Errno, text: &str) {
         self.answer(request, |session, out| session.push_error(out, request.cookie, errno, text));
+    }
+    /// Refuses the work of a connection whose journal has failed since it began, and ends it: what the client wrote without a flush may be
+    /// lost, and only an error says so.
+    pub fn refuse_lost(&self, requests: impl Iterator<Item = Request>) {
+        let text =
+            "the journal failed and was opened again: writes that were not flushed before may be lost; connect again";
+        requests.for_each(|request| self.fail(&request, Errno::Io, text));
+        self.outbox.close();
     }
     pub fn wake(&self) {
         self.outbox.wake();

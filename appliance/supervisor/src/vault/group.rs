@@ -171,6 +171,8 @@ pub struct Shared {
     pub counters: Counters,
     /// The host stopped protecting it.
     pub released: AtomicBool,
+    /// How often the journal has failed since the daemon started: see [`Shared::life`].
+    life: AtomicU64,
     phase: Mutex<Phase>,
     live: Mutex<Live>,
     spec: Mutex<GroupSpec>,
@@ -184,10 +186,19 @@ impl Shared {
             host: spec.host,
             counters: Counters::default(),
             released: AtomicBool::new(released),
+            life: AtomicU64::new(0),
             phase: Mutex::new(Phase::Opening),
             live: Mutex::default(),
             spec: Mutex::new(spec),
         }
+    }
+    /// Which life of the journal this is. When it fails, writes that were answered and not yet flushed may be lost; a connection of an
+    /// earlier life must not be told that a later flush made them durable.
+    pub fn life(&self) -> u64 {
+        self.life.load(Ordering::Acquire)
+    }
+    pub(super) fn end_life(&self) {
+        self.life.fetch_add(1, Ordering::AcqRel);
     }
     pub fn phase(&self) -> Phase {
         crate::lock(&self.phase).clone()

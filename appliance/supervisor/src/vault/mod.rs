@@ -297,6 +297,9 @@ impl Vault {
     }
 }
 
+/// A volume larger than this is a typing error or a lie; NBD and the journal would take it, but sums of sizes must not overflow.
+pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
+
 const GROUPS: &str = "groups";
 
 /// The one place where a group's folder gets its name.

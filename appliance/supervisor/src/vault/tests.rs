@@ -52,7 +52,8 @@ struct Client {
 impl Client {
     fn of(vault: &Vault) -> Self {
         let group = vault.find("g").unwrap();
-        Self { group, lane: Arc::new(Lane::new(session(), VolumeId(0))), cookie: 0 }
+        let lane = Arc::new(Lane::new(session(), VolumeId(0)).in_life(group.shared.life()));
+        Self { group, lane, cookie: 0 }
     }
     fn send(&mut self, command: Nbd, offset: u64, payload: Vec<u8>) {
         self.cookie += 1;
@@ -224,7 +225,11 @@ fn after_a_failed_write_the_group_opens_again_by_itself() {
     let mut client = Client::of(&world.vault);
     client.send(Nbd::Write { fua: true }, 0, content(1));
     assert_eq!(client.wait_all(), [(1, 0)]);
+    // Two connections of one client: what is flushed on one covers what was answered on both.
+    let mut other = Client::of(&world.vault);
     disk.fail_write_at(Path::new("groups").join(group.id().to_string()).join("seg"));
+    other.send(Nbd::Write { fua: false }, 3 * BLOCK, content(4));
+    assert_eq!(other.wait_all(), [(1, 0)], "a plain write is answered at once");
     client.send(Nbd::Write { fua: true }, BLOCK, content(2));
     let answers = client.wait_all();
     assert!(answers.len() == 1 && answers[0].1 == 5, "{answers:?}");
@@ -234,6 +239,15 @@ fn after_a_failed_write_the_group_opens_again_by_itself() {
     client.wait_all();
     until("the group to come back", || world.events.count(Event::GroupReopened) == 1);
     wait_running(&group);
+    // What was answered and not flushed may be lost: a flush on a connection from before must not say that it is safe.
+    for old in [&mut client, &mut other] {
+        old.send(Nbd::Flush, 0, Vec::new());
+        let answers = old.wait_all();
+        assert!(answers.len() == 1 && answers[0].1 == 5, "{answers:?}");
+        let end = old.lane.outbox.collect(&mut Vec::new(), Waker::noop(), false);
+        assert!(end.closing, "the client is made to connect again");
+    }
+    let mut client = Client::of(&world.vault);
     client.send(Nbd::Write { fua: true }, 2 * BLOCK, content(3));
     assert!(client.wait_all().iter().all(|(_, error)| *error == 0));
     let (_, found) = versions(&group, &RecoveryPoint::Latest);

@@ -21,7 +21,8 @@
 //! nothing acknowledged is touched. It is tried again with every job and every second.
 //!
 //! **Failure.** A failed write poisons the journal: all who wait are told, the stream connection is cut, and the journal is opened again,
-//! which recovers it. Damage stops the group for good, with file and offset in its status.
+//! which recovers it. Writes that were answered without a flush may be lost with it: NBD connections from before get errors until they
+//! end, for a flush on one of them must not pass ([`Shared::life`]). Damage stops the group for good, with file and offset in its status.
 //!
 //! **Limits.** What is queued is bounded by its producers, see [`Inbox`]; `waiters` and `reads` hold at most what those have
 //! unanswered.
@@ -116,6 +117,7 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>,
         };
         context.events.note(Event::GroupStopped, &shared.name, &reason);
         let since_us = context.clock.wall_us();
+        shared.end_life();
         shared.set_phase(Phase::Stopped { reason: reason.clone(), damaged, since_us });
         shared.change_live(|live| *live = Live { recovery: live.recovery.take(), ..Live::default() });
         let retry_ms = (!damaged).then(|| RETRY_MS[failures.min(RETRY_MS.len() - 1)]);
@@ -486,6 +488,9 @@ impl<'a> Writer<'a> {
 
     fn command(&mut self, command: Command) {
         match command {
+            Command::Nbd { lane, ops } if lane.life != self.shared.life() => {
+                lane.refuse_lost(ops.iter().map(|op| op.request));
+            }
             Command::Nbd { lane, ops } => self.pending.push_back(Work::Ops { lane, ops: ops.into_iter() }),
             Command::Frames { link, frames, cost } => {
                 self.pending.push_back(Work::Frames { link, frames: frames.into_iter(), cost });
