@@ -293,6 +293,10 @@ async fn export_ingest_groups(app: Arc<App>) {
                     if let Err(e) = app.exports.add_ingest(group, &volumes, app.nbd_listen.is_some()) {
                         app.events.note(Event::JobFailed, group.name(), crate::chain(&e));
                     }
+                    // Deleted while this loop looked at it.
+                    if app.vault.get(group.id()).is_none() {
+                        app.exports.remove_group(group.id());
+                    }
                 }
                 Phase::Stopped { .. } | Phase::Closed => {}
             }

@@ -10,7 +10,7 @@ use crate::{
     events::{Event, Events},
     exports::{Export, ExportError, Exports},
     pki,
-    vault::{Group, GroupError},
+    vault::{Group, GroupError, Phase},
 };
 use data_encoding::HEXLOWER;
 use journal::{OpenViewError, ResolveError, ResolvedPoint, View};
@@ -93,6 +93,11 @@ impl Views {
             open_ms: started.elapsed().as_secs_f64() * 1000.0,
         });
         crate::lock(&self.open).insert(id, Arc::clone(&open));
+        // Deleted meanwhile: who deleted it has closed its views before this one was among them.
+        if matches!(group.shared.phase(), Phase::Closed) {
+            self.close(&open.id);
+            return Err(GroupError::Closed.into());
+        }
         self.events.note(Event::ViewOpened, group.name(), format!("{} at LSN {}", open.id, point.lsn));
         Ok(open)
     }

@@ -6,7 +6,7 @@ use crate::{
     catalog::{CatalogRefusal, ChangeError, TokenEntry},
     events::Event,
     pki, status,
-    vault::{CreateGroupError, Group, GroupError, Phase},
+    vault::{CreateGroupError, Group, GroupError, Phase, VOLUME_BYTES_MAX},
     views::ViewError,
 };
 use bytes::Bytes;
@@ -33,8 +33,6 @@ const BOOKMARK_LIMIT: Duration = Duration::from_secs(60);
 /// How long a new group may take to open before its maker is answered all the same.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
 const BOOKMARK_POLL: Duration = Duration::from_millis(10);
-/// A volume larger than this is a typing error; NBD and the journal would take it.
-const VOLUME_BYTES_MAX: u64 = 1 << 50;
 const VOLUMES_MAX: usize = 64;
 
 type Result<T = Answer> = std::result::Result<T, ApiError>;
@@ -304,6 +302,9 @@ async fn delete_group(app: &Arc<App>, group: Arc<Group>, query: &str) -> Result 
     app.exports.remove_group(group.id());
     blocking(app, move |app| {
         app.vault.delete(&group).map_err(|e| internal(crate::chain(&e)))?;
+        // What was opened while it was still there.
+        app.views.close_group(group.id());
+        app.exports.remove_group(group.id());
         Ok(ok(&json!({ "deleted": group.name() })))
     })
     .await?

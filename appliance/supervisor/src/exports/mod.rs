@@ -3,7 +3,7 @@
 //! Each export has a Unix socket of its own in `run/nbd/` (mode 0600, in a folder of mode 0700). Where `nbd_listen` is set,
 //! ingest targets and the views opened for it are also reached over TCP, under mutual TLS only and by name.
 //!
-//! **Limits.** [`CONNECTIONS_MAX`] connections in all; each is bounded by [`lane::BUDGET_BYTES`].
+//! **Limits.** [`CONNECTIONS_MAX`] connections in all, and [`HANDSHAKES_MAX`] that nobody knows yet; each is bounded by [`lane::BUDGET_BYTES`].
 
 pub mod driver;
 pub mod lane;
@@ -34,13 +34,15 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::{Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 
 /// NBD connections at once. A client opens a few per disk; the bound keeps what hostile ones could hold below the memory of a box.
 pub const CONNECTIONS_MAX: usize = 128;
+/// TLS connections that have not shown a certificate: strangers must not take the places of clients, local ones least of all.
+const HANDSHAKES_MAX: usize = 64;
 /// An accept that failed (no file descriptor left) is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -132,6 +134,7 @@ pub struct Exports {
     reads: Arc<ReadPool>,
     table: Mutex<BTreeMap<String, Arc<Export>>>,
     slots: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
     /// True once the daemon stops.
     stop: watch::Receiver<bool>,
 }
@@ -162,10 +165,12 @@ impl nbd::Exports for Shown {
 impl Exports {
     pub fn new(dir: PathBuf, events: Arc<Events>, reads: Arc<ReadPool>, stop: watch::Receiver<bool>) -> Arc<Self> {
         let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        Arc::new(Self { dir, events, reads, table: Mutex::default(), slots, stop })
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        Arc::new(Self { dir, events, reads, table: Mutex::default(), slots, handshakes, stop })
     }
 
-    /// Opens an ingest target for every volume of a group that has none.
+    /// Opens an ingest target for every volume of a group that has none. Its name follows from the group and the volume alone: after a
+    /// restart, in whatever order groups come up, a client finds the same disk under the same name.
     pub fn add_ingest(
         self: &Arc<Self>,
         group: &Arc<Group>,
@@ -175,11 +180,19 @@ impl Exports {
         for volume in volumes {
             let known = self.of_group(group.id()).iter().any(|e| e.volume == volume.id && e.is_ingest());
             if !known {
-                let name = self.free_name(&export_name(group.name(), &volume.name));
-                self.add(name, group.id(), volume, tcp, Behind::Ingest(Arc::clone(group)))?;
+                let name = export_name(group.id(), group.name(), volume);
+                match self.add(name, group.id(), volume, tcp, Behind::Ingest(Arc::clone(group))) {
+                    // Who made the group and who looks for new ones may both come here.
+                    Err(ExportError::Exists(name)) if self.serves(&name, group.id(), volume.id) => {}
+                    added => drop(added?),
+                }
             }
         }
         Ok(())
+    }
+
+    fn serves(&self, name: &str, group: GroupId, volume: VolumeId) -> bool {
+        crate::lock(&self.table).get(name).is_some_and(|e| e.group == group && e.volume == volume && e.is_ingest())
     }
 
     /// Opens a read-only export of one volume of a view.
@@ -248,14 +261,6 @@ impl Exports {
         CONNECTIONS_MAX - self.slots.available_permits()
     }
 
-    fn free_name(&self, wanted: &str) -> String {
-        let table = crate::lock(&self.table);
-        if !table.contains_key(wanted) {
-            return wanted.to_owned();
-        }
-        (2u32..).map(|n| format!("{wanted}.{n}")).find(|n| !table.contains_key(n)).unwrap_or_else(|| wanted.to_owned())
-    }
-
     /// Serves NBD over TLS until the daemon stops.
     pub async fn serve_tls(self: Arc<Self>, listener: TcpListener, config: Arc<ServerConfig>) {
         let acceptor = TlsAcceptor::from(config);
@@ -269,16 +274,19 @@ impl Exports {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             };
-            let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
-                self.events.note(Event::ConnectionLimit, from, "an NBD client was turned away");
+            let Ok(stranger) = Arc::clone(&self.handshakes).try_acquire_owned() else {
+                self.events.note(
+                    Event::ConnectionLimit,
+                    from,
+                    "too many NBD connections that have not shown who they are",
+                );
                 continue;
             };
             let _ = tcp.set_nodelay(true);
             let (exports, acceptor) = (Arc::clone(&self), acceptor.clone());
             tokio::spawn(async move {
-                let _slot = slot;
                 let from = from.to_string();
-                let ended = exports.connection_tls(tcp, &acceptor, &from).await;
+                let ended = exports.connection_tls(tcp, &acceptor, &from, stranger).await;
                 exports.note_end(&from, ended);
             });
         }
@@ -289,6 +297,7 @@ impl Exports {
         mut tcp: tokio::net::TcpStream,
         acceptor: &TlsAcceptor,
         from: &str,
+        stranger: OwnedSemaphorePermit,
     ) -> Result<(), ConnectionError> {
         let limit = Duration::from_secs(HANDSHAKE_SECONDS_MAX);
         let mut handshake = ServerHandshake::new(HandshakeConfig { tls: TlsPolicy::Required });
@@ -310,6 +319,11 @@ impl Exports {
             self.events.note(Event::HandshakeFailed, from, "the certificate is not one of an NBD client");
             return Ok(());
         };
+        let Ok(_slot) = Arc::clone(&self.slots).try_acquire_owned() else {
+            self.events.note(Event::ConnectionLimit, format!("{name} at {from}"), "an NBD client was turned away");
+            return Ok(());
+        };
+        drop(stranger);
         handshake.tls_started();
         let shown =
             Shown { exports: crate::lock(&self.table).values().filter(|e| e.tcp).cloned().collect(), default: None };
@@ -331,10 +345,11 @@ impl Exports {
         };
         let Some(export) = shown.get(session.export_name()) else { return Ok(()) };
         self.events.note(Event::NbdConnected, &export.name, from);
-        let lane = Arc::new(Lane::new(session, export.volume));
+        let lane = Lane::new(session, export.volume);
         if let Some(direct) = direct {
             lane.outbox.set_direct(direct);
         }
+        let lane = Arc::new(lane.in_life(export.life()));
         let mut down = export.down.subscribe();
         let mut stop = self.stop.clone();
         tokio::select! {
@@ -358,6 +373,12 @@ impl Exports {
 impl Export {
     pub fn is_ingest(&self) -> bool {
         matches!(self.behind, Behind::Ingest(_))
+    }
+    fn life(&self) -> u64 {
+        match &self.behind {
+            Behind::Ingest(group) => group.shared.life(),
+            Behind::View(_) => 0,
+        }
     }
 }
 
@@ -403,35 +424,72 @@ fn bind(path: &Path) -> Result<UnixListener, ExportError> {
     Ok(listener)
 }
 
-/// Longest parts of an export's name: with the dash, a number against doubles and `.sock` the file name stays within
+/// Longest parts of an export's name: with the dash, the mark of a name that was changed and `.sock` the file name stays within
 /// [`SOCKET_NAME_MAX`](crate::config::SOCKET_NAME_MAX).
 const GROUP_CHARS_MAX: usize = 22;
-const VOLUME_CHARS_MAX: usize = 12;
+const VOLUME_CHARS_MAX: usize = 10;
+const MARK_CHARS: usize = 8;
 
-/// `<group>-<volume>`, fit for a file name and a URI.
-fn export_name(group: &str, volume: &str) -> String {
+/// `<group>-<volume>`, fit for a file name and a URI. Where that is not what they are called, or where the dash could be another one's,
+/// a mark made from their ids follows: no two volumes ever have one name, and none ever takes over another's.
+fn export_name(group_id: GroupId, group: &str, volume: &VolumeSpec) -> String {
     let plain = |text: &str, max: usize| -> String {
-        let last = text.rsplit('/').find(|part| !part.is_empty()).unwrap_or("disk");
-        last.chars().map(|c| if c.is_ascii_alphanumeric() || "._".contains(c) { c } else { '-' }).take(max).collect()
+        text.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).take(max).collect()
     };
-    let group: String = plain(&group.replace('/', "-"), GROUP_CHARS_MAX);
+    let last = volume.name.rsplit('/').find(|part| !part.is_empty()).unwrap_or("disk");
     // A dot in front would hide the file, and `..` is a folder.
-    format!("{}-{}", group.trim_start_matches('.'), plain(volume, VOLUME_CHARS_MAX))
+    let group_part = plain(group, GROUP_CHARS_MAX).trim_start_matches('.').to_owned();
+    let volume_part = plain(last, VOLUME_CHARS_MAX);
+    let exact = group_part == group && volume_part == volume.name && !volume_part.contains('-') && !group.is_empty();
+    if exact {
+        return format!("{group_part}-{volume_part}");
+    }
+    let mark = pki::sha256_hex(&[&group_id.bytes()[..], &volume.id.0.to_le_bytes()].concat());
+    format!("{group_part}-{volume_part}.{}", &mark[..MARK_CHARS])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn name(group: u8, group_name: &str, volume: u32, volume_name: &str) -> String {
+        let (name, identity) = (volume_name.to_owned(), String::new());
+        let volume = VolumeSpec { id: VolumeId(volume), name, sectors: model::Sectors(8), identity };
+        export_name(GroupId([group; 16]), group_name, &volume)
+    }
+
     #[test]
     fn names_are_fit_for_files_whatever_they_were() {
-        assert_eq!(export_name("vm1", "root"), "vm1-root");
-        assert_eq!(export_name("db 1", "/dev/sdb"), "db-1-sdb");
-        assert_eq!(export_name("../../etc", "../x/"), "-..-etc-x".trim_start_matches('.'));
-        for (group, volume) in [("..", ".."), ("", ""), ("日本", "/"), (&*"x".repeat(200), &*"y".repeat(200))] {
-            let name = export_name(group, volume);
-            assert!(name.len() + ".123.sock".len() <= crate::config::SOCKET_NAME_MAX, "{name}");
+        assert_eq!(name(1, "vm1", 0, "root"), "vm1-root");
+        assert_eq!(name(1, "vm-1.b", 0, "data_1"), "vm-1.b-data_1");
+        assert!(name(1, "db 1", 0, "/dev/sdb").starts_with("db-1-sdb."));
+        for (group, volume) in
+            [("..", ".."), ("", ""), ("日本", "/"), ("../../etc", "../x/"), (&*"x".repeat(200), &*"y".repeat(200))]
+        {
+            let name = name(1, group, 0, volume);
+            assert!(name.len() + ".sock".len() <= crate::config::SOCKET_NAME_MAX, "{name}");
             assert!(!name.contains('/') && !name.starts_with('.'), "{name}");
         }
+    }
+
+    /// Two names that look alike must not depend on which of them came first: after a restart a client would write to the other's disk.
+    #[test]
+    fn no_two_volumes_share_a_name() {
+        let long = "production-database-server-";
+        let alike = [
+            (1, format!("{long}1"), 0, "root"),
+            (2, format!("{long}2"), 0, "root"),
+            (3, "a-b".into(), 0, "c"),
+            (4, "a".into(), 0, "b-c"),
+            (5, "db 1".into(), 0, "x"),
+            (6, "db-1".into(), 0, "x"),
+            (7, "g".into(), 0, "backup-volume-1"),
+            (7, "g".into(), 1, "backup-volume-2"),
+            (8, ".g".into(), 0, "v"),
+            (9, "g".into(), 0, "v"),
+        ];
+        let names: Vec<String> = alike.iter().map(|(id, group, n, volume)| name(*id, group, *n, volume)).collect();
+        let different: std::collections::BTreeSet<&String> = names.iter().collect();
+        assert_eq!(different.len(), names.len(), "{names:?}");
     }
 }

@@ -6,8 +6,13 @@ use super::{
     refusal,
     sessions::Session,
 };
-use crate::{catalog::clean_name, events::Event, pki, vault::Group};
-use model::{BookmarkName, GroupId, GroupPolicy, GroupSpec, HostId, SyncMode, VolumeId, VolumeSpec};
+use crate::{
+    catalog::clean_name,
+    events::Event,
+    pki,
+    vault::{Group, VOLUME_BYTES_MAX},
+};
+use model::{BookmarkName, ByteLen, GroupId, GroupPolicy, GroupSpec, HostId, SECTOR, SyncMode, VolumeId, VolumeSpec};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
@@ -21,6 +26,8 @@ use wire::{AgentStatus, Command, CommandResult, Message, Refusal, RefuseCode};
 
 /// Commands waiting to be sent to one agent; the operator's clicks, not a data path.
 const COMMANDS_QUEUED_MAX: usize = 32;
+/// Each takes a thread and prepared segments of the box, and a connection of the host's: beside the control connection no more fit.
+const GROUPS_PER_HOST_MAX: usize = super::SESSIONS_PER_HOST_MAX - 1;
 /// Commands sent and not answered.
 const COMMANDS_OPEN_MAX: usize = 64;
 /// How long an agent may take; a file-system freeze is in it.
@@ -321,12 +328,23 @@ fn plan_protection(
         if volume.sectors.0 == 0 {
             return Err(refusal(RefuseCode::BadRequest, format!("{} has no size", volume.name)));
         }
+        if volume.sectors.0 > VOLUME_BYTES_MAX / SECTOR {
+            let text = format!("{} is larger than {}", volume.name, ByteLen(VOLUME_BYTES_MAX));
+            return Err(refusal(RefuseCode::BadRequest, text));
+        }
         let same = |other: &VolumeSpec| other.identity == volume.identity;
         if volumes[..i].iter().any(same) {
             return Err(refusal(RefuseCode::BadRequest, format!("{} is named twice", volume.name)));
         }
     }
     let Some(group) = links.vault.find(name.as_str()) else {
+        let of_host = links.vault.groups().iter().filter(|g| g.shared.host == Some(host)).count();
+        if of_host >= GROUPS_PER_HOST_MAX {
+            let text = format!(
+                "the box has {of_host} groups of this host, which is the limit: delete some, or protect more disks in one"
+            );
+            return Err(refusal(RefuseCode::Busy, text));
+        }
         let id = pki::random_128().ok_or_else(|| refusal(RefuseCode::Internal, "no random bytes"))?;
         let policy = GroupPolicy { mode, ..GroupPolicy::default() };
         let volumes = number(&[], volumes);

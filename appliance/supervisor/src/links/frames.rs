@@ -1,12 +1,15 @@
 //! Frames of a connection one by one: for everything but the records of a running stream.
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use std::io;
+use std::{io, time::Duration};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use wire::{
     FrameError, FrameHeader, FrameKind, HEADER_LEN, Message, MessageError, decode_header, decode_message,
     encode_message,
 };
+
+/// How long one message may take to be taken by the peer's side; a line so slow is of no use.
+const SAY_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -76,8 +79,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
     pub async fn say(&mut self, message: &Message) -> Result<(), LinkError> {
         let mut out = Vec::new();
         encode_message(message, &mut out)?;
-        self.stream.write_all(&out).await?;
-        self.stream.flush().await?;
+        let sent = async {
+            self.stream.write_all(&out).await?;
+            self.stream.flush().await
+        };
+        // A peer that fetches nothing would otherwise hold its task for ever, deaf to silence, revocation and the daemon's end.
+        tokio::time::timeout(SAY_LIMIT, sent).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
         Ok(())
     }
 

@@ -795,6 +795,9 @@ fn what_a_host_may_protect_is_checked() {
     assert_eq!(protect("x", vec![]), Err(Code::BadRequest));
     assert_eq!(protect("x", vec![volume.clone(), volume.clone()]), Err(Code::BadRequest));
     assert_eq!(protect("a\nb", vec![volume.clone()]), Err(Code::BadRequest));
+    // A size whose bytes no number holds would break every sum of sizes.
+    let endless = VolumeSpec { sectors: Sectors(u64::MAX), ..volume.clone() };
+    assert_eq!(protect("x", vec![endless]), Err(Code::BadRequest));
     let shrunk = VolumeSpec { sectors: Sectors(5), ..volume };
     assert_eq!(protect("db", vec![shrunk, second]), Err(Code::VolumeChanged));
     // Another host's group is not its to open.

@@ -7,6 +7,7 @@ use crate::{
 use model::{Codec, Extent, Mark, MonoTime, RecordKind, SourceSeq, StreamId, VolumeId, WriteFlags};
 use std::{
     io::{Read as _, Write as _},
+    net::TcpStream,
     os::unix::net::UnixStream,
     time::Duration,
 };
@@ -105,6 +106,22 @@ fn too_many_nbd_clients_are_turned_away() {
     honest.write(0, &[1; 512], true).unwrap();
     drop(crowd);
     wait_for("room for one more", || nbd::client::Client::connect(UnixStream::connect(&socket).ok()?, "g-v").ok());
+}
+
+/// Strangers on the TLS port have places of their own.
+#[test]
+fn strangers_do_not_keep_clients_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&dir.path().join("d"), "");
+    inside.make_group("g", &[("v", SIZE)]);
+    let before = inside.events(Event::ConnectionLimit);
+    let strangers: Vec<TcpStream> = (0..140).map(|_| TcpStream::connect(inside.nbd_listen()).unwrap()).collect();
+    wait_for("the last of them to be turned away", || {
+        (inside.events(Event::ConnectionLimit) >= before + 140 - 64).then_some(())
+    });
+    let mut client = inside.ingest("g-v");
+    client.write(0, &[1; 512], true).unwrap();
+    drop(strangers);
 }
 
 /// A write's header; the payload is 512 bytes of 5.
