@@ -365,11 +365,9 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
 
     // This round: whole segments, as many as may be and as the disk can take.
     let folded = steps.iter().take_while(|step| step.last <= facts.floor).count();
-    let mut round = folded.min(target);
-    let mut room = facts.available;
+    let (mut round, mut room) = (folded.min(target), facts.available);
     // A fold that was begun is ended first, as it was begun: the base knows what is half done by the LSN it was to reach.
-    let unfinished = facts.cutoff > facts.floor;
-    while round < target && !unfinished {
+    while round < target && facts.cutoff <= facts.floor {
         let step = &steps[round];
         let first = round == folded;
         if round - folded >= facts.fold_segments_max.max(1) || (step.fact.bytes > room && !first) {
