@@ -13,7 +13,7 @@ use crate::{
     spool::Body,
     tls,
 };
-use model::{Codec, GroupId, HostId, RecordKind};
+use model::{Codec, GroupId, HostId, RecordKind, SourceSeq};
 use replication::Numbered;
 use rustls::{ClientConfig, ClientConnection};
 use std::{
@@ -73,8 +73,12 @@ pub enum LinkError {
     Version { picked: u16 },
     #[error("the box refused: {0}")]
     Refused(Refusal),
-    #[error("could not read the spool file")]
-    Spool(#[source] io::Error),
+    #[error("could not read record {seq} from the spool file")]
+    Spool {
+        seq: SourceSeq,
+        #[source]
+        source: io::Error,
+    },
     #[error("a frame of ours would not be accepted")]
     OwnFrame(#[source] FrameError),
     #[error("{0}")]
@@ -358,6 +362,8 @@ pub enum FromLink {
     Down {
         why: String,
         refusal: Option<Refusal>,
+        /// This record's payload cannot be had any more: a new connection would end at it too.
+        unreadable: Option<SourceSeq>,
     },
 }
 
@@ -465,8 +471,12 @@ impl Worker {
             attempt = attempt.saturating_add(1);
             let why = crate::error_chain(&error);
             tracing::info!(link = ?self.id, %why, retry_ms = delay, "no connection to the box");
-            let refusal = if let LinkError::Refused(refusal) = error { Some(refusal) } else { None };
-            self.say(FromLink::Down { why, refusal });
+            let (refusal, unreadable) = match error {
+                LinkError::Refused(refusal) => (Some(refusal), None),
+                LinkError::Spool { seq, .. } => (None, Some(seq)),
+                _ => (None, None),
+            };
+            self.say(FromLink::Down { why, refusal, unreadable });
             self.pause(Duration::from_millis(delay));
         }
     }
@@ -575,7 +585,7 @@ fn encode(
     scratch: &mut Vec<u8>,
     out: &mut Vec<u8>,
 ) -> Result<(), LinkError> {
-    let raw = body.read(scratch).map_err(LinkError::Spool)?;
+    let raw = body.read(scratch).map_err(|source| LinkError::Spool { seq: record.seq, source })?;
     let (codec, stored) = if record.kind == RecordKind::Write { packer.pack(raw) } else { (Codec::Raw, raw) };
     let header = FrameHeader {
         kind: FrameKind::Record(record.kind),

@@ -2,7 +2,8 @@
 //!
 //! A queue in the order of the numbers. Payloads go to memory until [`Spool::memory_max`] is reached, then to the file, a ring: taken
 //! off in the order they were put on. The file is made with all its blocks and never grows; it holds nothing after the
-//! agent died (the capture ring and the stored dirty map do), so it is never flushed and needs no format.
+//! agent died (the capture ring and the stored dirty map do), so it is never flushed and needs no format. A payload is checked when it is
+//! read back; one that is damaged or cannot be read is lost from the stream, and its place is copied ([`replication::Event::SpoolLost`]).
 //!
 //! Bounds: memory at most `memory_max` and one record more; the file at most its size. The source machine counts charged bytes (payload
 //! and header) against the sum of both, so that in order there is always room in one of them; when there is not, [`SpoolError::Full`] says so and
@@ -51,7 +52,13 @@ impl Piece {
 pub enum Body {
     None,
     Memory(Piece),
-    File { file: Arc<File>, at: u64, len: u32 },
+    /// With the checksum of what was written there: what is read back gets a new one on its way, and damage would pass for data.
+    File {
+        file: Arc<File>,
+        at: u64,
+        len: u32,
+        crc: u32,
+    },
 }
 
 impl Body {
@@ -60,9 +67,13 @@ impl Body {
         match self {
             Self::None => Ok(&[]),
             Self::Memory(piece) => Ok(piece.as_slice()),
-            Self::File { file, at, len } => {
+            Self::File { file, at, len, crc } => {
                 buffer.resize(*len as usize, 0);
                 file.read_exact_at(buffer, *at)?;
+                if wire::crc32(buffer) != *crc {
+                    let text = format!("the spool file does not hold what was written to it at {at:#x}");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                }
                 Ok(buffer)
             }
         }
@@ -244,7 +255,7 @@ impl Ring {
         self.file.write_all_at(bytes, at).map_err(|source| SpoolError::Write { path: self.path.clone(), source })?;
         self.head = at + len;
         self.count += 1;
-        Ok(Body::File { file: self.file.clone(), at, len: bytes.len() as u32 })
+        Ok(Body::File { file: self.file.clone(), at, len: bytes.len() as u32, crc: wire::crc32(bytes) })
     }
 }
 
@@ -355,6 +366,23 @@ mod tests {
             assert!(in_file > 4000, "seed {seed}: {in_file} in the file");
         }
         assert!(refused > 100, "{refused}");
+    }
+
+    #[test]
+    fn damage_in_the_file_is_not_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let mut spool = Spool::new(0);
+        spool.add_file(&path, 10_000).unwrap();
+        spool.keep(record(1), Some(Piece::whole(vec![1; 700]))).unwrap();
+        spool.keep(record(2), Some(Piece::whole(vec![2; 700]))).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[3], 900).unwrap();
+        let mut buffer = Vec::new();
+        let (_, first) = spool.range(SourceSeq(1), SourceSeq(1)).next().unwrap();
+        assert_eq!(first.read(&mut buffer).unwrap(), [1; 700]);
+        let (_, second) = spool.range(SourceSeq(2), SourceSeq(2)).next().unwrap();
+        assert_eq!(second.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]

@@ -356,7 +356,7 @@ impl Engine {
                     self.renew();
                 }
             }
-            FromLink::Down { why, refusal } => {
+            FromLink::Down { why, refusal, .. } => {
                 self.control_up = None;
                 self.control_reason = refusal.map_or(why, |r| r.to_string());
                 self.renewing = None;

@@ -436,10 +436,14 @@ impl Running {
                 self.box_reason.clear();
                 self.on(ctx, group, Event::Connected);
             }
-            FromLink::Down { why, refusal } => {
+            FromLink::Down { why, refusal, unreadable } => {
                 self.up = None;
                 self.box_reason = refusal.map_or(why, |r| r.to_string());
                 self.on(ctx, group, Event::Disconnected);
+                if let Some(from) = unreadable {
+                    // Or every connection would end at this record: what follows from it is copied instead.
+                    self.on(ctx, group, Event::SpoolLost { from });
+                }
             }
             // Of a connection that was given up meanwhile.
             _ if self.up != Some(generation) => {}
