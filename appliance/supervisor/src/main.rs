@@ -26,7 +26,7 @@ fn run() -> anyhow::Result<()> {
     log_to_stderr(&config.log);
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("could not start")?;
-    runtime.block_on(async {
+    let done = runtime.block_on(async {
         let mut term = signal(SignalKind::terminate()).context("could not wait for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("could not wait for signals")?;
         let daemon = Daemon::start(config).await?;
@@ -45,8 +45,13 @@ fn run() -> anyhow::Result<()> {
         }
         daemon.stop().await;
         Ok(())
-    })
+    });
+    // Everything taken is durable and every thread of ours has ended; what may still run only reads (a verification of hours).
+    runtime.shutdown_timeout(LAST_READS);
+    done
 }
+
+const LAST_READS: std::time::Duration = std::time::Duration::from_secs(2);
 
 fn log_to_stderr(log: &LogConfig) {
     // The level was checked with the configuration.

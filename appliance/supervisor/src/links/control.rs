@@ -372,7 +372,8 @@ fn plan_protection(
         return Err(refusal(RefuseCode::VolumeChanged, format!("{} is smaller than it was", changed.name)));
     }
     let volumes = number(&have.volumes, volumes);
-    let spec = GroupSpec { volumes, policy: GroupPolicy { mode, ..have.policy.clone() }, ..have };
+    // The policy is the operator's by now: a host that protects again does not change what was set on the box.
+    let spec = GroupSpec { volumes, ..have };
     Ok(Protection::Again { group, spec })
 }
 

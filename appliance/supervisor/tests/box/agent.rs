@@ -775,7 +775,7 @@ fn what_a_host_may_protect_is_checked() {
         control.say(&Message::Protect { group_name: name.into(), volumes, mode: SyncMode::Async });
         loop {
             match control.hear() {
-                Ok(Message::HeartbeatAck { .. }) => {}
+                Ok(Message::HeartbeatAck { .. } | Message::Command { .. }) => {}
                 Ok(Message::Protected { spec }) => return Ok(spec),
                 Ok(other) => panic!("{other:?}"),
                 Err(refusal) => return Err(refusal.code),
@@ -790,6 +790,14 @@ fn what_a_host_may_protect_is_checked() {
         grown.volumes.iter().map(|v| (v.id.0, &*v.identity)).collect::<Vec<_>>(),
         [(0, "serial:db"), (1, "serial:2")]
     );
+    // What the operator set on the box stays, whatever a host that protects again says.
+    let mut policy = inside.get("groups/db")["policy"].clone();
+    policy["window_hours"] = 5.into();
+    policy["mode"] = serde_json::json!({ "sync": { "wait_ms_max": 100, "at_bound": "degrade" } });
+    let set = inside.ok("PATCH", "groups/db/policy", &policy.to_string())["policy"].clone();
+    let again = protect("db", vec![second.clone(), volume.clone()]).unwrap();
+    assert_eq!(serde_json::to_value(&again.policy).unwrap(), set);
+    assert!(matches!(again.policy.mode, SyncMode::Sync { .. }), "{again:?}");
     assert_eq!(protect("db", vec![volume.clone()]), Err(Code::VolumeChanged));
     assert_eq!(protect("web", vec![volume.clone()]), Err(Code::NameTaken));
     assert_eq!(protect("x", vec![]), Err(Code::BadRequest));
