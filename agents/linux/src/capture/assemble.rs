@@ -10,6 +10,11 @@
 //!     └► COMPLETE or FIRST again ─► Lost       COMPLETE of nothing ────► Lost(Unmatched)
 //! ```
 //!
+//! A completion may go unseen (a busy machine shows bursts of writes whose completions the kernel's own trace has and the program was not
+//! run for). The data is there all the same; what is missing is the word that it has reached the disk. It is made up for when the
+//! request's memory is used again, and by [`Assembler::settle`] when the disk itself says that nothing is under way. What is then not
+//! known is whether the disk failed that write.
+//!
 //! Bounds: [`PENDING_BYTES_MAX`] of unfinished requests and [`IN_FLIGHT_MAX`] requests in flight. Past a bound the oldest are given up
 //! as lost, never kept silently.
 
@@ -27,7 +32,7 @@ pub const PENDING_BYTES_MAX: usize = 32 << 20;
 /// Far above what disks of one host hold in their queues.
 pub const IN_FLIGHT_MAX: usize = 1 << 17;
 /// A request that has not completed for this long is no longer waited for; block drivers time out after 30 s by default.
-pub const STALE_MS: u64 = 120_000;
+pub const STALE_MS: u64 = 60_000;
 /// A request is copied into the ring within a millisecond. When the ring is empty and its last chunk has not come for this long, it
 /// was dropped.
 pub const UNFINISHED_MS: u64 = 1_000;
@@ -60,6 +65,8 @@ pub struct Assembler {
     pending_bytes: usize,
     in_flight: HashMap<u64, InFlight>,
     handed_out: u64,
+    /// Requests that are known to be over though no completion of them was seen.
+    unseen: u64,
 }
 
 impl Assembler {
@@ -173,7 +180,11 @@ impl Assembler {
                 since: done.request.mono,
                 number,
             };
-            self.in_flight.insert(rq, flight);
+            if self.in_flight.insert(rq, flight).is_some() {
+                // Its memory is used again, or the driver gave it back and it is issued once more: either way what was before is over.
+                self.unseen += 1;
+                out.push(Captured::Done { target, id: RequestId(rq) });
+            }
             if self.in_flight.len() > IN_FLIGHT_MAX {
                 self.forget_oldest(out);
             }
@@ -225,17 +236,51 @@ impl Assembler {
         }
         flight.bytes_left = flight.bytes_left.saturating_sub(u64::from(event.len));
         if flight.bytes_left == 0 {
-            let faults = std::mem::take(&mut flight.faults);
-            let again = flight.doubtful.then(|| std::mem::take(&mut flight.extents));
-            self.in_flight.remove(&event.rq);
-            if !faults.is_empty() {
-                out.push(Captured::Lost { target, extents: faults, why: LostWhy::Unreadable });
-            }
-            if let Some(extents) = again {
-                out.push(Captured::Lost { target, extents, why: LostWhy::Overflow });
-            }
-            out.push(Captured::Done { target, id: RequestId(event.rq) });
+            self.done(event.rq, out);
         }
+    }
+
+    /// A request has reached the disk.
+    fn done(&mut self, rq: u64, out: &mut Vec<Captured>) {
+        let Some(flight) = self.in_flight.remove(&rq) else { return };
+        let target = flight.target;
+        if !flight.faults.is_empty() {
+            out.push(Captured::Lost { target, extents: flight.faults, why: LostWhy::Unreadable });
+        }
+        if flight.doubtful {
+            out.push(Captured::Lost { target, extents: flight.extents, why: LostWhy::Overflow });
+        }
+        out.push(Captured::Done { target, id: RequestId(rq) });
+    }
+
+    /// Whether anything has been in flight since `before`.
+    fn old(flight: &InFlight, before: MonoTime) -> bool {
+        flight.since <= before
+    }
+
+    /// Targets with requests that were issued before a time and have not completed.
+    pub fn waiting_since(&self, before: MonoTime) -> Vec<TargetId> {
+        let mut out: Vec<TargetId> =
+            self.in_flight.values().filter(|f| Self::old(f, before)).map(|f| f.target).collect();
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// The disk of `target` had nothing under way at a moment after `before`, and every record from before that moment has been taken:
+    /// what was issued before is over, though its completion was not seen.
+    pub fn settle(&mut self, target: TargetId, before: MonoTime, out: &mut Vec<Captured>) {
+        let over = |f: &InFlight| f.target == target && Self::old(f, before);
+        let rqs: Vec<u64> = self.in_flight.iter().filter(|(_, f)| over(f)).map(|(rq, _)| *rq).collect();
+        self.unseen += rqs.len() as u64;
+        for rq in rqs {
+            self.done(rq, out);
+        }
+    }
+
+    /// Requests that were over without a completion being seen.
+    pub fn unseen(&self) -> u64 {
+        self.unseen
     }
 
     fn forget_oldest(&mut self, out: &mut Vec<Captured>) {
@@ -422,6 +467,34 @@ mod tests {
         assert!(out.is_empty());
         a.forget_stale(MonoTime(7).plus_ms(STALE_MS), &mut out);
         assert!(matches!(&out[..], [Captured::Lost { why: LostWhy::Stale, .. }, Captured::Done { .. }]), "{out:?}");
+    }
+
+    #[test]
+    fn a_completion_that_was_not_seen_is_made_up_for() {
+        let mut a = Assembler::new();
+        let write = |rq, sector| chunk(rq, sector, 4096, 4096, E_FIRST | E_LAST | E_DATA);
+        feed(&mut a, write(1, 8), 1);
+        // The same memory again: what it was before is over.
+        let out = feed(&mut a, write(1, 64), 2);
+        assert!(matches!(&out[..], [Captured::Done { .. }, Captured::Request(_)]), "{out:?}");
+        assert_eq!((a.in_flight(), a.unseen()), (1, 1));
+        // The disk rests: what was issued before is over, and nothing else.
+        feed(&mut a, Event { mono_ns: 900, ..write(2, 128) }, 3);
+        assert_eq!(a.waiting_since(MonoTime(7)), [TargetId(1)]);
+        let mut out = Vec::new();
+        a.settle(TargetId(2), MonoTime(500), &mut out);
+        assert!(out.is_empty(), "another disk: {out:?}");
+        a.settle(TargetId(1), MonoTime(500), &mut out);
+        assert_eq!(out, [Captured::Done { target: TargetId(1), id: RequestId(1) }]);
+        assert!(a.writes_before(9, TargetId(1), &Extent::new(128, 8)));
+        assert!(!a.writes_before(9, TargetId(1), &Extent::new(64, 8)));
+        // A page that could not be read is read again now.
+        feed(&mut a, chunk(3, 8, 4096, 8192, E_FIRST | E_DATA), 1);
+        feed(&mut a, chunk(3, 16, 4096, 8192, E_FAULT | E_LAST), 0);
+        out.clear();
+        a.settle(TargetId(1), MonoTime(1000), &mut out);
+        assert!(out.iter().any(|e| matches!(e, Captured::Lost { .. })), "{out:?}");
+        assert_eq!(a.in_flight(), 0);
     }
 
     #[test]

@@ -139,6 +139,10 @@ pub struct Counters {
     pub passthrough: u64,
     /// Requests of a kind not known; their ranges were marked dirty.
     pub unknown: u64,
+    /// Times the kernel did not run the program because it was running already on that CPU.
+    pub missed: u64,
+    /// Writes that were over without their completion being seen.
+    pub unseen: u64,
 }
 
 /// How one call of [`Capture::poll`] went.

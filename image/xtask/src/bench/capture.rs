@@ -2,8 +2,8 @@
 //!
 //! On is the kernel half with the agent's recorder, which reads everything and throws it away: no box and no network, so that the
 //! two CPUs of a small machine are not shared with one. Two disks: a loop disk over memory, which answers within some ten microseconds
-//! and shows the cost at its worst; and one that takes 100 µs for each write, as a good SSD does with a flush or a disk array over
-//! a network: a loop disk over a file that nbdkit serves through FUSE with that delay.
+//! and shows the cost at its worst; and one that takes 100 µs and more for each write, as a disk array over a network does: a loop disk
+//! over a file that comes through FUSE from QEMU's empty disk with that latency.
 
 use super::Results;
 use crate::demo::size;
@@ -52,7 +52,9 @@ pub fn run(dir: &Path, quick: bool, results: &mut Results) -> Result<()> {
     bench.disk("loop disk in memory", fast.device(), None, results)?;
     drop(fast);
     match Slow::start(dir) {
-        Ok(slow) => bench.disk(&format!("disk of {DELAY_US} µs"), slow.disk.device(), Some(GOAL), results)?,
+        Ok(slow) => {
+            bench.disk(&format!("disk of {DELAY_US} µs and the way to it"), slow.disk.device(), Some(GOAL), results)?
+        }
         Err(e) => println!("SKIPPED: capture on a disk of {DELAY_US} µs: {e:#}"),
     }
     Ok(())
@@ -102,12 +104,12 @@ impl Drop for Fuse {
 impl Slow {
     fn start(dir: &Path) -> Result<Self> {
         let socket = dir.join("slow.sock");
-        let mut command = Command::new(tools::need("nbdkit")?);
-        command.args(["--foreground", "--threads=16", "--filter=delay", "--unix"]).arg(&socket);
-        command.arg("memory").arg(format!("size={DISK_BYTES}"));
-        command.arg(format!("delay-write={:.6}", f64::from(DELAY_US) / 1e6));
-        let mut server = Program::start("nbdkit", command, &dir.join("slow-server.log"))?;
-        wait_for("nbdkit", LIMIT, || {
+        let mut command = Command::new(tools::need("qemu-nbd")?);
+        command.args(["--persistent", "--shared=16", "--image-opts"]);
+        command.arg(format!("driver=null-co,size={DISK_BYTES},latency-ns={},read-zeroes=on", DELAY_US * 1000));
+        command.arg("--socket").arg(&socket);
+        let mut server = Program::start("qemu-nbd", command, &dir.join("slow-server.log"))?;
+        wait_for("qemu-nbd", LIMIT, || {
             server.expect_running()?;
             Ok(socket.exists().then_some(()))
         })?;
@@ -122,10 +124,9 @@ impl Slow {
             Ok(file.exists().then_some(()))
         })?;
         let fuse = Fuse { at, _program: program };
-        let made = process::call("losetup", &["--find", "--show", "--direct-io=on", &file.to_string_lossy()], LIMIT)?;
-        let device = made.stdout.trim().to_owned();
-        process::call("losetup", &["--detach", &device], LIMIT)?;
         let disk = LoopDisk::over(&file)?;
+        // Else the page cache would answer.
+        process::call("losetup", &["--direct-io=on", &disk.device().to_string_lossy()], LIMIT)?;
         Ok(Self { disk, _fuse: fuse, _server: server })
     }
 }

@@ -78,37 +78,51 @@ impl Results {
 
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     deps::install(repo, Some(Purpose::Bench))?;
-    repo.show(&mut repo.cargo(&["build", "--package", "supervisor", "--package", "ctl", "--package", "agent-linux"]))?;
-    let bins = Binaries::beside_us()?;
+    let only = if options.capture { Some(Part::Capture) } else { options.only };
+    let wanted = |part: Part| only.is_none_or(|only| only == part);
+    if wanted(Part::Capture) {
+        repo.show(&mut repo.cargo(&["build", "--package", "agent-linux", "--examples"]))?;
+    }
+    if only != Some(Part::Capture) {
+        repo.show(&mut repo.cargo(&[
+            "build",
+            "--package",
+            "supervisor",
+            "--package",
+            "ctl",
+            "--package",
+            "agent-linux",
+        ]))?;
+    }
     let dir = repo.target_dir()?.join("bench");
     if dir.exists() {
         leftover::take_down(&dir)?;
         fs::remove_dir_all(&dir)?;
     }
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let only = if options.capture { Some(Part::Capture) } else { options.only };
-    let wanted = |part: Part| only.is_none_or(|only| only == part);
     // So that the pressure average, over ten seconds, has forgotten the build.
     thread::sleep(Duration::from_secs(10));
     let busy = report::busy();
     let mut results = Results::default();
     let rounds = if options.quick { 1 } else { 3 };
-    let bench =
-        systems::Bench { bins: &bins, dir: &dir, seconds: if options.quick { 2 } else { 4 }, bytes: DISK_BYTES };
-    for round in 1..=rounds {
-        println!("round {round} of {rounds}");
-        if wanted(Part::Ingest) {
-            bench.ingest_round(&mut results, round == rounds)?;
+    if [Part::Ingest, Part::View, Part::Agent].into_iter().any(wanted) {
+        let bins = Binaries::beside_us()?;
+        let bench =
+            systems::Bench { bins: &bins, dir: &dir, seconds: if options.quick { 2 } else { 4 }, bytes: DISK_BYTES };
+        for round in 1..=rounds {
+            println!("round {round} of {rounds}");
+            if wanted(Part::Ingest) {
+                bench.ingest_round(&mut results, round == rounds)?;
+            }
+            if wanted(Part::View) {
+                bench.view_round(&mut results)?;
+            }
         }
-        if wanted(Part::View) {
-            bench.view_round(&mut results)?;
+        if wanted(Part::Agent) {
+            bench.agent(&mut results)?;
         }
-    }
-    if wanted(Part::Agent) {
-        bench.agent(&mut results)?;
     }
     if wanted(Part::Capture) {
-        repo.show(&mut repo.cargo(&["build", "--package", "agent-linux", "--examples"]))?;
         capture::run(&dir, options.quick, &mut results)?;
     }
     if wanted(Part::Journal) {

@@ -44,7 +44,7 @@ use model::{Extent, MonoTime};
 use std::{
     collections::HashMap,
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -58,6 +58,10 @@ pub const SELFTEST_PAGES: u32 = 8;
 const SCAN_EVERY_MS: u64 = 100;
 /// Between two searches for requests that never complete.
 const STALE_EVERY_MS: u64 = 5_000;
+/// Between two looks whether disks with old requests are at rest.
+const SETTLE_EVERY_MS: u64 = 500;
+/// A request is old then: far longer than a completion takes from the tracepoint to the reader.
+const SETTLE_MS: u64 = 2_000;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("HOLDFAST_BPF_OBJECT"));
 
@@ -100,6 +104,19 @@ pub struct BpfCapture {
     unconfirmed: Vec<(TargetId, u64)>,
     last_scan: MonoTime,
     last_stale: MonoTime,
+    last_settle: MonoTime,
+    resting: Option<Resting>,
+    /// To ask how often they were not run.
+    programs: Vec<RawTracePoint>,
+    /// Of [`Counters::passthrough`], told in the log.
+    told_passthrough: u64,
+}
+
+/// Disks that had nothing under way when the ring ended at `at`.
+struct Resting {
+    at: Position,
+    issued_before: MonoTime,
+    disks: Vec<TargetId>,
 }
 
 struct Held {
@@ -271,13 +288,30 @@ pub(crate) fn load_object(globals: &Globals, ring_bytes: u32) -> Result<Ebpf, Ca
         .map_err(|e| CaptureError::Load(Box::new(e)))
 }
 
+fn loaded<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTracePoint, CaptureError> {
+    let missing = CaptureError::Missing { program: "the capture object", what: program };
+    let found = ebpf.program_mut(program).ok_or(missing)?;
+    found.try_into().map_err(|e| CaptureError::Program { program, source: Box::new(e) })
+}
+
 /// Loads one program of the object.
 fn load<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTracePoint, CaptureError> {
-    let error = |e| CaptureError::Program { program, source: Box::new(e) };
-    let missing = CaptureError::Missing { program: "the capture object", what: program };
-    let raw: &mut RawTracePoint = ebpf.program_mut(program).ok_or(missing)?.try_into().map_err(error)?;
-    raw.load().map_err(error)?;
+    let raw = loaded(ebpf, program)?;
+    raw.load().map_err(|e| CaptureError::Program { program, source: Box::new(e) })?;
     Ok(raw)
+}
+
+/// How often the kernel did not run a program because it ran already on that CPU. None before 5.12, where it always runs.
+fn missed(program: &RawTracePoint) -> Option<u64> {
+    let fd = program.fd().ok()?.as_fd().as_raw_fd();
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+    info.lines().find_map(|l| l.strip_prefix("recursion_misses:")?.trim().parse().ok())
+}
+
+/// Whether the kernel has no write of a disk under way. Unknown counts as no.
+fn at_rest(disk: DevNo) -> bool {
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{disk}/inflight")).unwrap_or_default();
+    text.split_whitespace().nth(1) == Some("0")
 }
 
 /// Loads one program of the object and attaches it.
@@ -356,6 +390,9 @@ impl BpfCapture {
         // never as an issue that seems to be in flight for ever.
         pins.pin_link("complete", attach(&mut ebpf, "hf_complete", "block_rq_complete")?)?;
         pins.pin_link("issue", attach(&mut ebpf, "hf_issue", "block_rq_issue")?)?;
+        for name in pins::PROGRAMS {
+            pins.pin_program(name, loaded(&mut ebpf, name)?)?;
+        }
         if matches!(bio_capture(), crate::disks::BioCapture::Works) {
             for (program, _, _) in pins::BIO_PROGRAMS {
                 pins.pin_program(program, load(&mut ebpf, program)?)?;
@@ -396,6 +433,7 @@ impl BpfCapture {
         // since, all of them are old; else all that the rings still hold are told again, which is harmless.
         let counts: Vec<u64> = big.get(&0, 0).map_err(map_error("big"))?.iter().map(|b| b.count).collect();
         let seen = if counts.iter().sum::<u64>() == seen_big { counts } else { vec![0; counts.len()] };
+        let programs = pins::PROGRAMS.into_iter().map(|name| pins.open_program(name)).collect::<Result<_, _>>()?;
         let mut this = Self {
             pins,
             ring,
@@ -413,6 +451,10 @@ impl BpfCapture {
             unconfirmed: Vec::new(),
             last_scan: MonoTime(0),
             last_stale: MonoTime(0),
+            last_settle: MonoTime(0),
+            resting: None,
+            programs,
+            told_passthrough: 0,
         };
         this.read_targets()?;
         Ok(this)
@@ -560,6 +602,40 @@ impl BpfCapture {
 
     fn losses_now(&self) -> Result<u64, CaptureError> {
         self.losses.get(&0, 0).map_err(map_error("losses"))
+    }
+
+    /// Ends the wait for requests whose completion was not seen, once their disk has been at rest.
+    fn settle(&mut self, now: MonoTime, out: &mut Vec<Captured>) {
+        if let Some(resting) = self.resting.take_if(|r| r.at <= self.ring.position()) {
+            for id in resting.disks {
+                self.assembler.settle(id, resting.issued_before, out);
+            }
+        }
+        if self.resting.is_some() || now.ms_since(self.last_settle) < SETTLE_EVERY_MS {
+            return;
+        }
+        self.last_settle = now;
+        let issued_before = MonoTime(now.0.saturating_sub(SETTLE_MS * 1_000_000));
+        let mut disks = self.assembler.waiting_since(issued_before);
+        disks.retain(|id| self.targets.get(id).is_some_and(|h| at_rest(h.target.disk)));
+        if !disks.is_empty() {
+            // A completion is in the ring before the kernel counts its request as over.
+            self.resting = Some(Resting { at: self.ring.barrier().now(), issued_before, disks });
+        }
+    }
+
+    /// Commands that went to a disk past the block layer may have written: nobody saw what.
+    fn tell_passthrough(&mut self) {
+        let Ok(counters) = self.counters() else { return };
+        if counters.passthrough > self.told_passthrough {
+            let commands = counters.passthrough - self.told_passthrough;
+            tracing::warn!(
+                commands,
+                "unknown write: commands were sent to a protected disk past the block layer; if they wrote, a resync of the group makes \
+                 it right"
+            );
+        }
+        self.told_passthrough = counters.passthrough;
     }
 
     /// Hands out every mark of the dirty map that is not handed out yet, and the long losses.
@@ -755,8 +831,10 @@ impl Capture for BpfCapture {
             self.scan(out)?;
             self.last_scan = now;
         }
+        self.settle(now, out);
         if now.ms_since(self.last_stale) >= STALE_EVERY_MS {
             self.assembler.forget_stale(now, out);
+            self.tell_passthrough();
             self.last_stale = now;
         }
         Ok(Polled { position: self.ring.position(), more })
@@ -821,6 +899,8 @@ impl Capture for BpfCapture {
                 sum.unknown += c.unknown;
             }
         }
+        sum.missed = self.programs.iter().filter_map(missed).sum();
+        sum.unseen = self.assembler.unseen();
         Ok(sum)
     }
 

@@ -25,6 +25,8 @@ pub const PIN_ROOT: &str = "/sys/fs/bpf/holdfast";
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 pub(crate) const MAPS: [&str; 7] = ["ring", "targets", "dirty", "big", "counters", "losses", "meta"];
+/// Kept by name to ask how often the kernel did not run them.
+pub(crate) const PROGRAMS: [&str; 2] = ["hf_issue", "hf_complete"];
 const LINKS: [&str; 2] = ["link-issue", "link-complete"];
 /// Programs for disks without a request queue, where they go, and what their links are called. Completions first.
 pub(crate) const BIO_PROGRAMS: [(&str, &str, &str); 2] = [
@@ -89,7 +91,8 @@ impl Pins {
     /// Removes all pins, links first, and the directory when it is empty then.
     pub fn clear(&self) -> Result<(), CaptureError> {
         let links = LINKS.into_iter().chain(BIO_PROGRAMS.map(|(_, _, link)| link));
-        let names = links.chain(BIO_PROGRAMS.map(|(program, _, _)| program)).chain(MAPS);
+        let programs = PROGRAMS.into_iter().chain(BIO_PROGRAMS.map(|(program, _, _)| program));
+        let names = links.chain(programs).chain(MAPS);
         names.into_iter().try_for_each(|name| self.remove_file(name))
     }
 
