@@ -30,6 +30,10 @@ fn main() -> anyhow::Result<()> {
         targets.push(Target { disk: number, sectors, ranges: vec![Extent::new(0, sectors)], skips: Vec::new() });
     }
     let options = bpf::Options { pins: "/sys/fs/bpf/holdfast-record".into(), ring_bytes: 64 << 20 };
+    // One that was killed left its capture behind.
+    if let Some(pins) = bpf::Pins::existing(&options.pins) {
+        pins.clear()?;
+    }
     let on = first.as_ref().map(|(path, number)| (path.as_path(), *number));
     let mut capture =
         bpf::BpfCapture::start(&options, on).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;

@@ -76,7 +76,7 @@ impl Pins {
     /// Whether maps and links are all there and were marked whole. Another layout is an error: the kernel half then works, but we
     /// would not understand it.
     pub fn complete(&self) -> Result<bool, CaptureError> {
-        if MAPS.iter().chain(&LINKS).any(|name| !self.path(name).exists()) {
+        if MAPS.iter().chain(&LINKS).chain(&PROGRAMS).any(|name| !self.path(name).exists()) {
             return Ok(false);
         }
         let meta: Array<MapData, u64> = Array::try_from(self.open_map("meta")?).map_err(map_error("meta"))?;
