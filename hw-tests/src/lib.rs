@@ -12,6 +12,7 @@
 //! - [`product`]: the three binaries, a box and an agent in a folder;
 //! - [`disk`]: loop disks with a file system and a workload, as root;
 //! - [`image`]: an ext4 image changed in rounds without root;
+//! - [`load`]: a writer whose every state is known;
 //! - [`compare`]: a view against its oracle, byte by byte;
 //! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs.
 //!
@@ -23,6 +24,7 @@ pub mod control;
 pub mod disk;
 pub mod guest;
 pub mod image;
+pub mod load;
 pub mod nbd;
 pub mod net;
 pub mod process;

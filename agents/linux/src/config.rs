@@ -30,6 +30,8 @@ pub struct Config {
     pub copy_mib_s: u32,
     /// Slow copying down, and at worst only mark writes, when the host is short of memory, I/O or processor time.
     pub heed_pressure: bool,
+    /// Sync mode with the policy to hold: even so the host waits for the box no longer than this.
+    pub sync_hold_s: u32,
     pub log: Log,
 }
 
@@ -66,6 +68,7 @@ impl Default for Config {
             spool_mib: 512,
             copy_mib_s: 0,
             heed_pressure: true,
+            sync_hold_s: 300,
             log: Log::default(),
         }
     }
@@ -147,6 +150,9 @@ impl Config {
                 spool: self.spool_memory_mib,
                 memory: self.memory_mib,
             });
+        }
+        if self.sync_hold_s == 0 || self.sync_hold_s > 86_400 {
+            return value("sync_hold_s", self.sync_hold_s.to_string(), "from 1 to 86400");
         }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             return value("log.level", format!("{:?}", self.log.level), "error, warn, info, debug or trace");

@@ -2,7 +2,7 @@
 //!
 //! `<state_dir>/agent.sock`, mode 0600. A request is at most [`LINE_MAX`] bytes; at most [`CLIENTS_MAX`] clients at once.
 
-use model::Consistency;
+use model::{Consistency, SyncMode};
 use serde::{Deserialize, Serialize};
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -34,6 +34,9 @@ pub enum Request {
         group: Option<String>,
         /// The whole disks under the choice, boot sectors and all.
         whole_image: bool,
+        /// Other than async: the volumes are mirrored and the host waits.
+        #[serde(default = "async_mode")]
+        mode: SyncMode,
     },
     Unprotect {
         group: String,
@@ -47,6 +50,10 @@ pub enum Request {
     Resync {
         group: String,
     },
+}
+
+fn async_mode() -> SyncMode {
+    SyncMode::Async
 }
 
 /// What went wrong, for programs, for people, and what to do.

@@ -6,6 +6,7 @@ use agent_linux::{
     capture::{
         Capture, CaptureError,
         bpf::{BpfCapture, Options, Pins},
+        dm::{ioctl::DeviceMapper, mirror},
     },
     config::{Config, LogFormat},
     disks::{Backend, Cost, Disks},
@@ -63,6 +64,13 @@ enum Command {
         /// Protect the whole disks under the choice, boot sectors and all
         #[arg(long)]
         whole_image: bool,
+        /// Mirror LVM, LUKS or other device-mapper volumes: the host's writes return when the box has them durable. When the box does not
+        /// answer in time: `available` (the default) goes on without it and raises an alarm, `strict` waits on
+        #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "available")]
+        sync: Option<SyncPolicy>,
+        /// With --sync: milliseconds a write may wait for the box
+        #[arg(long, requires = "sync", default_value_t = 5_000, value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
+        wait_ms: u64,
     },
     /// Stop protecting a group; the box keeps its history
     Unprotect { group: String },
@@ -93,6 +101,22 @@ enum Command {
     /// Ends a freeze; started by the agent itself
     #[command(name = freeze::GUARD_COMMAND, hide = true)]
     ThawGuard { mounts: Vec<PathBuf> },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SyncPolicy {
+    Available,
+    Strict,
+}
+
+impl SyncPolicy {
+    fn mode(self, wait_ms_max: u64) -> model::SyncMode {
+        let at_bound = match self {
+            Self::Available => model::Bound::Degrade,
+            Self::Strict => model::Bound::Hold,
+        };
+        model::SyncMode::Sync { wait_ms_max, at_bound }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -134,8 +158,9 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Run => run(config),
         Command::Disks { choice, json } => show_disks(&config, &choice, json),
-        Command::Protect { devices, group, whole_image } => {
-            let value = ask(local::Request::Protect { devices, group, whole_image })?;
+        Command::Protect { devices, group, whole_image, sync, wait_ms } => {
+            let mode = sync.map_or(model::SyncMode::Async, |policy| policy.mode(wait_ms));
+            let value = ask(local::Request::Protect { devices, group, whole_image, mode })?;
             show::protected(&value);
             Ok(())
         }
@@ -225,6 +250,12 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     if let Some(pins) = Pins::existing(&config.pin_dir) {
         pins.remove()?;
         println!("capture is out of the kernel");
+    }
+    // A host without the device mapper has no mirrors.
+    if let Ok(dm) = DeviceMapper::open() {
+        for name in mirror::take_out_all(&dm)? {
+            println!("/dev/mapper/{name} has its own table again");
+        }
     }
     match state.load_groups() {
         Ok(groups) => groups.iter().for_each(agent_linux::engine::restore_requests),

@@ -84,6 +84,9 @@ pub fn status(value: &Value) -> String {
             bytes(&group["dirty_bytes"]),
             bytes(&group["captured_bytes"])
         );
+        if let Some(gate) = group["gate"].as_str() {
+            let _ = writeln!(out, "         writes of the host: {gate}");
+        }
         if let Some(note) = group["spool_note"].as_str().filter(|n| !n.is_empty()) {
             let _ = writeln!(out, "         {note}");
         }

@@ -96,6 +96,9 @@ pub struct GroupRecord {
     /// The extents of the spool file that the kernel was told to leave out: disk, start and length in sectors.
     #[serde(default)]
     pub skips: Vec<(String, u64, u64)>,
+    /// Captured by a mirror's leg that makes the host wait (`dm-mirror-nbd`), not by `bpf-rq`.
+    #[serde(default)]
+    pub sync: bool,
 }
 
 /// PEM texts; each may hold more than what it is named for.
@@ -378,6 +381,7 @@ mod tests {
                 max_sectors_kb: Some(("sdb".into(), 1280)),
             }],
             skips: vec![("sdb".into(), 1, 2)],
+            sync: false,
         }
     }
 

@@ -117,6 +117,10 @@ impl ExportInfo {
         self.description = description.into();
         self
     }
+    /// The flags of a session that nobody negotiates ([`Session::agreed`](crate::Session::agreed)), for the client to be told.
+    pub fn agreed_flags(&self) -> u16 {
+        self.wire_flags(false)
+    }
     pub(crate) fn wire_flags(&self, structured: bool) -> u16 {
         // A read-only export does not announce what changes it: a client would only learn EPERM.
         let (access, can) = match self.access {

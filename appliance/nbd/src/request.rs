@@ -140,6 +140,11 @@ impl Session {
     pub(crate) fn new(export_name: String, info: ExportInfo, replies: ReplyMode, block_status: bool) -> Self {
         Self { export_name, info, replies, block_status }
     }
+    /// A session that nobody negotiates: both ends know what is served, as when the kernel's client was set up by the server itself.
+    /// Simple replies.
+    pub fn agreed(info: ExportInfo) -> Self {
+        Self::new(String::new(), info, ReplyMode::Simple, false)
+    }
     pub fn export_name(&self) -> &str {
         &self.export_name
     }

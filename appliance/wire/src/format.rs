@@ -22,6 +22,8 @@ pub const MAX_PAYLOAD: usize = 128 * 1024;
 pub const MAX_RECORD_BYTES: usize = 128 * 1024;
 /// A message is small talk; 64 KiB hold a group of some hundred volumes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
+/// The most of a volume that is read back in one message: with what is around it, it must fit one.
+pub const READ_BACK_MAX: usize = 32 * 1024;
 /// The longest mark is a bookmark: 128 characters of at most 4 bytes, and its tags.
 pub const MAX_MARK: usize = 1024;
 /// An [`Ack`](crate::Ack) is always this long.

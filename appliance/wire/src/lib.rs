@@ -54,7 +54,7 @@ mod token;
 pub use ack::{Ack, AckError, AckFlags, Credit};
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
-    MAX_RECORD_BYTES, PROTOCOL_VERSIONS,
+    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,

@@ -11,8 +11,8 @@ use crate::ack::Credit;
 use crate::format::{MAX_MARK, PROTOCOL_VERSIONS};
 use crate::frame::{FrameError, FrameHeader, FrameKind, PayloadError};
 use model::{
-    BookmarkName, ByteLen, Consistency, GapReason, GroupId, GroupSpec, HostId, Mark, MonoTime, RecordKind, SourceSeq,
-    StreamId, SyncMode, VolumeSpec,
+    BookmarkName, ByteLen, Consistency, Extent, GapReason, GroupId, GroupSpec, HostId, Mark, MonoTime, RecordKind,
+    SourceSeq, StreamId, SyncMode, VolumeId, VolumeSpec,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -305,6 +305,19 @@ pub enum Message {
     Renew {
         csr_der: Vec<u8>,
     },
+    /// What the box holds of a volume now, written records included: the host's own disk has failed. At most
+    /// [`READ_BACK_MAX`](crate::READ_BACK_MAX) bytes.
+    ReadBack {
+        id: u64,
+        group: GroupId,
+        volume: VolumeId,
+        extent: Extent,
+    },
+    /// None: it cannot be read.
+    ReadBackDone {
+        id: u64,
+        data: Option<Vec<u8>>,
+    },
 }
 
 impl Message {
@@ -337,6 +350,8 @@ impl Message {
             Self::HeartbeatAck { .. } => "HeartbeatAck",
             Self::Declined(_) => "Declined",
             Self::Renew { .. } => "Renew",
+            Self::ReadBack { .. } => "ReadBack",
+            Self::ReadBackDone { .. } => "ReadBackDone",
         }
     }
     pub fn heartbeat(number: u64, now: MonoTime) -> Self {
@@ -499,6 +514,8 @@ mod tests {
             Message::HeartbeatAck { number: 1 },
             Message::decline(RefuseCode::NameTaken, "x"),
             Message::Renew { csr_der: vec![3] },
+            Message::ReadBack { id: 9, group, volume: VolumeId(2), extent: Extent::new(8, 64) },
+            Message::ReadBackDone { id: 9, data: Some(vec![7; 3]) },
         ]
     }
 

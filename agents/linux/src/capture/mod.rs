@@ -15,6 +15,7 @@
 
 pub mod assemble;
 pub mod bpf;
+pub mod dm;
 
 use model::{Extent, MonoTime};
 use std::{fmt, sync::Arc};

@@ -12,6 +12,8 @@ pub enum Backend {
     BpfRq,
     /// At the bios, for disks without a queue.
     BpfBio,
+    /// At a mirror's second leg, for volumes of the device mapper in sync mode.
+    DmMirror,
 }
 
 impl Backend {
@@ -19,6 +21,7 @@ impl Backend {
         match self {
             Self::BpfRq => "bpf-rq",
             Self::BpfBio => "bpf-bio",
+            Self::DmMirror => crate::capture::dm::NAME,
         }
     }
     /// What may be expected of it, in a sentence for the one who chooses.
@@ -31,6 +34,10 @@ impl Backend {
             Self::BpfBio => {
                 "as bpf-rq, taken before the disk's driver sees the write, because the disk has no request queue; memory that \
                  programs map from the disk itself (DAX) is not seen and such mounts are refused"
+            }
+            Self::DmMirror => {
+                "a write returns when the box has it durable, or a stated time later with an alarm; what is written while the agent does \
+                 not run is copied afterwards"
             }
         }
     }

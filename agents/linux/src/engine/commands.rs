@@ -18,7 +18,7 @@ use wire::{Command, CommandResult, Message, Refusal, RefuseCode};
 
 /// A request that waits for the box's answer; one at a time.
 pub(super) enum Pending {
-    Protect { resolution: Resolution, asked: Vec<VolumeSpec>, answer: Answer },
+    Protect { resolution: Resolution, asked: Vec<VolumeSpec>, sync: bool, answer: Answer },
     Unprotect { group: GroupId, answer: Answer },
 }
 
@@ -40,7 +40,9 @@ impl Engine {
     pub(super) fn request(&mut self, request: Request, answer: Answer) {
         match request {
             Request::Status => done(&answer, self.status_json()),
-            Request::Protect { devices, group, whole_image } => self.protect(&devices, group, whole_image, answer),
+            Request::Protect { devices, group, whole_image, mode } => {
+                self.protect(&devices, group, whole_image, mode, answer);
+            }
             Request::Unprotect { group } => self.unprotect(&group, answer),
             Request::Bookmark { group, name, consistency } => self.bookmark_locally(group, name, consistency, answer),
             Request::Resync { group } => match self.group_named(&group) {
@@ -65,12 +67,20 @@ impl Engine {
 
     // ---- protect ----------------------------------------------------------------------------------------------------------------
 
-    fn protect(&mut self, devices: &[String], name: Option<String>, whole_image: bool, answer: Answer) {
+    fn protect(&mut self, devices: &[String], name: Option<String>, whole_image: bool, mode: SyncMode, answer: Answer) {
+        let sync = mode != SyncMode::Async;
         let disks = match Disks::here() {
             Ok(disks) => disks,
             Err(e) => return fail(&answer, "disks", crate::error_chain(&e), ""),
         };
-        let resolved = disks.resolve(devices).and_then(|mut first| {
+        if sync && whole_image {
+            return fail(&answer, "disks", "--sync mirrors volumes, --whole-image takes whole disks: choose one", "");
+        }
+        if sync && let Err(e) = self.may_mirror(&disks, devices) {
+            return fail(&answer, "no-mirror", crate::error_chain(&e), "see `holdfast-agent disks`");
+        }
+        let resolve = || if sync { super::sync::resolve(&disks, devices) } else { disks.resolve(devices) };
+        let resolved = resolve().and_then(|mut first| {
             if whole_image {
                 let whole: Vec<String> = first.leaves.iter().map(|l| l.disk.clone()).collect();
                 let mut second = disks.resolve(&whole)?;
@@ -119,13 +129,17 @@ impl Engine {
             .enumerate()
             .map(|(i, leaf)| VolumeSpec {
                 id: VolumeId(i as u32),
-                name: format!("/dev/{}", leaf.volume),
+                name: if sync {
+                    disks.get(&leaf.volume).map_or_else(String::new, |d| d.title())
+                } else {
+                    format!("/dev/{}", leaf.volume)
+                },
                 sectors: Sectors(leaf.range.sectors.0),
                 identity: disks.get(&leaf.volume).map(|d| d.identity.to_string()).unwrap_or_default(),
             })
             .collect();
-        self.tell(Message::Protect { group_name: name, volumes: volumes.clone(), mode: SyncMode::Async });
-        self.pending = Some(Pending::Protect { resolution, asked: volumes, answer });
+        self.tell(Message::Protect { group_name: name, volumes: volumes.clone(), mode });
+        self.pending = Some(Pending::Protect { resolution, asked: volumes, sync, answer });
         self.pending_since = clock::mono();
     }
 
@@ -140,7 +154,7 @@ impl Engine {
     }
 
     fn protected(&mut self, spec: GroupSpec) {
-        let Some(Pending::Protect { resolution, asked, answer }) = self.pending.take() else { return };
+        let Some(Pending::Protect { resolution, asked, sync, answer }) = self.pending.take() else { return };
         let disks = match Disks::here() {
             Ok(disks) => disks,
             Err(e) => return fail(&answer, "disks", crate::error_chain(&e), ""),
@@ -159,11 +173,11 @@ impl Engine {
                     device: leaf.volume.clone(),
                     sectors: leaf.range.sectors.0,
                     identity: disks.get(&leaf.volume).map(|d| d.identity.clone()).unwrap_or_default(),
-                    max_sectors_kb: start::clamp_requests(&leaf.disk),
+                    max_sectors_kb: if sync { None } else { start::clamp_requests(&leaf.disk) },
                 }
             })
             .collect();
-        let record = GroupRecord { spec: spec.clone(), volumes, skips: Vec::new() };
+        let record = GroupRecord { spec: spec.clone(), volumes, skips: Vec::new(), sync };
         let id = spec.id;
         match self.add_group(record.clone(), &disks) {
             Ok(()) => {
@@ -360,6 +374,7 @@ impl Engine {
                 self.control_up = None;
                 self.control_reason = refusal.map_or(why, |r| r.to_string());
                 self.renewing = None;
+                self.ctx.sync.reads_failed();
                 if let Some(Pending::Protect { answer, .. } | Pending::Unprotect { answer, .. }) = self.pending.take() {
                     fail(
                         &answer,
@@ -390,19 +405,21 @@ impl Engine {
                 self.declined(&refusal);
             }
             Message::Command { id, what } => self.command(id, what),
+            Message::ReadBackDone { id, data } => self.ctx.sync.read_back(id, data),
             Message::Enrolled { host, certificate_pem, ca_pem } => self.renewed(host, &certificate_pem, &ca_pem),
             other => tracing::debug!(message = other.name(), "not for a control connection"),
         }
     }
 
     fn groups_of_box(&mut self, specs: Vec<GroupSpec>) {
-        let mut changed = false;
+        let (mut changed, mut modes) = (false, Vec::new());
         for group in &mut self.groups {
             match specs.iter().find(|s| s.id == group.record.spec.id) {
                 Some(spec) => {
                     changed |= group.record.spec.policy != spec.policy || group.record.spec.name != spec.name;
                     group.record.spec.policy = spec.policy.clone();
                     group.record.spec.name.clone_from(&spec.name);
+                    modes.push((spec.id, spec.policy.mode));
                 }
                 None => {
                     tracing::warn!(group = %group.record.spec.name, "the box has this group no longer; unprotect it here")
@@ -411,6 +428,7 @@ impl Engine {
         }
         if changed {
             self.store_groups();
+            modes.into_iter().for_each(|(id, mode)| self.mode_of_sync(id, mode));
         }
     }
 

@@ -12,8 +12,8 @@ use crate::{
 use durable::AlignedBuf;
 use model::{Extent, GapReason, GroupId, SECTOR, VolumeId, WriteFlags};
 use replication::{
-    Action, Captured, CapturedKind, Event, Lost, Now, Numbered, Payload, Pressure, PressureInput, ReadId, Source,
-    pressure,
+    Action, Alarm, Captured, CapturedKind, Event, GateState, Lost, Now, Numbered, Payload, Pressure, PressureInput,
+    ReadId, Source, pressure,
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -68,6 +68,8 @@ pub(super) struct Running {
     /// Answers to commands of the box, to go out on the control connection.
     pub box_answers: Vec<(u64, wire::CommandResult)>,
     pub last_alarm: String,
+    /// The alarm is about the box's lateness: over when it has caught up.
+    pub waited: bool,
     next_loss: u64,
     lost_bytes: u64,
     lost_why: Option<capture::LostWhy>,
@@ -142,6 +144,7 @@ impl Running {
             bookmarks: Vec::new(),
             box_answers: Vec::new(),
             last_alarm: String::new(),
+            waited: false,
             next_loss: 1,
             lost_bytes: 0,
             lost_why: None,
@@ -329,7 +332,8 @@ impl Running {
                 }
                 Action::ReadVolume { read, volume, extent } => {
                     if let Some(at) = self.volumes.iter().position(|v| v.id == volume) {
-                        self.ordered.push_back(Ordered { read, at, extent, number: ctx.handed_out() });
+                        let volume = self.volumes[at].target;
+                        self.ordered.push_back(Ordered { read, at, extent, number: ctx.handed_out(volume) });
                     } else {
                         events.push_back(Event::ReadFailed { read });
                     }
@@ -337,8 +341,7 @@ impl Running {
                 Action::ReadFinished { read } => {
                     self.reads.remove(&read);
                 }
-                // Nothing waits: this backend cannot hold a flush back, and none is ever handed in.
-                Action::ReleaseFlush { .. } => {}
+                Action::ReleaseFlush { id, .. } => ctx.sync.release(id),
                 Action::Persist { serial, state } => {
                     let run = RunState { boot_id: ctx.boot_id.clone(), source: state };
                     match ctx.state.store_run(group, &run) {
@@ -359,13 +362,23 @@ impl Running {
                     tracing::info!(group = %group, ?state, "group");
                     self.state = state;
                 }
-                Action::Gate(_) => {}
-                Action::Alarm(alarm) => {
-                    self.last_alarm = alarm.to_string();
-                    tracing::warn!(group = %group, %alarm, "alarm");
-                }
+                Action::Gate(state) => self.gate(group, state),
+                Action::Alarm(alarm) => self.raise(group, &alarm),
             }
         }
+    }
+
+    fn gate(&mut self, group: GroupId, state: GateState) {
+        tracing::info!(group = %group, %state, "the host's writes");
+        if state == GateState::Sync && std::mem::take(&mut self.waited) {
+            self.last_alarm.clear();
+        }
+    }
+
+    fn raise(&mut self, group: GroupId, alarm: &Alarm) {
+        self.waited = matches!(alarm, Alarm::Degraded { .. } | Alarm::Holding { .. });
+        self.last_alarm = alarm.to_string();
+        tracing::warn!(group = %group, %alarm, "alarm");
     }
 
     fn payload(&mut self, record: &Numbered, payload: Payload) -> Option<Piece> {

@@ -22,11 +22,12 @@ mod commands;
 mod group;
 mod start;
 mod status;
+mod sync;
 
 pub use start::restore_requests;
 
 use crate::{
-    capture::{Capture, CaptureError, Captured, DevNo, Position, TargetId},
+    capture::{Capture, CaptureError, Captured, DevNo, Position, TargetId, dm::leg::FromLeg},
     clock,
     config::Config,
     disks::Disks,
@@ -48,6 +49,7 @@ use std::{
     sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
+use sync::Legs;
 use wire::Message;
 
 /// Events of other threads that wait; who would add one more waits too.
@@ -101,7 +103,15 @@ enum Input {
     Link(LinkId, u64, FromLink),
     Read(Outcome),
     Request(Request, Answer),
-    Frozen { group: GroupId, id: u64, name: BookmarkName, result: Result<Frozen, FreezeError> },
+    Frozen {
+        group: GroupId,
+        id: u64,
+        name: BookmarkName,
+        result: Result<Frozen, FreezeError>,
+    },
+    Leg(TargetId, FromLeg),
+    /// A moment without I/O under way was made for a mirrored volume, after so many writes had arrived.
+    Fenced(TargetId, u64),
     Stop,
 }
 
@@ -123,6 +133,7 @@ struct Ctx {
     open_losses: BTreeSet<(GroupId, u64)>,
     losses_settled: bool,
     retry_persist: Vec<(GroupId, u64, RunState)>,
+    sync: Legs,
 }
 
 impl Ctx {
@@ -130,10 +141,13 @@ impl Ctx {
         self.captures += 1;
         self.captures
     }
-    fn handed_out(&self) -> u64 {
-        self.capture.as_ref().map_or(0, |c| c.handed_out())
+    fn handed_out(&self, target: TargetId) -> u64 {
+        self.sync.handed_out(target).unwrap_or_else(|| self.capture.as_ref().map_or(0, |c| c.handed_out()))
     }
-    fn writes_before(&self, number: u64, target: TargetId, extent: &Extent) -> bool {
+    fn writes_before(&mut self, number: u64, target: TargetId, extent: &Extent) -> bool {
+        if let Some(waits) = self.sync.writes_before(number, target, extent) {
+            return waits;
+        }
         self.capture.as_ref().is_some_and(|c| c.writes_before(number, target, extent))
     }
     fn wait(&mut self, wait: Wait) {
@@ -141,7 +155,7 @@ impl Ctx {
         self.waits.push((at, wait));
     }
     fn read(&self, job: Job) {
-        if let Some(pool) = &self.pool {
+        if let Some(pool) = self.pool.as_ref().or(self.sync.pool.as_ref()) {
             pool.read(job);
         }
     }
@@ -225,6 +239,7 @@ impl Engine {
                 open_losses: BTreeSet::new(),
                 losses_settled: false,
                 retry_persist: Vec::new(),
+                sync: Legs::new(to_self.clone(), now),
             },
             groups: Vec::new(),
             start_capture,
@@ -487,6 +502,8 @@ impl Engine {
             }
             Input::Request(request, answer) => self.request(request, answer),
             Input::Frozen { group, id, name, result } => self.frozen(group, id, name, result),
+            Input::Leg(target, what) => self.from_leg(target, what),
+            Input::Fenced(target, number) => self.ctx.sync.fenced(target, number),
         }
     }
 
@@ -516,9 +533,10 @@ impl Engine {
             }
         }
         self.give_up_pending(now);
+        self.watch_mirrors(now);
         if now.ms_since(self.last_retry) >= RETRY_STOPPED_MS {
             self.last_retry = now;
-            if self.groups.iter().any(|g| g.running.is_none()) {
+            if self.groups.iter().any(|g| g.running.is_none() && !g.record.sync) {
                 if let Err(e) = self.start_stopped() {
                     tracing::error!(error = %crate::error_chain(&e), "could not start a stopped group");
                 }
@@ -591,6 +609,7 @@ impl Engine {
     /// Everything that is known is stored; capture goes on in the kernel.
     fn shut_down(mut self) -> Result<(), EngineError> {
         let begun = clock::mono();
+        self.take_out_mirrors(None);
         // Requests that were handed out and have not completed would look unmatched to the next agent.
         loop {
             self.work()?;

@@ -134,8 +134,9 @@ fn queue_file(disk: &str) -> PathBuf {
 }
 
 pub(super) fn source_config(config: &Config, record: &GroupRecord, spool_max: u64) -> SourceConfig {
-    // The backend cannot make the host wait; what the policy asks for is shown beside what is done.
-    let mut source = SourceConfig::new(record.spec.id, record.spec.volumes.clone(), SyncMode::Async);
+    // Only a mirror's leg can make the host wait; what the policy asks for is shown beside what is done.
+    let mode = if record.sync { record.spec.policy.mode } else { SyncMode::Async };
+    let mut source = SourceConfig::new(record.spec.id, record.spec.volumes.clone(), mode);
     source.spool_bytes_max = spool_max;
     // A write of 512 bytes takes eight times as much of the ring as it is counted for.
     source.held_bytes_max = u64::from(config.ring_bytes()) / 16;
@@ -150,6 +151,11 @@ pub(super) struct Before {
 }
 
 impl Before {
+    /// What was written until now was seen by nobody.
+    pub(super) fn nothing() -> Self {
+        Self { targets: Vec::new(), resumed: false }
+    }
+
     /// Whether nothing of the volume was missed since.
     fn covers(&self, target: TargetId, range: &Extent) -> bool {
         self.resumed && self.targets.iter().any(|(id, t)| *id == target && t.ranges.iter().any(|r| r.contains(range)))
@@ -170,8 +176,9 @@ impl Engine {
                 return Ok(());
             }
         };
+        self.start_sync(&disks)?;
         let mut found: HashMap<usize, Vec<VolumeAt>> = HashMap::new();
-        for (i, group) in self.groups.iter_mut().enumerate().filter(|(_, g)| g.running.is_none()) {
+        for (i, group) in self.groups.iter_mut().enumerate().filter(|(_, g)| g.running.is_none() && !g.record.sync) {
             let volumes: Result<Vec<VolumeAt>, VolumeRefusal> =
                 group.record.volumes.iter().map(|v| locate(&disks, find(&disks, v)?, v.id)).collect();
             match volumes {
@@ -264,8 +271,11 @@ impl Engine {
         new: &mut [(usize, Vec<VolumeAt>)],
     ) -> Result<(), CaptureError> {
         let number = |name: &str| disks.get(name).map(|d| (d.number, d.sectors));
-        let running =
-            self.groups.iter().filter_map(|g| g.running.as_ref().map(|r| (&r.volumes[..], &g.record.skips[..])));
+        let running = self
+            .groups
+            .iter()
+            .filter(|g| !g.record.sync)
+            .filter_map(|g| g.running.as_ref().map(|r| (&r.volumes[..], &g.record.skips[..])));
         let fresh = new.iter().map(|(i, v)| (&v[..], &self.groups[*i].record.skips[..]));
         let named = group::targets(running.chain(fresh), &number);
         let Some(capture) = &mut self.ctx.capture else { return Ok(()) };
@@ -278,7 +288,12 @@ impl Engine {
             }
         };
         new.iter_mut().flat_map(|(_, v)| v).for_each(set);
-        self.groups.iter_mut().filter_map(|g| g.running.as_mut()).flat_map(|r| &mut r.volumes).for_each(set);
+        self.groups
+            .iter_mut()
+            .filter(|g| !g.record.sync)
+            .filter_map(|g| g.running.as_mut())
+            .flat_map(|r| &mut r.volumes)
+            .for_each(set);
         Ok(())
     }
 
@@ -449,6 +464,9 @@ impl Engine {
     /// Starts a group that the box has just accepted.
     pub(super) fn add_group(&mut self, record: GroupRecord, disks: &Disks) -> Result<(), String> {
         let chain = |e: &dyn std::error::Error| crate::error_chain(e);
+        if record.sync {
+            return self.add_sync_group(record, disks);
+        }
         let mut volumes = Vec::new();
         for v in &record.volumes {
             let device = disks.get(&v.device).ok_or_else(|| format!("/dev/{} went away", v.device))?;
@@ -477,10 +495,11 @@ impl Engine {
         let group = self.groups.remove(i);
         let id = group.id();
         drop(group.running);
+        self.take_out_mirrors(Some(id));
         restore_requests(&group.record);
         self.ctx.open_losses.retain(|(g, _)| *g != id);
         let before = self.before();
-        if self.groups.iter().all(|g| g.running.is_none()) {
+        if self.groups.iter().all(|g| g.running.is_none() || g.record.sync) {
             self.stop_capture();
         } else if let Ok(disks) = Disks::here() {
             if let Err(e) = self.tell_targets(&disks, &mut []) {
@@ -501,7 +520,7 @@ impl Engine {
             tracing::error!(error = %crate::error_chain(&e), "could not take capture out of the kernel");
         }
         self.ctx.pool = None;
-        self.ctx.waits.clear();
+        // What waits is handed out with the next round: nothing is captured any more that it could wait for.
         self.batches.clear();
     }
 }

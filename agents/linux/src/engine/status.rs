@@ -35,6 +35,15 @@ fn memory_limit() -> Option<u64> {
 
 impl Engine {
     fn backend(&self) -> String {
+        let mirrored = self.groups.iter().any(|g| g.record.sync);
+        if mirrored && self.groups.iter().all(|g| g.record.sync) {
+            return crate::capture::dm::NAME.to_owned();
+        }
+        let own = self.ring_backend();
+        if mirrored { format!("{own}, {}", crate::capture::dm::NAME) } else { own }
+    }
+
+    fn ring_backend(&self) -> String {
         match (&self.ctx.capture, self.capture_error.is_empty()) {
             (Some(capture), _) => capture.name().to_owned(),
             (None, true) => "none: nothing is protected".to_owned(),
@@ -48,8 +57,13 @@ impl Engine {
             .iter()
             .map(|group| {
                 let asked_sync = matches!(group.record.spec.policy.mode, SyncMode::Sync { .. });
-                let gate =
-                    if asked_sync { "async (capture backend bpf-rq cannot make the host wait)" } else { "async" };
+                let gate = match (group.record.sync, asked_sync) {
+                    (true, _) => {
+                        group.running.as_ref().map_or("out".to_owned(), |r| r.source.status().gate.to_string())
+                    }
+                    (false, true) => "async (capture backend bpf-rq cannot make the host wait)".to_owned(),
+                    (false, false) => "async".to_owned(),
+                };
                 match &group.running {
                     None => GroupAgentStatus {
                         group: group.id(),
@@ -62,7 +76,7 @@ impl Engine {
                         sync_done: ByteLen(0),
                         sync_total: ByteLen(0),
                         durable: model::SourceSeq::ZERO,
-                        gate: gate.to_owned(),
+                        gate: gate.clone(),
                         captured_bytes: ByteLen(0),
                         captured_records: 0,
                     },
@@ -79,7 +93,7 @@ impl Engine {
                             sync_done: s.sync_done,
                             sync_total: s.sync_total,
                             durable: s.durable,
-                            gate: gate.to_owned(),
+                            gate: gate.clone(),
                             captured_bytes: s.captured_bytes,
                             captured_records: s.captured_records,
                         }
@@ -183,6 +197,7 @@ impl Engine {
                     "captured_bytes": s.captured_bytes,
                     "captured_records": s.captured_records,
                     "journal_full": s.journal_full,
+                    "gate": group.record.sync.then(|| s.gate.to_string()),
                 })
             }
         };

@@ -12,7 +12,9 @@ use crate::{
     pki,
     vault::{Group, VOLUME_BYTES_MAX},
 };
-use model::{BookmarkName, ByteLen, GroupId, GroupPolicy, GroupSpec, HostId, SECTOR, SyncMode, VolumeId, VolumeSpec};
+use model::{
+    BookmarkName, ByteLen, Extent, GroupId, GroupPolicy, GroupSpec, HostId, SECTOR, SyncMode, VolumeId, VolumeSpec,
+};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
@@ -22,7 +24,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep_until, timeout},
 };
-use wire::{AgentStatus, Command, CommandResult, Message, Refusal, RefuseCode};
+use wire::{AgentStatus, Command, CommandResult, Message, READ_BACK_MAX, Refusal, RefuseCode};
 
 /// Commands waiting to be sent to one agent; the operator's clicks, not a data path.
 const COMMANDS_QUEUED_MAX: usize = 32;
@@ -284,12 +286,37 @@ async fn answer(
             let (host, subject) = (agent.host, agent.subject());
             blocking(Box::new(move |links| renew(links, host, &subject, &csr_der))).await
         }
+        Message::ReadBack { id, group, volume, extent } => {
+            let found = links.vault.get(group).filter(|g| g.shared.host == Some(agent.host));
+            blocking(Box::new(move |_| {
+                let data = found.and_then(|group| read_back(&group, volume, extent));
+                Ok(Message::ReadBackDone { id, data })
+            }))
+            .await
+        }
         other => Err(refusal(RefuseCode::OutOfPlace, format!("a {} on a control connection", other.name()))),
     }
 }
 
 fn is_released(group: &Group) -> bool {
     group.shared.released.load(std::sync::atomic::Ordering::Relaxed)
+}
+
+/// What the group's volume holds now, for a host whose own disk has failed.
+fn read_back(group: &Group, volume: VolumeId, extent: Extent) -> Option<Vec<u8>> {
+    let len = usize::try_from(extent.bytes()).ok().filter(|len| *len <= READ_BACK_MAX)?;
+    let mut data = vec![0; len];
+    let read = group.reader().map_err(|e| crate::chain(&e)).and_then(|reader| {
+        let offset = extent.start().checked_mul(SECTOR).ok_or_else(|| "beyond every volume".to_owned())?;
+        reader.head_view().read(volume, offset, &mut data).map_err(|e| crate::chain(&e))
+    });
+    match read {
+        Ok(()) => Some(data),
+        Err(why) => {
+            tracing::warn!(group = group.name(), %why, "could not read back what a host asked for");
+            None
+        }
+    }
 }
 
 fn renew(links: &Links, host: HostId, subject: &str, csr_der: &[u8]) -> Result<Message, Refusal> {

@@ -1,0 +1,432 @@
+//! Putting a mirror into a live volume, watching it, and taking it out again.
+//!
+//! ```text
+//!   before            with the mirror                         after
+//!   X: linear …       X:     mirror core … keep_log           X: linear …
+//!                      ├ leg 0  X-holdfast: linear …  (the old table, word for word)
+//!                      └ leg 1  /dev/nbdN ── socketpair ── agent
+//! ```
+//!
+//! X keeps its number, its name and whoever has it open; only its table changes, in one call each way ([`DeviceMapper::swap`]). What
+//! was under way completes on the old table, so every write is either on the old table alone or on both legs.
+//!
+//! **Nothing has to be remembered.** The inner device is known by its identifier ([`uuid_of`]), the leg by the mirror's table. So an agent
+//! that was killed is followed by one that finds the mirror and goes on ([`Mirror::put_in`]), and `holdfast-agent remove` needs neither state nor
+//! box ([`take_out_all`]).
+//!
+//! **Order of steps, and what a crash between them leaves:** inner device made (harmless, found again by its identifier) → leg connected
+//! (a dead NBD device; harmless) → table loaded (dropped with the next load) → swap (in one call) → old leg disconnected. Taking out: old
+//! table loaded → swap → inner removed → leg disconnected.
+
+use super::{
+    ioctl::{DeviceMapper, DmError, InFlight, NAME_MAX, UUID_MAX},
+    leg::{self, FromLeg, GUARD_MARGIN_MS, Leg},
+    nbdk::{self, KernelNbd, NbdError, Setup},
+    table::{self, Found, Health, TableRefusal},
+};
+use crate::capture::DevNo;
+use model::{ByteLen, SECTOR};
+use std::{
+    fs, io,
+    os::{fd::AsFd, unix::net::UnixStream},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+const UUID_PREFIX: &str = "HOLDFAST-";
+const NAME_SUFFIX: &str = "-holdfast";
+/// The kernel ends a leg whose agent hangs this long after the guard should have answered.
+const KERNEL_MARGIN_MS: u64 = 5_000;
+/// A device that is still held by a probe is let go within moments.
+const REMOVE_TRIES: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(100);
+
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    #[error(transparent)]
+    Dm(#[from] DmError),
+    #[error("could not set up the mirror's second leg")]
+    Nbd(#[from] NbdError),
+    #[error("{name} cannot be mirrored")]
+    Table {
+        name: String,
+        #[source]
+        source: TableRefusal,
+    },
+    #[error("{name} is read-only: nothing is written to it")]
+    ReadOnly { name: String },
+    #[error("{name} is suspended by somebody else")]
+    Suspended { name: String },
+    #[error("{name} has {has} sectors, {had} were protected")]
+    Size { name: String, had: u64, has: u64 },
+    #[error(
+        "the local disk under {name} has failed writes, which only the box has: nothing is copied from it. Mend the disk, or restore from \
+         the box, then run `holdfast-agent remove` with the agent stopped and start it again"
+    )]
+    LocalDiskFailed { name: String },
+    #[error("could not {what}")]
+    System {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The identifier of the inner device of a volume. Does not begin as LVM's do: its tools leave it alone.
+fn uuid_of(uuid: &str, name: &str) -> String {
+    let own = if uuid.is_empty() { name } else { uuid };
+    let mut out = format!("{UUID_PREFIX}{own}");
+    // Both are bounded by the kernel; together with the prefix one may be too long, and its end tells more than its beginning.
+    if out.len() > UUID_MAX {
+        out = format!("{UUID_PREFIX}{:016x}", fold(own));
+    }
+    out
+}
+
+fn name_of(name: &str) -> String {
+    let out = format!("{name}{NAME_SUFFIX}");
+    if out.len() > NAME_MAX { format!("{:016x}{NAME_SUFFIX}", fold(name)) } else { out }
+}
+
+fn fold(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
+fn sysfs(device: DevNo, file: &str) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{device}/{file}"))
+}
+
+/// How long requests may wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bounds {
+    /// The leg's guard answers what is older.
+    pub answer_ms: u64,
+}
+
+impl Bounds {
+    /// After this the kernel takes a leg for dead that says nothing at all: the worst stall of the host.
+    pub fn stall_ms_max(self) -> u64 {
+        self.answer_ms + GUARD_MARGIN_MS + KERNEL_MARGIN_MS
+    }
+}
+
+/// How a mirror was found at a look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Seen {
+    Whole,
+    /// The local disk failed writes or reads; the host lives from the leg.
+    LocalFailed,
+    /// The kernel has left our leg out.
+    LegOut,
+    /// Somebody (LVM, cryptsetup) has put another table in.
+    Replaced,
+    /// The volume is not active any more.
+    Gone,
+}
+
+/// A mirror in use.
+pub struct Mirror {
+    pub name: String,
+    outer: DevNo,
+    inner: DevNo,
+    index: u32,
+    pub leg: Leg,
+}
+
+/// Whether a mirror of ours could be put in: the same looks as [`Mirror::put_in`], and nothing changed.
+pub fn check(dm: &DeviceMapper, outer: DevNo) -> Result<(), MirrorError> {
+    let info = dm.info(outer)?;
+    if info.uuid.starts_with(UUID_PREFIX) {
+        return Err(MirrorError::Table { name: info.name, source: TableRefusal::ForeignMirror });
+    }
+    if info.read_only {
+        return Err(MirrorError::ReadOnly { name: info.name });
+    }
+    let ours = dm.by_uuid(&uuid_of(&info.uuid, &info.name))?.map(|i| i.number);
+    match table::judge(&dm.table(outer)?, ours) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(MirrorError::Table { name: info.name, source }),
+    }
+}
+
+impl Mirror {
+    /// Puts a mirror into a live volume, or a new leg into a mirror that an agent before us left. Writes arrive at `deliver` from before
+    /// this returns; when they began, only the caller can say: everything before is to be copied.
+    pub fn put_in(
+        dm: &Arc<DeviceMapper>,
+        outer: DevNo,
+        sectors: u64,
+        bounds: Bounds,
+        deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
+    ) -> Result<Self, MirrorError> {
+        let info = dm.info(outer)?;
+        let name = info.name.clone();
+        if info.read_only {
+            return Err(MirrorError::ReadOnly { name });
+        }
+        if info.suspended {
+            return Err(MirrorError::Suspended { name });
+        }
+        let uuid = uuid_of(&info.uuid, &name);
+        let known = dm.by_uuid(&uuid)?.map(|i| i.number);
+        let table = dm.table(outer)?;
+        let found = table::judge(&table, known).map_err(|source| MirrorError::Table { name: name.clone(), source })?;
+        let (has, old_leg) = match found {
+            Found::Plain { sectors } => (sectors, None),
+            Found::Mirrored { leg, sectors, .. } => (sectors, Some(leg)),
+        };
+        if has != sectors {
+            return Err(MirrorError::Size { name, had: sectors, has });
+        }
+        let inner = match (&found, known) {
+            (Found::Mirrored { inner, .. }, _) => {
+                if health_of(dm, outer)?.is_some_and(|(local, _)| local != Health::Alive) {
+                    return Err(MirrorError::LocalDiskFailed { name });
+                }
+                *inner
+            }
+            // Left by a crash, or LVM has put its own table back: what it holds may be older than that.
+            (Found::Plain { .. }, Some(inner)) => {
+                dm.load(inner, &table, false)?;
+                dm.start(inner)?;
+                inner
+            }
+            (Found::Plain { .. }, None) => Self::make_inner(dm, &name_of(&name), &uuid, &table)?,
+        };
+        let made = Self::connect(dm, [outer, inner], sectors, bounds, deliver).and_then(|(leg, index)| {
+            let mirror = Self { name, outer, inner, index, leg };
+            mirror.swap_in(dm, sectors, old_leg).map(|()| mirror)
+        });
+        if made.is_err() && matches!(found, Found::Plain { .. }) {
+            // As it was before. What cannot be removed now is found by the next try.
+            let _ = dm.remove(inner);
+        }
+        made
+    }
+
+    fn make_inner(
+        dm: &DeviceMapper,
+        name: &str,
+        uuid: &str,
+        table: &[super::ioctl::Target],
+    ) -> Result<DevNo, MirrorError> {
+        let inner = dm.create(name, uuid)?;
+        let started = dm.load(inner, table, false).and_then(|()| dm.start(inner));
+        if let Err(e) = started {
+            let _ = dm.remove(inner);
+            return Err(e.into());
+        }
+        Ok(inner)
+    }
+
+    fn connect(
+        dm: &Arc<DeviceMapper>,
+        [outer, inner]: [DevNo; 2],
+        sectors: u64,
+        bounds: Bounds,
+        deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
+    ) -> Result<(Leg, u32), MirrorError> {
+        let system = |what| move |source| MirrorError::System { what, source };
+        // Without it the count of writes under way is always zero.
+        if fs::read_to_string(sysfs(inner, "queue/iostats")).is_ok_and(|t| t.trim() == "0") {
+            fs::write(sysfs(inner, "queue/iostats"), "1").map_err(system("make the kernel count writes under way"))?;
+        }
+        let (kernel, ours) = UnixStream::pair().map_err(system("make a socket pair"))?;
+        let info = leg::export(ByteLen(sectors * SECTOR));
+        let setup = Setup {
+            bytes: info.size.0,
+            block: SECTOR as u32,
+            timeout: Duration::from_millis(bounds.stall_ms_max()),
+            server_flags: info.agreed_flags(),
+        };
+        let nbd = KernelNbd::open()?;
+        let asks = dm.clone();
+        // When it cannot be told, the engine is asked.
+        let mirror_reads = move || {
+            health_of(&asks, outer).map_or(true, |health| health.is_some_and(|(local, _)| local != Health::Alive))
+        };
+        let leg = Leg::serve(ours, info, bounds.answer_ms, mirror_reads, deliver)
+            .map_err(system("start the leg's threads"))?;
+        let index = nbd.connect(kernel.as_fd(), &setup)?;
+        if let Err(e) = nbdk::bound_requests(index, leg::REQUEST_KIB) {
+            tracing::warn!(error = %e, "could not bound the leg's requests: it may hold more of the host's writes in memory");
+        }
+        Ok((leg, index))
+    }
+
+    /// Changes the table, and lets go of the leg that was there before.
+    fn swap_in(&self, dm: &DeviceMapper, sectors: u64, old_leg: Option<DevNo>) -> Result<(), MirrorError> {
+        let loaded = nbdk::number(self.index)
+            .map_err(MirrorError::from)
+            .and_then(|leg| Ok(dm.load(self.outer, &[table::mirror(sectors, self.inner, leg)], false)?));
+        let how = if old_leg.is_some() { InFlight::HandOver } else { InFlight::Complete };
+        if let Err(e) = loaded.and_then(|()| Ok(dm.swap(self.outer, how)?)) {
+            // The old table is still in use. Should the device be suspended, this resumes it with that.
+            let _ = dm.clear(self.outer);
+            let _ = dm.resume(self.outer);
+            self.disconnect(self.index);
+            return Err(e);
+        }
+        if let Some(index) = old_leg.and_then(nbdk::index_of)
+            && index != self.index
+        {
+            self.disconnect(index);
+        }
+        Ok(())
+    }
+
+    fn disconnect(&self, index: u32) {
+        if let Err(e) = KernelNbd::open().and_then(|nbd| nbd.disconnect(index)) {
+            tracing::warn!(name = self.name, index, error = %crate::error_chain(&e), "could not let go of an NBD device");
+        }
+    }
+
+    /// The policy has changed.
+    pub fn set_bounds(&self, bounds: Bounds) -> Result<(), MirrorError> {
+        self.leg.set_bound(bounds.answer_ms);
+        Ok(KernelNbd::open()?.set_timeout(self.index, Duration::from_millis(bounds.stall_ms_max()))?)
+    }
+
+    /// The volume itself.
+    pub fn outer(&self) -> DevNo {
+        self.outer
+    }
+    /// The device that holds the volume's old table; what is copied is read from here.
+    pub fn inner(&self) -> DevNo {
+        self.inner
+    }
+
+    /// A look at the mirror; cheap.
+    pub fn look(&self, dm: &DeviceMapper) -> Result<Seen, MirrorError> {
+        let status = match dm.status(self.outer) {
+            Ok(status) => status,
+            Err(e) if e.is_gone() => return Ok(Seen::Gone),
+            Err(e) => return Err(e.into()),
+        };
+        let [only] = status.as_slice() else { return Ok(Seen::Replaced) };
+        if only.kind != "mirror" {
+            return Ok(Seen::Replaced);
+        }
+        let ours = format!("2 {} {} ", self.inner, nbdk::number(self.index)?);
+        if !only.params.starts_with(&ours) {
+            return Ok(Seen::Replaced);
+        }
+        Ok(match table::health(&only.params) {
+            Some((Health::Alive, Health::Alive)) => Seen::Whole,
+            Some((Health::Alive, _)) => Seen::LegOut,
+            _ => Seen::LocalFailed,
+        })
+    }
+
+    /// Writes under way on the local leg.
+    pub fn local_writes_under_way(&self) -> Option<u64> {
+        super::order::writes_under_way(&fs::read_to_string(sysfs(self.inner, "inflight")).ok()?)
+    }
+
+    /// Gives the volume its old table back.
+    pub fn take_out(self, dm: &DeviceMapper) -> Result<(), MirrorError> {
+        self.leg.open_up();
+        let taken = restore(dm, self.outer, self.inner);
+        self.disconnect(self.index);
+        taken
+    }
+}
+
+/// A moment with nothing under way on a volume. Whoever answers its leg must not be the one who calls this.
+pub fn fence(dm: &DeviceMapper, outer: DevNo) -> Result<(), DmError> {
+    dm.suspend(outer)?;
+    let mut tries = 0;
+    // It must not stay suspended, whatever happens.
+    while let Err(e) = dm.resume(outer) {
+        tries += 1;
+        if tries > 10 {
+            return Err(e);
+        }
+    }
+    Ok(())
+}
+
+fn health_of(dm: &DeviceMapper, outer: DevNo) -> Result<Option<(Health, Health)>, DmError> {
+    Ok(dm.status(outer)?.first().and_then(|t| table::health(&t.params)))
+}
+
+/// Puts the inner device's table back where the mirror is, and removes it.
+fn restore(dm: &DeviceMapper, outer: DevNo, inner: DevNo) -> Result<(), MirrorError> {
+    let table = match dm.table(outer) {
+        Ok(table) => Some(table),
+        Err(e) if e.is_gone() => None,
+        Err(e) => return Err(e.into()),
+    };
+    if let Some(table) = table
+        && let Ok(Found::Mirrored { .. }) = table::judge(&table, Some(inner))
+    {
+        dm.load(outer, &dm.table(inner)?, false)?;
+        if let Err(e) = dm.swap(outer, InFlight::HandOver) {
+            let _ = dm.resume(outer);
+            return Err(e.into());
+        }
+    }
+    let mut tries = 0;
+    loop {
+        match dm.remove(inner) {
+            Err(DmError::Call { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) && tries < REMOVE_TRIES => {
+                tries += 1;
+                std::thread::sleep(REMOVE_PAUSE);
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Takes every mirror of ours out of this host; answers the names of the volumes that have their own table again.
+pub fn take_out_all(dm: &DeviceMapper) -> Result<Vec<String>, MirrorError> {
+    let mut out = Vec::new();
+    let devices = dm.list()?;
+    for (inner, _) in &devices {
+        let Ok(info) = dm.info(*inner) else { continue };
+        if !info.uuid.starts_with(UUID_PREFIX) {
+            continue;
+        }
+        let mirrored = |(device, name): &(DevNo, String)| {
+            let table = dm.table(*device).ok()?;
+            match table::judge(&table, Some(*inner)) {
+                Ok(Found::Mirrored { leg, .. }) => Some((*device, name.clone(), leg)),
+                _ => None,
+            }
+        };
+        match devices.iter().find_map(mirrored) {
+            Some((outer, name, leg)) => {
+                restore(dm, outer, *inner)?;
+                if let Some(index) = nbdk::index_of(leg) {
+                    KernelNbd::open()?.disconnect(index)?;
+                }
+                out.push(name);
+            }
+            // Left over: nobody's leg any more.
+            None => dm.remove(*inner)?,
+        }
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ours_is_known_by_name_and_identifier_however_long_they_are() {
+        assert_eq!(uuid_of("LVM-abc", "vg-root"), "HOLDFAST-LVM-abc");
+        assert_eq!(uuid_of("", "plain"), "HOLDFAST-plain");
+        assert_eq!(name_of("vg-root"), "vg-root-holdfast");
+        let (long, other) = ("n".repeat(NAME_MAX), format!("{}m", "n".repeat(NAME_MAX - 1)));
+        assert!(name_of(&long).len() <= NAME_MAX && uuid_of(&"u".repeat(UUID_MAX), &long).len() <= UUID_MAX);
+        assert_ne!(name_of(&long), name_of(&other));
+    }
+
+    #[test]
+    fn the_kernel_gives_up_after_the_guard() {
+        let bounds = Bounds { answer_ms: 5_000 };
+        assert!(bounds.stall_ms_max() > bounds.answer_ms + GUARD_MARGIN_MS);
+    }
+}

@@ -1,0 +1,51 @@
+//! `dm-mirror-nbd`: capture that makes the host wait for the box, on volumes of the device mapper (LVM, LUKS, plain dm).
+//!
+//! The kernel's own mirror is put live into the volume: its first leg is the disk as it was, its second an NBD device that the agent
+//! serves. A write of the host returns when **both** have it, and the agent answers for its leg when the box has the write durable. No
+//! module of ours, no reboot.
+//!
+//! | part | |
+//! |---|---|
+//! | [`ioctl`] | the device mapper's control device |
+//! | [`table`] | which tables may carry a mirror, what ours looks like |
+//! | [`nbdk`] | the kernel's NBD client over netlink |
+//! | [`leg`] | the served leg, its guard |
+//! | [`mirror`] | insertion, watch, removal |
+//! | [`order`] | which writes may not be on the local disk yet |
+//! | [`process`] | what the agent's process must be meanwhile |
+//!
+//! It does not stand behind the trait [`Capture`](super::Capture): its writes come one by one and wait for an answer, they are not polled
+//! from a ring. The engine's `sync` module is its other half.
+//!
+//! **Order.** Writes are handed on as they arrive at the leg. A write that depends on another was issued after that one returned, that is,
+//! after it had arrived here: so every prefix is a crash image. A write is handed on at the latest before it returns.
+//!
+//! **What may fail, and what the host sees**
+//!
+//! | | |
+//! |---|---|
+//! | the box does not answer | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s` |
+//! | the agent is killed | the connection closes: the kernel leaves the leg out, no error, a stall of milliseconds |
+//! | the agent hangs whole | the kernel's time limit: bound + 5.5 s, once; then as if killed |
+//! | the agent's engine hangs | the leg's guard answers at the bound |
+//! | the local disk fails | the host's writes go on to the box and an alarm is raised; reads are served from the box while it has everything (state sync), else they fail (EIO) |
+//! | LVM loads another table | seen within a second; the mirror is put in again; everything is copied |
+//!
+//! **Limits.** What is written while no leg is in (agent dead or stopped, before it starts at boot) is not seen: everything is copied
+//! afterwards and the box says since when. Stacks that keep metadata of their own (thin, cache, snapshot, dm-raid) are refused. A LUKS volume
+//! whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
+//! dm volumes and are refused. The agent's state directory must not lie on a volume it mirrors. A disk that fails for the first time *during*
+//! the first copy may lose what was written in the second until it is noticed.
+//!
+//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`.
+
+/// As the status shows it.
+pub const NAME: &str = "dm-mirror-nbd";
+
+pub mod ioctl;
+pub mod leg;
+pub mod mirror;
+pub mod nbdk;
+pub mod order;
+pub mod process;
+pub mod table;

@@ -1,0 +1,642 @@
+//! Groups in sync mode: mirrors in the host's volumes, and the writes that wait at their legs.
+//!
+//! ```text
+//!  leg ──Input::Leg──▶ Running::request ──▶ machine: Captured, FlushWaiting
+//!                                            machine: ReleaseFlush ──▶ leg.done ──▶ the host's write returns
+//! ```
+//!
+//! Every write waits, not only flushes: what the host's disk has acknowledged, the box has. The machine's gate decides (see
+//! `replication`): **sync** they wait; **degraded** after the bound, until the box has caught up; **not yet** during the first copy.
+//!
+//! **A leg that is out stops its group**: nothing may be called consistent while writes go unseen. A second later, then ever
+//! more seldom, up to [`RETRY_MS_MAX`], the mirror is put in again, and everything is copied: the machine is told that all was lost.
+//!
+//! The guard of a leg answers for an engine that is late; what it let pass was not on the box, so the machine is made to degrade.
+
+use super::group::{Group, VolumeAt};
+use super::start::{self, Before, VolumeRefusal};
+use super::{Engine, EngineError, Input, READERS};
+use crate::{
+    capture::{
+        self, Barrier, Op, Position, RequestId, TargetId,
+        dm::{
+            ioctl::{DeviceMapper, DmError},
+            leg::{FromLeg, LegNo, LegWrite},
+            mirror::{self, Bounds, Mirror, MirrorError, Seen},
+            order::Order,
+            process,
+        },
+    },
+    config::Config,
+    disks::{Backend, Class, Device, Disks, DisksError, Leaf, Resolution},
+    reader::{self, Pool},
+    state::GroupRecord,
+};
+use model::{Bound, Extent, GroupId, MonoTime, SECTOR, SyncMode};
+use replication::{Event, GateState};
+use std::{
+    collections::HashMap,
+    io,
+    path::PathBuf,
+    sync::{Arc, mpsc},
+};
+use wire::{Message, READ_BACK_MAX};
+
+/// Mirrors' targets are numbered from here; the ring's are counted from one.
+const FIRST_TARGET: u32 = 1 << 31;
+const RETRY_MS_MIN: u64 = 1_000;
+pub(super) const RETRY_MS_MAX: u64 = 30_000;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SyncRefusal {
+    #[error(transparent)]
+    Volume(#[from] VolumeRefusal),
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
+    #[error(transparent)]
+    Dm(#[from] DmError),
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    #[error(
+        "{device} is not a volume of the device mapper (LVM, LUKS): only those can be mirrored while they are in use; protect it without \
+         --sync"
+    )]
+    NotDm { device: String },
+    #[error(
+        "the agent keeps its state in {}, on {device}: it would wait for its own writes. Put state_dir elsewhere in the configuration",
+        dir.display()
+    )]
+    OwnState { dir: PathBuf, device: String },
+    #[error("could not open {}", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not start reader threads")]
+    Threads(#[source] io::Error),
+}
+
+/// Nothing a read could wait for comes by the ring.
+struct NoBarrier;
+
+impl Barrier for NoBarrier {
+    fn now(&self) -> Position {
+        Position(0)
+    }
+}
+
+struct Mirrored {
+    target: TargetId,
+    group: GroupId,
+    mirror: Mirror,
+    order: Order,
+    fencing: bool,
+    local_failed: bool,
+}
+
+/// A piece of a read that the local disk could not serve.
+struct Asked {
+    target: TargetId,
+    id: LegNo,
+    /// Where in the read it belongs, in bytes.
+    at: usize,
+    len: usize,
+}
+
+/// A read that is being put together.
+struct Reading {
+    target: TargetId,
+    id: LegNo,
+    data: Vec<u8>,
+    missing: usize,
+}
+
+/// All mirrors of this host, and who waits at their legs.
+pub(super) struct Legs {
+    dm: Option<Arc<DeviceMapper>>,
+    pub pool: Option<Pool>,
+    mirrors: Vec<Mirrored>,
+    waiting: HashMap<u64, (TargetId, LegNo)>,
+    /// What the box is asked for.
+    asked: HashMap<u64, Asked>,
+    reading: Vec<Reading>,
+    next_number: u64,
+    next_target: u32,
+    retry_at: MonoTime,
+    retry_ms: u64,
+    to_engine: mpsc::SyncSender<Input>,
+    firm: bool,
+    /// Their local disk failed before the box had everything: not tried again by this agent.
+    barred: Vec<GroupId>,
+}
+
+impl Legs {
+    pub fn new(to_engine: mpsc::SyncSender<Input>, now: MonoTime) -> Self {
+        Self {
+            dm: None,
+            pool: None,
+            mirrors: Vec::new(),
+            waiting: HashMap::new(),
+            asked: HashMap::new(),
+            reading: Vec::new(),
+            next_number: 0,
+            next_target: FIRST_TARGET,
+            retry_at: now,
+            retry_ms: RETRY_MS_MIN,
+            to_engine,
+            firm: false,
+            barred: Vec::new(),
+        }
+    }
+
+    fn dm(&mut self) -> Result<Arc<DeviceMapper>, DmError> {
+        match &self.dm {
+            Some(dm) => Ok(dm.clone()),
+            None => Ok(self.dm.insert(Arc::new(DeviceMapper::open()?)).clone()),
+        }
+    }
+
+    fn get(&mut self, target: TargetId) -> Option<&mut Mirrored> {
+        self.mirrors.iter_mut().find(|m| m.target == target)
+    }
+
+    /// How many writes have arrived; none for a target of the ring.
+    pub fn handed_out(&self, target: TargetId) -> Option<u64> {
+        self.mirrors.iter().find(|m| m.target == target).map(|m| m.order.count())
+    }
+
+    /// Whether a copy of `extent` must wait; none for a target of the ring.
+    pub fn writes_before(&mut self, number: u64, target: TargetId, extent: &Extent) -> Option<bool> {
+        let dm = self.dm.clone();
+        let to_engine = self.to_engine.clone();
+        let at = self.get(target)?;
+        if !at.order.may_be_under_way(number, extent) {
+            return Some(false);
+        }
+        let count = at.order.count();
+        if at.mirror.local_writes_under_way() == Some(0) {
+            at.order.idle(count);
+            return Some(false);
+        }
+        if at.order.wants_fence(crate::clock::mono())
+            && !at.fencing
+            && let Some(dm) = dm
+        {
+            // Not in this thread: what is under way waits for its answers.
+            let outer = at.mirror.outer();
+            let fence = move || {
+                let made = mirror::fence(&dm, outer);
+                if let Err(e) = &made {
+                    tracing::error!(error = %crate::error_chain(e), "could not bring a mirrored volume to rest for a moment");
+                }
+                let _ = to_engine.send(Input::Fenced(target, if made.is_ok() { count } else { 0 }));
+            };
+            at.fencing = std::thread::Builder::new().name("fence".to_owned()).spawn(fence).is_ok();
+        }
+        Some(true)
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    pub fn fenced(&mut self, target: TargetId, number: u64) {
+        if let Some(at) = self.get(target) {
+            at.fencing = false;
+            at.order.idle(number);
+        }
+    }
+
+    /// The machine lets a write return.
+    pub fn release(&mut self, flush: u64) {
+        if let Some((target, id)) = self.waiting.remove(&flush)
+            && let Some(at) = self.get(target)
+        {
+            at.mirror.leg.done(id);
+        }
+    }
+
+    /// The box's answer to a piece.
+    pub fn read_back(&mut self, number: u64, data: Option<Vec<u8>>) {
+        let Some(piece) = self.asked.remove(&number) else { return };
+        let Some(i) = self.reading.iter().position(|r| r.target == piece.target && r.id == piece.id) else { return };
+        let reading = &mut self.reading[i];
+        match data.filter(|d| d.len() == piece.len) {
+            Some(data) => {
+                reading.data[piece.at..piece.at + piece.len].copy_from_slice(&data);
+                reading.missing -= piece.len;
+            }
+            None => {
+                let failed = self.reading.swap_remove(i);
+                if let Some(at) = self.get(failed.target) {
+                    at.mirror.leg.failed(failed.id);
+                }
+                return;
+            }
+        }
+        if reading.missing == 0 {
+            let whole = self.reading.swap_remove(i);
+            if let Some(at) = self.get(whole.target) {
+                at.mirror.leg.data(whole.id, &whole.data);
+            }
+        }
+    }
+
+    /// The box will not answer what it was asked.
+    pub fn reads_failed(&mut self) {
+        self.asked.clear();
+        for read in std::mem::take(&mut self.reading) {
+            if let Some(at) = self.get(read.target) {
+                at.mirror.leg.failed(read.id);
+            }
+        }
+    }
+
+    fn take(&mut self, group: Option<GroupId>) -> Vec<Mirrored> {
+        let (out, stay) = std::mem::take(&mut self.mirrors)
+            .into_iter()
+            .partition::<Vec<_>, _>(|m| group.is_none_or(|g| g == m.group));
+        self.mirrors = stay;
+        let stays = |target: TargetId| out.iter().all(|m| m.target != target);
+        self.waiting.retain(|_, (target, _)| stays(*target));
+        self.asked.retain(|_, piece| stays(piece.target));
+        self.reading.retain(|r| stays(r.target));
+        out
+    }
+}
+
+fn bounds(config: &Config, mode: SyncMode) -> Bounds {
+    let hold_ms = u64::from(config.sync_hold_s) * 1000;
+    let answer_ms = match mode {
+        SyncMode::Sync { wait_ms_max, at_bound: Bound::Degrade } => wait_ms_max,
+        SyncMode::Sync { wait_ms_max, at_bound: Bound::Hold } => hold_ms.max(wait_ms_max),
+        SyncMode::Async => RETRY_MS_MAX,
+    };
+    Bounds { answer_ms }
+}
+
+/// The volumes of a choice, each as it is: what lies under a mirrored volume is its own business.
+pub(super) fn resolve(disks: &Disks, choices: &[String]) -> Result<Resolution, DisksError> {
+    let mut leaves: Vec<Leaf> = Vec::new();
+    for choice in choices {
+        let device = disks.find(choice)?;
+        if leaves.iter().all(|l| l.volume != device.name) {
+            leaves.push(Leaf {
+                disk: device.name.clone(),
+                disk_number: device.number,
+                disk_sectors: device.sectors,
+                volume: device.name.clone(),
+                range: Extent::new(0, device.sectors),
+                backend: Backend::DmMirror,
+                why: "chosen; its writes wait for the box".to_owned(),
+            });
+        }
+    }
+    Ok(Resolution { leaves, notes: Vec::new() })
+}
+
+/// Whether `device` is `below` or lies on it.
+fn lies_on(disks: &Disks, device: &Device, below: &Device) -> bool {
+    let under: Vec<&str> = match &device.class {
+        Class::Partition { of, .. } => vec![of],
+        _ => device.slaves.iter().map(String::as_str).collect(),
+    };
+    device.name == below.name || under.into_iter().filter_map(|n| disks.get(n)).any(|d| lies_on(disks, d, below))
+}
+
+fn node(device: capture::DevNo) -> PathBuf {
+    let link = std::fs::read_link(format!("/sys/dev/block/{device}")).unwrap_or_default();
+    PathBuf::from("/dev").join(link.file_name().unwrap_or_default())
+}
+
+impl Engine {
+    /// Says why volumes cannot be mirrored, before anything is changed.
+    pub(super) fn may_mirror(&mut self, disks: &Disks, choices: &[String]) -> Result<(), SyncRefusal> {
+        for choice in choices {
+            let device = disks.find(choice)?;
+            if !matches!(device.class, Class::Dm { .. }) {
+                return Err(SyncRefusal::NotDm { device: device.title() });
+            }
+            self.keeps_state_on(disks, device)?;
+            mirror::check(&*self.ctx.sync.dm()?, device.number)?;
+        }
+        Ok(())
+    }
+
+    fn keeps_state_on(&self, disks: &Disks, device: &Device) -> Result<(), SyncRefusal> {
+        use std::os::unix::fs::MetadataExt;
+        let dir = &self.config.state_dir;
+        let own = std::fs::metadata(dir)
+            .ok()
+            .and_then(|m| disks.by_number(capture::DevNo { major: libc::major(m.dev()), minor: libc::minor(m.dev()) }));
+        match own {
+            Some(own) if lies_on(disks, own, device) => {
+                Err(SyncRefusal::OwnState { dir: dir.clone(), device: device.title() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts every sync group that does not run and can.
+    pub(super) fn start_sync(&mut self, disks: &Disks) -> Result<(), EngineError> {
+        for i in 0..self.groups.len() {
+            let group = &self.groups[i];
+            if !group.record.sync || group.running.is_some() || self.ctx.sync.barred.contains(&group.id()) {
+                continue;
+            }
+            match self.put_in(&self.groups[i].record.clone(), disks) {
+                Ok(volumes) => {
+                    self.begin_group(i, volumes, &Before::nothing(), false)?;
+                    self.ctx.sync.retry_ms = RETRY_MS_MIN;
+                }
+                Err(e) => self.stopped_because(i, &crate::error_chain(&e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn stopped_because(&mut self, i: usize, why: &str) {
+        let group = &mut self.groups[i];
+        if group.stopped != why {
+            tracing::error!(group = %group.record.spec.name, %why, "group is stopped: the host's writes are not protected");
+            group.stopped = why.to_owned();
+        }
+    }
+
+    /// Starts a sync group that the box has just accepted.
+    pub(super) fn add_sync_group(&mut self, record: GroupRecord, disks: &Disks) -> Result<(), String> {
+        let chain = |e: &dyn std::error::Error| crate::error_chain(e);
+        let id = record.spec.id;
+        let volumes = self.put_in(&record, disks).map_err(|e| chain(&e))?;
+        self.groups.push(Group { record, running: None, stopped: String::new() });
+        let begun = self.begin_group(self.groups.len() - 1, volumes, &Before::nothing(), true);
+        if let Err(e) = begun {
+            self.take_out_mirrors(Some(id));
+            return Err(chain(&e));
+        }
+        if !self.store_groups() {
+            self.take_out_mirrors(Some(id));
+            return Err("could not store the list of groups; see the log".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Puts a group's mirrors in; all of them or none.
+    fn put_in(&mut self, record: &GroupRecord, disks: &Disks) -> Result<Vec<VolumeAt>, SyncRefusal> {
+        let id = record.spec.id;
+        let put = self.put_in_each(record, disks);
+        if put.is_err() {
+            self.take_out_mirrors(Some(id));
+        }
+        put
+    }
+
+    fn put_in_each(&mut self, record: &GroupRecord, disks: &Disks) -> Result<Vec<VolumeAt>, SyncRefusal> {
+        let dm = self.ctx.sync.dm()?;
+        if !std::mem::replace(&mut self.ctx.sync.firm, true) {
+            process::stand_firm();
+        }
+        if self.ctx.sync.pool.is_none() {
+            let sender = self.to_self.clone();
+            let deliver = move |outcome| {
+                // The engine is gone when nobody takes it.
+                let _ = sender.send(Input::Read(outcome));
+            };
+            self.ctx.sync.pool =
+                Some(Pool::start(READERS, Arc::new(NoBarrier), deliver).map_err(SyncRefusal::Threads)?);
+        }
+        let mut volumes = Vec::new();
+        for volume in &record.volumes {
+            let device = start::find(disks, volume)?;
+            self.keeps_state_on(disks, device)?;
+            let legs = &mut self.ctx.sync;
+            let target = TargetId(legs.next_target);
+            legs.next_target += 1;
+            let to_engine = self.to_self.clone();
+            let deliver = move |what| to_engine.send(Input::Leg(target, what)).is_ok();
+            let bounds = bounds(&self.config, record.spec.policy.mode);
+            let mirror = Mirror::put_in(&dm, device.number, volume.sectors, bounds, deliver)?;
+            tracing::info!(group = %record.spec.name, volume = mirror.name, stall_ms_max = bounds.stall_ms_max(), "mirror is in");
+            let path = node(mirror.inner());
+            legs.mirrors.push(Mirrored {
+                target,
+                group: record.spec.id,
+                mirror,
+                order: Order::default(),
+                fencing: false,
+                local_failed: false,
+            });
+            let file = reader::open(&path).map_err(|source| SyncRefusal::Open { path, source })?;
+            volumes.push(VolumeAt {
+                id: volume.id,
+                device: device.name.clone(),
+                disk: device.name.clone(),
+                range: Extent::new(0, volume.sectors),
+                file: Arc::new(file),
+                target,
+            });
+        }
+        Ok(volumes)
+    }
+
+    /// Takes the mirrors of a group, or all, out of the host's volumes.
+    pub(super) fn take_out_mirrors(&mut self, group: Option<GroupId>) {
+        let taken = self.ctx.sync.take(group);
+        // All of them first: one may lie on another.
+        taken.iter().for_each(|m| m.mirror.leg.open_up());
+        // Open files keep the inner devices.
+        for running in self.groups.iter_mut().filter(|g| group.is_none_or(|id| g.id() == id)).filter_map(|g| {
+            let sync = g.record.sync;
+            g.running.as_mut().filter(|_| sync)
+        }) {
+            running.volumes.clear();
+        }
+        for at in taken {
+            let name = at.mirror.name.clone();
+            let done = match self.ctx.sync.dm() {
+                Ok(dm) => at.mirror.take_out(&dm),
+                Err(e) => Err(e.into()),
+            };
+            match done {
+                Ok(()) => tracing::info!(volume = name, "mirror is out"),
+                Err(e) => {
+                    tracing::error!(volume = name, error = %crate::error_chain(&e), "could not take a mirror out; `holdfast-agent remove` tries again");
+                }
+            }
+        }
+    }
+
+    pub(super) fn from_leg(&mut self, target: TargetId, what: FromLeg) {
+        let Some(at) = self.ctx.sync.get(target) else { return };
+        let group = at.group;
+        match what {
+            FromLeg::Write(write) => self.leg_write(target, group, write),
+            FromLeg::Read { id, extent } => self.leg_read(target, group, id, extent),
+            FromLeg::Overran { requests } => {
+                self.alarm(
+                    group,
+                    format!("{requests} writes of the host were let go before the box had them: the agent was late"),
+                );
+                let mode = self.groups.iter().find(|g| g.id() == group).map(|g| g.record.spec.policy.mode);
+                if let (Some(mode), Some((running, ctx))) = (mode, self.running(group)) {
+                    // There and back: the way a machine comes to "degraded".
+                    running.on(ctx, group, Event::Mode(SyncMode::Async));
+                    running.on(ctx, group, Event::Mode(mode));
+                }
+            }
+            FromLeg::Gone { why } => self.stop_sync(group, &format!("a mirror's leg is out: {why}")),
+        }
+    }
+
+    /// The local disk could not serve a read: the box can, as long as it has everything.
+    fn leg_read(&mut self, target: TargetId, group: GroupId, id: LegNo, extent: Extent) {
+        let volume = self.running(group).and_then(|(running, _)| {
+            let status = running.source.status();
+            let whole = status.gap.is_none() && status.gate == GateState::Sync;
+            running.volumes.iter().find(|v| whole && v.target == target).map(|v| v.id)
+        });
+        let Some(at) = self.ctx.sync.get(target) else { return };
+        let name = at.mirror.name.clone();
+        let (Some(volume), true) = (volume, self.control_up.is_some()) else {
+            at.mirror.leg.failed(id);
+            let what = "cannot be read, and the box has not everything or cannot be reached: reads fail";
+            return self.alarm(group, format!("the local disk of /dev/mapper/{name} {what}"));
+        };
+        let len = extent.bytes() as usize;
+        self.ctx.sync.reading.push(Reading { target, id, data: vec![0; len], missing: len });
+        let mut from = 0;
+        while from < len {
+            let piece = (len - from).min(READ_BACK_MAX);
+            let number = self.ctx.sync.next_number();
+            self.ctx.sync.asked.insert(number, Asked { target, id, at: from, len: piece });
+            let part = Extent::new(extent.start() + from as u64 / SECTOR, piece as u64 / SECTOR);
+            self.tell(Message::ReadBack { id: number, group, volume, extent: part });
+            from += piece;
+        }
+        self.alarm(group, format!("the local disk of /dev/mapper/{name} cannot be read: the host reads from the box"));
+    }
+
+    fn leg_write(&mut self, target: TargetId, group: GroupId, write: LegWrite) {
+        let LegWrite { id, op, fua, extent, data, mono } = write;
+        let Some(at) = self.ctx.sync.get(target) else { return };
+        if op != Op::Flush {
+            at.order.arrived(extent);
+        }
+        let flush = self.ctx.sync.next_number();
+        self.ctx.sync.waiting.insert(flush, (target, id));
+        let extents = if op == Op::Flush { Vec::new() } else { vec![extent] };
+        let request =
+            capture::Request { target, id: RequestId(id), op, fua, preflush: false, mono, extents, data: Vec::new() };
+        match self.running(group) {
+            Some((running, ctx)) => {
+                running.request(ctx, group, &request, &Arc::new(data));
+                running.on(ctx, group, Event::FlushWaiting { id: flush });
+            }
+            // Everything is copied when it starts.
+            None => self.ctx.sync.release(flush),
+        }
+    }
+
+    fn alarm(&mut self, group: GroupId, what: String) {
+        if let Some((running, _)) = self.running(group)
+            && running.last_alarm != what
+        {
+            tracing::error!(%group, alarm = %what, "alarm");
+            running.last_alarm = what;
+            running.waited = false;
+        }
+    }
+
+    /// Writes may go unseen from here on: the group stops, and starts anew with everything to be copied.
+    fn stop_sync(&mut self, group: GroupId, why: &str) {
+        let Some(i) = self.groups.iter().position(|g| g.id() == group) else { return };
+        self.groups[i].running = None;
+        self.ctx.open_losses.retain(|(g, _)| *g != group);
+        // Legs close with the mirrors; the tables stay, and the next start goes on with them.
+        drop(self.ctx.sync.take(Some(group)));
+        let legs = &mut self.ctx.sync;
+        legs.retry_at = crate::clock::mono().plus_ms(legs.retry_ms);
+        legs.retry_ms = (legs.retry_ms * 2).min(RETRY_MS_MAX);
+        self.stopped_because(i, why);
+    }
+
+    /// The operator has changed a policy on the box.
+    pub(super) fn mode_of_sync(&mut self, group: GroupId, mode: SyncMode) {
+        if !self.groups.iter().any(|g| g.id() == group && g.record.sync) {
+            return;
+        }
+        let bounds = bounds(&self.config, mode);
+        for at in self.ctx.sync.mirrors.iter().filter(|m| m.group == group) {
+            if let Err(e) = at.mirror.set_bounds(bounds) {
+                tracing::warn!(%group, error = %crate::error_chain(&e), "the kernel's own time limit for the leg stays as it was");
+            }
+        }
+        if let Some((running, ctx)) = self.running(group) {
+            running.on(ctx, group, Event::Mode(mode));
+        }
+    }
+
+    /// Once a second: what the kernel says of the mirrors, and groups that wait to start again.
+    pub(super) fn watch_mirrors(&mut self, now: MonoTime) {
+        let Some(dm) = self.ctx.sync.dm.clone() else { return };
+        let looks: Vec<(TargetId, GroupId, String, Result<Seen, MirrorError>)> = self
+            .ctx
+            .sync
+            .mirrors
+            .iter()
+            .map(|m| (m.target, m.group, m.mirror.name.clone(), m.mirror.look(&dm)))
+            .collect();
+        for (target, group, name, seen) in looks {
+            match seen {
+                Ok(Seen::Whole) => {}
+                Ok(Seen::LocalFailed) => self.local_failed(target, group, &name),
+                Ok(Seen::LegOut) => self.stop_sync(group, "the kernel has left the mirror's second leg out"),
+                Ok(Seen::Replaced) => {
+                    self.stop_sync(group, &format!("somebody (LVM?) has changed the table of /dev/mapper/{name}"));
+                }
+                Ok(Seen::Gone) => {
+                    // The inner device must not keep what is below it busy.
+                    self.take_out_mirrors(Some(group));
+                    self.stop_sync(group, &format!("/dev/mapper/{name} is not active"));
+                }
+                Err(e) => tracing::warn!(volume = name, error = %crate::error_chain(&e), "could not look at a mirror"),
+            }
+        }
+        let waits = self.groups.iter().any(|g| g.record.sync && g.running.is_none());
+        if waits && now >= self.ctx.sync.retry_at {
+            let legs = &mut self.ctx.sync;
+            legs.retry_at = now.plus_ms(legs.retry_ms);
+            legs.retry_ms = (legs.retry_ms * 2).min(RETRY_MS_MAX);
+            let started = Disks::here()
+                .map_err(|e| crate::error_chain(&e))
+                .and_then(|disks| self.start_sync(&disks).map_err(|e| crate::error_chain(&e)));
+            if let Err(why) = started {
+                tracing::error!(%why, "could not start a stopped group");
+            }
+        }
+    }
+
+    fn local_failed(&mut self, target: TargetId, group: GroupId, name: &str) {
+        let Some(at) = self.ctx.sync.get(target) else { return };
+        if std::mem::replace(&mut at.local_failed, true) {
+            return;
+        }
+        let whole = self.running(group).is_some_and(|(r, _)| r.source.status().gap.is_none());
+        if whole {
+            self.alarm(
+                group,
+                format!("the local disk of /dev/mapper/{name} has failed: new writes are on the box only"),
+            );
+            return;
+        }
+        // The box has not all of it yet: the host must hear of its disk's errors itself.
+        self.take_out_mirrors(Some(group));
+        self.ctx.sync.barred.push(group);
+        let why = format!(
+            "the local disk of /dev/mapper/{name} failed before everything was copied: mend it and start the agent again"
+        );
+        self.stop_sync(group, &why);
+    }
+}

@@ -1,0 +1,358 @@
+//! Sync mode on real kernels: a host in a guest whose volume is mirrored live, and whose writes wait for the box.
+
+use anyhow::{Context, Result, ensure};
+use hw_tests::{
+    Draw, Scratch, compare,
+    disk::check_ext4,
+    guest::{Guest, Initramfs, Kernel},
+    load::{self, BLOCK, SLOTS},
+    process::wait_for,
+    product::{Appliance, At, Binaries},
+    tools,
+};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+const DISK_BYTES: u64 = 32 << 20;
+const STEP_MAX: Duration = Duration::from_secs(120);
+const SYNC_MAX: Duration = Duration::from_secs(120);
+/// A guest's way to this machine's loopback.
+const HOST: &str = "10.0.2.2";
+const AGENT: &str = "/programs/holdfast-agent --config /etc/agent.toml";
+const VOLUME: &str = "/dev/mapper/data";
+/// Rewrites eight files, each synced.
+const WRITER: &str = "while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of=/mnt/f$((i%8)) bs=16k count=4 conv=fsync 2>/dev/null; i=$((i+1)); done";
+
+/// A host with a volume of the device mapper, a disk for the agent's state, and a serial line for what it wants known at once.
+struct Host {
+    guest: Guest,
+    disk: PathBuf,
+    said: PathBuf,
+}
+
+impl Host {
+    fn boot(bins: &Binaries, dir: &Path) -> Result<Self> {
+        let kernel =
+            Kernel::debian("linux-image-amd64", &PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"))?;
+        let mut initramfs = Initramfs::new(&kernel)?;
+        for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd"] {
+            initramfs.module(&kernel, module)?;
+        }
+        for tool in ["mke2fs", "dmsetup"] {
+            initramfs.program(&tools::need(tool)?)?;
+        }
+        initramfs.program(&bins.agent)?;
+        initramfs.program(Path::new(env!("CARGO_BIN_EXE_guest-load")))?;
+        initramfs.file("etc/agent.toml", 0o600, b"state_dir = \"/var/agent\"\nheed_pressure = false\n".to_vec());
+        let (disk, state, said) = (dir.join("disk.img"), dir.join("state.img"), dir.join("said"));
+        for file in [&disk, &state] {
+            fs::File::create(file)?.set_len(DISK_BYTES)?;
+        }
+        let drive = |file: &Path| format!("file={},if=virtio,format=raw,cache=writeback", file.display());
+        let drives = [drive(&disk), drive(&state)];
+        let serial = format!("file,id=said,path={}", said.display());
+        let args = [
+            "-netdev",
+            "user,id=net",
+            "-device",
+            "virtio-net-pci,netdev=net",
+            "-drive",
+            &drives[0],
+            "-drive",
+            &drives[1],
+            "-chardev",
+            &serial,
+            "-serial",
+            "chardev:said",
+        ];
+        let guest = Guest::boot(&kernel, &initramfs, &dir.join("guest"), &args)?;
+        let mut this = Self { guest, disk, said };
+        this.sh("stty -F /dev/ttyS2 raw -echo")?;
+        this.sh(
+            "mkdir -p /var/agent /dev/mapper && /programs/mke2fs -q -t ext4 /dev/vdb && mount /dev/vdb /var/agent",
+        )?;
+        let sectors = DISK_BYTES / 512;
+        this.sh(&format!(
+            "/programs/dmsetup create data --noudevsync --table '0 {sectors} linear /dev/vda 0' && /programs/dmsetup mknodes"
+        ))?;
+        Ok(this)
+    }
+
+    fn sh(&mut self, line: &str) -> Result<String> {
+        let log = self.guest.log_path().display().to_string();
+        self.guest.sh(line, STEP_MAX).with_context(|| format!("see {log}"))
+    }
+
+    /// Enrols and starts the agent.
+    fn join(&mut self, appliance: &Appliance) -> Result<()> {
+        let (token, port) = (appliance.token()?, appliance.listen().port());
+        self.sh(&format!("{AGENT} enrol --box {HOST}:{port} --token {token}"))?;
+        self.start_agent(appliance)
+    }
+
+    fn start_agent(&mut self, appliance: &Appliance) -> Result<()> {
+        self.sh("rm -f /var/agent/agent.sock")?;
+        self.sh(&format!("({AGENT} run >/dev/ttyS0 2>&1 & echo $! >/tmp/agent)"))?;
+        self.sh("n=0; while ! [ -S /var/agent/agent.sock ] && [ $n -lt 60 ]; do n=$((n+1)); sleep 1; done; [ -S /var/agent/agent.sock ]")?;
+        wait_for("the agent to reach the box", STEP_MAX, || {
+            let hosts = appliance.control().get("/hosts")?;
+            Ok(hosts.as_array().into_iter().flatten().any(|h| h["connected"] == true).then_some(()))
+        })
+    }
+
+    /// The only group, as the agent sees it.
+    fn group(&mut self) -> Result<Value> {
+        let text = self.sh(&format!("{AGENT} status --json"))?;
+        let status: Value = serde_json::from_str(&text).with_context(|| format!("status {text:?}"))?;
+        Ok(status["groups"][0].clone())
+    }
+
+    /// Waits until the host's writes are treated so.
+    fn wait_gate(&mut self, gate: &str) -> Result<Value> {
+        let mut last = Value::Null;
+        wait_for(&format!("the gate to be {gate}"), SYNC_MAX, || {
+            last = self.group()?;
+            Ok((last["state"] == "replicating" && last["gate"] == gate).then(|| last.clone()))
+        })
+        .with_context(|| format!("last seen: {} {} {}", last["state"], last["gate"], last["reason"]))
+        .with_context(|| format!("see {}", self.guest.log_path().display()))
+    }
+
+    fn start_writer(&mut self) -> Result<()> {
+        self.sh(&format!("rm -f /tmp/stop /tmp/stopped; ({WRITER}; touch /tmp/stopped) >/dev/null 2>&1 &")).map(drop)
+    }
+    fn stop_writer(&mut self) -> Result<()> {
+        self.sh("touch /tmp/stop; while ! [ -e /tmp/stopped ]; do sleep 1; done").map(drop)
+    }
+
+    /// The table of the volume: the kind of its only target.
+    fn table(&mut self) -> Result<String> {
+        self.sh("/programs/dmsetup table data")
+    }
+
+    /// Writes and syncs for so long; what the longest one took and whether any failed.
+    fn stalls_during(&mut self, seconds: u64) -> Result<()> {
+        self.sh(&format!(
+            "(/programs/guest-load stall /mnt/stall {seconds} >/tmp/stalls 2>&1; touch /tmp/stalls.done) &"
+        ))
+        .map(drop)
+    }
+    fn stalls(&mut self) -> Result<Value> {
+        let text =
+            self.sh("while ! [ -e /tmp/stalls.done ]; do sleep 1; done; rm /tmp/stalls.done; cat /tmp/stalls")?;
+        serde_json::from_str(&text).with_context(|| format!("guest-load said {text:?}"))
+    }
+}
+
+/// What the box holds at `at` is what the disk's file holds.
+fn assert_identical(appliance: &Appliance, at: &At, disk: &Path) -> Result<()> {
+    let view = appliance.view("data", at)?;
+    let difference = compare::export_with_file(&mut view.only()?.connect()?, disk)?;
+    assert_eq!(difference.map(|d| d.to_string()), None, "{at}: the box has not what the disk has");
+    view.close()
+}
+
+#[test]
+fn a_mounted_volume_is_mirrored_live_and_its_agent_may_die() -> Result<()> {
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(&bins, dir.path())?;
+    host.join(&appliance)?;
+    host.sh(&format!("/programs/mke2fs -q -t ext4 {VOLUME} && mount {VOLUME} /mnt"))?;
+    let plain = host.table()?;
+    let refused = host.sh(&format!("! {AGENT} protect --sync /dev/vda --group no"))?;
+    ensure!(refused.contains("not a volume of the device mapper"), "{refused}");
+
+    // In, under a file system with a writer.
+    host.start_writer()?;
+    host.sh(&format!("{AGENT} protect --sync {VOLUME} --group data"))?;
+    host.wait_gate("sync")?;
+    let table = host.table()?;
+    ensure!(table.contains("mirror core 2 1024 nosync 2") && table.contains("handle_errors keep_log"), "{table}");
+    appliance.bookmark("data", "running")?;
+    host.stop_writer()?;
+    host.sh("sync && /programs/dmsetup suspend data")?;
+    // No bookmark is needed to have the newest: what was acknowledged is there.
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+    host.sh("/programs/dmsetup resume data --noudevsync")?;
+    let image = dir.path().join("running.img");
+    let view = appliance.view("data", &At::Bookmark("running".into()))?;
+    view.only()?.connect()?.copy_to(&image)?;
+    view.close()?;
+    check_ext4(&image, true).context("a moment while the guest wrote")?;
+
+    // The agent is killed: no error, a short stall, and the host goes on; the next agent puts a new leg in.
+    host.stalls_during(6)?;
+    host.sh("sleep 2; kill -9 $(cat /tmp/agent)")?;
+    let killed = host.stalls()?;
+    ensure!(killed["errors"] == 0 && killed["writes"].as_u64() > Some(1), "{killed}");
+    println!("agent killed: {killed}");
+    host.start_writer()?;
+    host.start_agent(&appliance)?;
+    host.wait_gate("sync")?;
+    host.stop_writer()?;
+    host.sh("umount /mnt && sync")?;
+    let end = appliance.bookmark("data", "end")?;
+    assert_identical(&appliance, &At::Lsn(end.lsn), &host.disk)?;
+
+    // Out again: the table as it was, and nothing left.
+    host.sh("mount /dev/mapper/data /mnt")?;
+    host.start_writer()?;
+    host.sh("kill -9 $(cat /tmp/agent); sleep 1")?;
+    let out = host.sh(&format!("{AGENT} remove"))?;
+    ensure!(out.contains("/dev/mapper/data has its own table again"), "{out}");
+    host.stop_writer()?;
+    assert_eq!(host.table()?, plain);
+    let left = host.sh("/programs/dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; true")?;
+    ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
+    host.sh("umount /mnt")?;
+    host.guest.power_off()?;
+    check_ext4(&host.disk, false)?;
+    appliance.stop()?;
+    dir.done()
+}
+
+/// Cuts taken of one running host.
+const CUTS: u64 = 50;
+/// Where the writers' areas begin.
+const AREA: u64 = SLOTS * BLOCK as u64;
+
+#[test]
+fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
+    let dir = Scratch::new()?;
+    let seed = std::env::var("HOLDFAST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122u64);
+    let mut draw = Draw::new(seed);
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(&bins, dir.path())?;
+    host.join(&appliance)?;
+    host.sh(&format!("{AGENT} protect --sync {VOLUME} --group data"))?;
+    host.wait_gate("sync")?;
+    let writers: Vec<u64> = (1..=3).map(|n| seed ^ (n << 40)).collect();
+    for (at, writer) in writers.iter().enumerate() {
+        let offset = at as u64 * AREA;
+        host.sh(&format!("/programs/guest-load acks {VOLUME} {offset} {writer} /dev/ttyS2 >/dev/ttyS0 2>&1 &"))?;
+    }
+    let acked = |said: &Path| -> Result<Vec<u64>> {
+        let text = fs::read_to_string(said)?;
+        let mut newest = vec![0; writers.len()];
+        // The last line may be under way.
+        for line in text.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
+            let (writer, number) = line.trim().split_once(' ').with_context(|| format!("line {line:?}"))?;
+            let at = writers.iter().position(|w| w.to_string() == writer).with_context(|| format!("line {line:?}"))?;
+            newest[at] = number.parse()?;
+        }
+        Ok(newest)
+    };
+    let check = |appliance: &Appliance, promised: &[u64], cut: u64| -> Result<()> {
+        let view = appliance.view("data", &At::Latest)?;
+        let mut export = view.only()?.connect()?;
+        for (at, (writer, promised)) in writers.iter().zip(promised).enumerate() {
+            let mut area = vec![0; AREA as usize];
+            export.read(at as u64 * AREA, &mut area)?;
+            let held = load::writes_in(*writer, &area).with_context(|| format!("cut {cut}, HOLDFAST_SEED={seed}"))?;
+            ensure!(
+                held >= *promised,
+                "cut {cut}: the host was told that write {promised} is done, the box has {held}; HOLDFAST_SEED={seed}"
+            );
+        }
+        view.close()
+    };
+    let mut before = 0;
+    for cut in 1..=CUTS {
+        let wanted = before + 1 + draw.below(12);
+        wait_for("the writers to go on", STEP_MAX, || {
+            Ok((acked(&host.said)?.iter().sum::<u64>() >= wanted).then_some(()))
+        })?;
+        // Nothing of the guest runs on from here, as if its power were cut.
+        host.guest.qmp.execute("stop", json!({}))?;
+        let promised = acked(&host.said)?;
+        before = promised.iter().sum();
+        check(&appliance, &promised, cut)?;
+        host.guest.qmp.execute("cont", json!({}))?;
+    }
+    let group = host.group()?;
+    assert_eq!((&group["gate"], &group["state"]), (&json!("sync"), &json!("replicating")), "in step all the time");
+    let said = host.said.clone();
+    host.guest.power_off()?;
+    let promised = acked(&said)?;
+    check(&appliance, &promised, CUTS + 1)?;
+    println!("{CUTS} cuts and a kill, {} acknowledged writes", promised.iter().sum::<u64>());
+    appliance.stop()?;
+    dir.done()
+}
+
+/// What is in a block of the volume, as whoever reads it sees it.
+fn block_through(host: &mut Host, device: &str, block: u64) -> Result<String> {
+    host.sh(&format!("dd if={device} bs=4k skip={block} count=1 iflag=direct 2>/dev/null | head -c 4"))
+}
+
+#[test]
+fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(&bins, dir.path())?;
+    host.join(&appliance)?;
+    host.sh(&format!("/programs/mke2fs -q -t ext4 {VOLUME} && mount {VOLUME} /mnt"))?;
+    host.sh(&format!("{AGENT} protect --sync --wait-ms 1000 {VOLUME} --group data"))?;
+    host.wait_gate("sync")?;
+
+    // The box hangs: the host waits for its bound, goes on without it, and is in step again when the box is back.
+    appliance.program()?.signal(libc::SIGSTOP)?;
+    host.sh(
+        "for i in 1 2 3 4 5; do dd if=/dev/urandom of=/mnt/alone bs=16k count=4 conv=fsync 2>/dev/null || exit 1; done",
+    )?;
+    let degraded = host.group()?;
+    ensure!(degraded["gate"].as_str().is_some_and(|g| g.starts_with("degraded")), "{degraded}");
+    ensure!(degraded["reason"].as_str().is_some_and(|r| r.contains("the host waited")), "{degraded}");
+    appliance.program()?.signal(libc::SIGCONT)?;
+    host.wait_gate("sync")?;
+
+    // The agent hangs whole: the kernel takes its leg for dead.
+    host.stalls_during(20)?;
+    host.sh("sleep 2; kill -STOP $(cat /tmp/agent)")?;
+    let hung = host.stalls()?;
+    ensure!(hung["errors"] == 0 && hung["writes"].as_u64() > Some(1), "{hung}");
+    println!("agent stopped: {hung}");
+    let status = host.sh("/programs/dmsetup status data")?;
+    ensure!(status.contains(" 1 AD ") || status.contains(" 1 AF ") || status.contains(" 1 AR "), "{status}");
+    host.sh("kill -9 $(cat /tmp/agent); sleep 1")?;
+    host.start_agent(&appliance)?;
+    host.wait_gate("sync")?;
+    host.sh("umount /mnt && sync")?;
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // Somebody loads another table, as LVM's tools do: the mirror is put in again.
+    let sectors = DISK_BYTES / 512;
+    host.sh(&format!(
+        "/programs/dmsetup load data --table '0 {sectors} linear /dev/vda 0' && /programs/dmsetup resume data --noudevsync"
+    ))?;
+    wait_for("the mirror to be in again", STEP_MAX, || Ok(host.table()?.contains("mirror core").then_some(())))?;
+    host.wait_gate("sync")?;
+
+    // The local disk fails writes: the host hears of no error, reads what it wrote, and the box has it.
+    let pattern = |text: &str| format!("yes {text} | dd of=/tmp/pattern bs=4096 count=1 iflag=fullblock 2>/dev/null");
+    let write = format!("dd if=/tmp/pattern of={VOLUME} bs=4k seek=1000 oflag=direct conv=notrunc 2>&1");
+    host.sh(&format!("{} && {write}", pattern("AAA")))?;
+    host.sh(&format!(
+        "/programs/dmsetup load data-holdfast --table '0 {sectors} flakey /dev/vda 0 0 1000 1 error_writes' && /programs/dmsetup resume data-holdfast --noudevsync"
+    ))?;
+    host.sh(&format!("{} && {write}", pattern("BBB")))?;
+    let on_disk = block_through(&mut host, "/dev/vda", 1000)?;
+    assert_eq!((block_through(&mut host, VOLUME, 1000)?.trim(), on_disk.trim()), ("BBB", "AAA"));
+    let view = appliance.view("data", &At::Latest)?;
+    let mut block = [0; 4];
+    view.only()?.connect()?.read(1000 * 4096, &mut block)?;
+    view.close()?;
+    assert_eq!(&block, b"BBB\n");
+    let failed = host.group()?;
+    ensure!(failed["reason"].as_str().is_some_and(|r| r.contains("local disk")), "{failed}");
+    appliance.stop()?;
+    dir.done()
+}
