@@ -70,6 +70,42 @@ struct Outcome {
     backend: &'static str,
 }
 
+/// All writers: each sends its next record when its last one is durable. Returns how long each waited, in ms.
+fn play_writers(
+    writers: usize,
+    size: usize,
+    stop: Instant,
+    record_tx: &mpsc::Sender<u64>,
+    ack_rx: &mpsc::Receiver<u64>,
+) -> Vec<f32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let blocks = VOLUME_SECTORS * 512 / size as u64;
+    let mut started = std::collections::VecDeque::with_capacity(writers);
+    let mut latencies: Vec<f32> = Vec::new();
+    let mut send = |started: &mut std::collections::VecDeque<Instant>| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        started.push_back(Instant::now());
+        record_tx.send(state % blocks * (size as u64 / 512)).is_ok()
+    };
+    for _ in 0..writers {
+        send(&mut started);
+    }
+    while !started.is_empty() {
+        let Ok(count) = ack_rx.recv() else { break };
+        let now = Instant::now();
+        for _ in 0..count {
+            let since = started.pop_front().expect("an ack for something sent");
+            latencies.push((now - since).as_secs_f32() * 1e3);
+            if now < stop {
+                send(&mut started);
+            }
+        }
+    }
+    latencies
+}
+
 fn run(disk: &Arc<dyn Disk>, writers: usize, size: usize, seconds: f64) -> Outcome {
     let options = JournalOptions { index: IndexChoice::None, prepared_ahead: 4, ..JournalOptions::default() };
     let dir = PathBuf::from(format!("bench-{writers}-{size}"));
@@ -86,34 +122,7 @@ fn run(disk: &Arc<dyn Disk>, writers: usize, size: usize, seconds: f64) -> Outco
     let (ack_tx, ack_rx) = mpsc::channel::<u64>();
     let stop = Instant::now() + Duration::from_secs_f64(seconds);
 
-    let generator = std::thread::spawn(move || {
-        let mut state = 0x9e37_79b9_7f4a_7c15u64;
-        let blocks = VOLUME_SECTORS * 512 / size as u64;
-        let mut started = std::collections::VecDeque::with_capacity(writers);
-        let mut latencies: Vec<f32> = Vec::new();
-        let mut send = |started: &mut std::collections::VecDeque<Instant>| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            started.push_back(Instant::now());
-            record_tx.send(state % blocks * (size as u64 / 512)).is_ok()
-        };
-        for _ in 0..writers {
-            send(&mut started);
-        }
-        while !started.is_empty() {
-            let Ok(count) = ack_rx.recv() else { break };
-            let now = Instant::now();
-            for _ in 0..count {
-                let since = started.pop_front().expect("an ack for something sent");
-                latencies.push((now - since).as_secs_f32() * 1e3);
-                if now < stop {
-                    send(&mut started);
-                }
-            }
-        }
-        latencies
-    });
+    let generator = std::thread::spawn(move || play_writers(writers, size, stop, &record_tx, &ack_rx));
 
     let begin = Instant::now();
     let payload = vec![0x5a; size];

@@ -385,59 +385,7 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         Some(step) if shortened => step.fact.first_time_us.min(facts.now_us),
         _ => facts.now_us.saturating_sub(facts.window_us),
     };
-    let mut delete = Vec::new();
-    let mut delete_bytes: u64 = 0;
-    let mut kept: BTreeMap<KeepReason, Kept> = BTreeMap::new();
-    let mut first_kept: BTreeMap<TimelineId, u32> = BTreeMap::new();
-    for segment in facts.segments {
-        let on_trunk = lines.on_trunk(segment);
-        let reason = if segment.open {
-            Some(KeepReason::Open)
-        } else if lines.abandoned(segment) {
-            None
-        } else if let Some(last) = on_trunk {
-            if last <= new_cutoff {
-                None
-            } else if last <= target_lsn {
-                Some(KeepReason::Unfolded)
-            } else if segment.last_time_us >= window_from {
-                Some(KeepReason::Window)
-            } else if limits.bookmark < last {
-                Some(KeepReason::Bookmark)
-            } else if limits.view < last {
-                Some(KeepReason::View)
-            } else if limits.branch < last {
-                Some(KeepReason::Branch)
-            } else {
-                // Only what comes after the open segment's place is left, or what was shortened for.
-                Some(KeepReason::Window)
-            }
-        } else if segment.last_time_us >= window_from {
-            Some(KeepReason::Window)
-        } else {
-            Some(KeepReason::Branch)
-        };
-        let lowest = first_kept.entry(segment.timeline).or_insert(u32::MAX);
-        match reason {
-            Some(reason) => {
-                let sum = kept.entry(reason).or_default();
-                sum.segments += 1;
-                sum.bytes = sum.bytes.saturating_add(segment.bytes);
-                *lowest = (*lowest).min(segment.ordinal);
-            }
-            None => {
-                delete.push((segment.timeline, segment.ordinal));
-                delete_bytes = delete_bytes.saturating_add(segment.bytes);
-            }
-        }
-    }
-    delete.sort_unstable();
-    for (timeline, lowest) in &mut first_kept {
-        if *lowest == u32::MAX {
-            let ordinals = facts.segments.iter().filter(|s| s.timeline == *timeline).map(|s| s.ordinal);
-            *lowest = ordinals.max().map_or(0, |highest| highest.saturating_add(1));
-        }
-    }
+    let sorted = sort(facts, &lines, &limits, &Cut { new_cutoff, target_lsn, window_from });
 
     let forecast = forecast(facts, used);
     let alarm = forecast.map(|f| f.hours_left).filter(|hours| *hours < u64::from(facts.alarm_below_hours));
@@ -453,13 +401,82 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     Plan {
         new_cutoff,
         trunk: lines.trunk,
-        delete,
-        delete_bytes,
-        kept,
-        first_kept: first_kept.into_iter().collect(),
+        delete: sorted.delete,
+        delete_bytes: sorted.delete_bytes,
+        kept: sorted.kept,
+        first_kept: sorted.first_kept.into_iter().collect(),
         forecast,
         pressure,
     }
+}
+
+/// Where the plan cuts: this round, sooner or later, and the time its window begins at.
+struct Cut {
+    new_cutoff: Lsn,
+    target_lsn: Lsn,
+    window_from: u64,
+}
+
+/// Every segment, either to go or counted with its reason to stay.
+#[derive(Default)]
+struct Sorted {
+    delete: Vec<(TimelineId, u32)>,
+    delete_bytes: u64,
+    kept: BTreeMap<KeepReason, Kept>,
+    first_kept: BTreeMap<TimelineId, u32>,
+}
+
+fn sort(facts: &Facts<'_>, lines: &Lines, limits: &Limits, cut: &Cut) -> Sorted {
+    let mut sorted = Sorted::default();
+    for segment in facts.segments {
+        let lowest = sorted.first_kept.entry(segment.timeline).or_insert(u32::MAX);
+        match reason_to_keep(segment, lines, limits, cut) {
+            Some(reason) => {
+                let sum = sorted.kept.entry(reason).or_default();
+                sum.segments += 1;
+                sum.bytes = sum.bytes.saturating_add(segment.bytes);
+                *lowest = (*lowest).min(segment.ordinal);
+            }
+            None => {
+                sorted.delete.push((segment.timeline, segment.ordinal));
+                sorted.delete_bytes = sorted.delete_bytes.saturating_add(segment.bytes);
+            }
+        }
+    }
+    sorted.delete.sort_unstable();
+    for (timeline, lowest) in &mut sorted.first_kept {
+        if *lowest == u32::MAX {
+            let ordinals = facts.segments.iter().filter(|s| s.timeline == *timeline).map(|s| s.ordinal);
+            *lowest = ordinals.max().map_or(0, |highest| highest.saturating_add(1));
+        }
+    }
+    sorted
+}
+
+/// Why a segment stays; none when it goes in this round.
+fn reason_to_keep(segment: &SegmentFact, lines: &Lines, limits: &Limits, cut: &Cut) -> Option<KeepReason> {
+    if segment.open {
+        return Some(KeepReason::Open);
+    }
+    if lines.abandoned(segment) {
+        return None;
+    }
+    let in_window = segment.last_time_us >= cut.window_from;
+    let Some(last) = lines.on_trunk(segment) else {
+        return Some(if in_window { KeepReason::Window } else { KeepReason::Branch });
+    };
+    if last <= cut.new_cutoff {
+        return None;
+    }
+    Some(match () {
+        () if last <= cut.target_lsn => KeepReason::Unfolded,
+        () if in_window => KeepReason::Window,
+        () if limits.bookmark < last => KeepReason::Bookmark,
+        () if limits.view < last => KeepReason::View,
+        () if limits.branch < last => KeepReason::Branch,
+        // Only what comes after the open segment's place is left, or what was shortened for.
+        () => KeepReason::Window,
+    })
 }
 
 /// Bytes to be freed.

@@ -468,21 +468,7 @@ impl Agent {
                 self.reads.push(Reading { id: read, volume, extent, stage, tags: Vec::new(), fails });
             }
             Action::ReadFinished { read } => self.reads.retain(|reading| reading.id != read),
-            Action::ReleaseFlush { id, durable } => {
-                around.host.flushes.retain(|flush| *flush != id);
-                if durable {
-                    self.counts.flushes_durable += 1;
-                    if !around.betrayed && around.covered < id {
-                        let covered = around.covered;
-                        return Err(around.trace.fail(FailureKind::FlushTooEarly { flush: id, covered }));
-                    }
-                } else {
-                    self.counts.flushes_released += 1;
-                    if self.gate == GateState::Sync {
-                        return Err(around.trace.fail(FailureKind::FlushNotGated { flush: id }));
-                    }
-                }
-            }
+            Action::ReleaseFlush { id, durable } => self.flush_released(id, durable, around)?,
             Action::Persist { serial, state } => {
                 // A disk under load takes its time now and then.
                 let slow = if self.rng.one_in(4) { 400 } else { 40 };
@@ -503,6 +489,23 @@ impl Agent {
                 }
             }
             Action::Alarm(_) => self.counts.alarms += 1,
+        }
+        Ok(())
+    }
+
+    fn flush_released(&mut self, id: Request, durable: bool, around: &mut Around<'_>) -> Result<(), Failure> {
+        around.host.flushes.retain(|flush| *flush != id);
+        if durable {
+            self.counts.flushes_durable += 1;
+            if !around.betrayed && around.covered < id {
+                let covered = around.covered;
+                return Err(around.trace.fail(FailureKind::FlushTooEarly { flush: id, covered }));
+            }
+        } else {
+            self.counts.flushes_released += 1;
+            if self.gate == GateState::Sync {
+                return Err(around.trace.fail(FailureKind::FlushNotGated { flush: id }));
+            }
         }
         Ok(())
     }
