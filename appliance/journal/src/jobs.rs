@@ -502,6 +502,11 @@ impl Journal {
             (Work::Note { .. }, Err(_)) => self.jobs.noting.not_before = later,
         }
         self.note(what, result.as_ref().err().map(|e| error_chain(e)));
+        match &result {
+            Err(JobError::Corrupt { source, .. }) => self.shared.note_damage(&ReadError::Corrupt(source.clone())),
+            Err(JobError::Base { source, .. }) => self.shared.note_base_damage(source),
+            _ => {}
+        }
         let prepared = self.jobs.prepared_bytes();
         let mut numbers = self.shared.numbers.lock().unwrap_or_else(PoisonError::into_inner);
         numbers.prepared_bytes = ByteLen(prepared);

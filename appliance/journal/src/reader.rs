@@ -178,6 +178,7 @@ impl JournalReader {
                 report.damage.insert(0, corruption.clone());
             }
         }
+        self.shared.set_damage(report.damage.first().cloned());
         report
     }
     pub fn stats(&self) -> JournalStats {

@@ -12,7 +12,7 @@
 //! ```
 
 use crate::{
-    ReadError,
+    BaseError, Corruption, ReadError,
     base::Base,
     cache::Lru,
     control::Floor,
@@ -189,6 +189,27 @@ impl Shared {
             files: Lru::new(FILES_MAX),
             fences: Lru::new(FENCES_BYTES_MAX),
         }
+    }
+    /// Keeps what a read found damaged, for the status: whoever read it may be a client that tells nobody.
+    pub fn note_damage(&self, error: &ReadError) {
+        match error {
+            ReadError::Corrupt(found) => self.keep_damage(found),
+            ReadError::Base(base) => self.note_base_damage(base),
+            ReadError::Disk(_) => {}
+        }
+    }
+    pub fn note_base_damage(&self, error: &BaseError) {
+        if let BaseError::Corruption(found) = error {
+            self.keep_damage(found);
+        }
+    }
+    fn keep_damage(&self, found: &Corruption) {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        numbers.damage.get_or_insert_with(|| found.clone());
+    }
+    /// What a verification found, or that it found nothing.
+    pub fn set_damage(&self, found: Option<Corruption>) {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).damage = found;
     }
     pub fn map(&self) -> Arc<Map> {
         Arc::clone(&self.map.read().unwrap_or_else(PoisonError::into_inner))

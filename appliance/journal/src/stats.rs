@@ -2,6 +2,7 @@
 
 use crate::{
     control::Floor,
+    error::Corruption,
     retention::{Forecast, KeepReason, Kept, Pressure},
     shared::{Map, Shared},
     types::RateBucket,
@@ -20,6 +21,8 @@ pub struct Numbers {
     pub index_behind: bool,
     /// The last failure of each kind of job, until one of its kind succeeds.
     pub failing: BTreeMap<&'static str, String>,
+    /// The first damage met since the journal was opened; a verification that finds none takes it back.
+    pub damage: Option<Corruption>,
 }
 
 /// The last retention plan, as it is shown.
@@ -65,6 +68,8 @@ pub struct JournalStats {
     /// Parts of the index found damaged since the journal was opened; each is set aside and rebuilt.
     pub index_damaged: u32,
     pub failing: BTreeMap<&'static str, String>,
+    /// The first damage that a read, a job or a verification met since the journal was opened.
+    pub damage: Option<Corruption>,
 }
 
 impl JournalStats {
@@ -110,6 +115,7 @@ pub fn stats(shared: &Shared) -> JournalStats {
         index_behind: numbers.index_behind,
         index_damaged: shared.index().map_or(0, |index| index.damaged()),
         failing: numbers.failing,
+        damage: numbers.damage,
     }
 }
 

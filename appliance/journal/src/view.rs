@@ -467,7 +467,7 @@ impl View {
         if offset_bytes.checked_add(len).is_none_or(|end| end > size.0) {
             return Err(ReadViewError::Outside { volume, offset: offset_bytes, len, size });
         }
-        Ok(self.moment.read(volume, offset_bytes, buf)?)
+        Ok(self.moment.read(volume, offset_bytes, buf).inspect_err(|e| self.moment.shared.note_damage(e))?)
     }
     /// What the extent is made of: in order, without holes, neighbours of a kind joined.
     pub fn allocation(&self, volume: VolumeId, extent: Extent) -> Result<Vec<(Extent, Allocation)>, ReadViewError> {

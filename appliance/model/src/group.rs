@@ -85,13 +85,31 @@ impl Default for GroupPolicy {
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum RiskReason {
     NeverSynced,
-    Resyncing { reason: GapReason },
-    HostSilent { since_us: u64 },
-    Lagging { lag_ms: u64, alarm_ms: u64 },
+    Resyncing {
+        reason: GapReason,
+    },
+    HostSilent {
+        since_us: u64,
+    },
+    Lagging {
+        lag_ms: u64,
+        alarm_ms: u64,
+    },
     JournalFull,
-    HistoryShort { hours_left: u64, alarm_hours: u64 },
-    Corrupt { what: String },
-    Degraded { since_us: u64 },
+    HistoryShort {
+        hours_left: u64,
+        alarm_hours: u64,
+    },
+    Corrupt {
+        what: String,
+    },
+    /// The group runs; some of its history cannot be read.
+    Damaged {
+        what: String,
+    },
+    Degraded {
+        since_us: u64,
+    },
 }
 
 impl fmt::Display for RiskReason {
@@ -108,6 +126,9 @@ impl fmt::Display for RiskReason {
                 write!(f, "{hours_left} h of history fit, the alarm is set at {alarm_hours} h")
             }
             Self::Corrupt { what } => write!(f, "stopped: {what}"),
+            Self::Damaged { what } => {
+                write!(f, "some history is damaged and not served: {what}; run `holdfast verify`")
+            }
             Self::Degraded { .. } => f.write_str("sync mode has fallen back to async"),
         }
     }

@@ -56,6 +56,8 @@ pub struct Facts<'a> {
     pub agent: Option<(&'a GroupAgentStatus, u64)>,
     pub pressure: Option<Pressure>,
     pub hours_left: Option<u64>,
+    /// Damage that a read or a verification met while the group ran.
+    pub damage: Option<String>,
     pub now_us: u64,
 }
 
@@ -131,6 +133,9 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
             risks.push(RiskReason::Degraded { since_us: since.unwrap_or(0) });
         }
     }
+    if let Some(what) = &f.damage {
+        risks.push(RiskReason::Damaged { what: what.clone() });
+    }
     if f.live.full.is_some() || matches!(f.pressure, Some(Pressure::Full { .. })) {
         risks.push(RiskReason::JournalFull);
     }
@@ -194,6 +199,7 @@ pub fn group_report(app: &App, group: &Group) -> GroupReport {
         agent: agent.as_ref().map(|a| (a, host.status_us)),
         pressure: stats.as_ref().and_then(|s| s.retention.as_ref()).map(|r| r.pressure),
         hours_left: stats.as_ref().and_then(|s| s.hours_left),
+        damage: stats.as_ref().and_then(|s| s.damage.as_ref()).map(|d| crate::chain(d)),
         now_us: app.clock.wall_us(),
     });
     let host_name = shared.host.and_then(|id| app.catalog.data().host(id).map(|h| h.name.clone()));
@@ -398,6 +404,7 @@ mod tests {
             agent: None,
             pressure: None,
             hours_left: None,
+            damage: None,
             now_us: NOW,
         }
     }
@@ -450,5 +457,8 @@ mod tests {
         );
         let v = judge(&Facts { pressure: Some(Pressure::Full { missing: 1 }), ..facts(&full, &policy) });
         assert!(v.risks.contains(&RiskReason::JournalFull));
+        let v = judge(&Facts { damage: Some("seg 4: record checksum at 0x7f000".into()), ..facts(&linked(), &policy) });
+        assert_eq!(v.state, GroupState::Replicating, "what does not need the damaged bytes goes on");
+        assert!(v.risks.iter().any(|r| r.to_string().contains("0x7f000")), "{:?}", v.risks);
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::{
     ingest::{History, change},
-    support::{Control, Inside, Rng, assert_same, wait_for},
+    support::{Control, Inside, Outside, Rng, assert_same, wait_for},
 };
+use nbd::client::{Client, ClientError};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -135,6 +136,21 @@ fn damage_met_by_a_read_is_named_and_nothing_else_suffers() {
     assert_eq!(report["report"]["clean"], false, "{report}");
     let named = report["report"]["damage"][0].as_str().unwrap();
     assert!(named.contains(segment.file_name().unwrap().to_str().unwrap()), "{named}");
+    // Moments of that time: every block is what it was, or an error; never anything else.
+    let mut failed = 0;
+    for (lsn, _) in history.changes[..400].iter().step_by(20) {
+        let opened = inside.ok("POST", "groups/a/views", &format!("{{\"at\":{{\"lsn\":{lsn}}}}}"));
+        let pieces = read_around_damage(&opened["exports"][0], &history.image_at(*lsn, SIZE));
+        assert!(pieces <= 20, "LSN {lsn}: {pieces} pieces could not be read: more than lay in the damaged bytes");
+        failed += pieces;
+        inside.ok("DELETE", &format!("views/{}", opened["id"].as_str().unwrap()), "");
+    }
+    assert!(failed > 0, "no moment needed the damaged bytes: nothing was tried");
+    // Said for as long as it is so, with file and place.
+    let state = inside.group_state("a");
+    let risk = state["risks"].as_array().unwrap().iter().find(|r| r["kind"] == "damaged").cloned();
+    let what = risk.unwrap_or_else(|| panic!("{state}"))["what"].as_str().unwrap().to_owned();
+    assert!(what.contains(segment.file_name().unwrap().to_str().unwrap()) && what.contains("0x"), "{what}");
     // What does not need the damaged bytes goes on.
     let mut client = inside.ingest("a-v");
     let data = vec![9; SIZE as usize];
@@ -142,4 +158,83 @@ fn damage_met_by_a_read_is_named_and_nothing_else_suffers() {
     let view = inside.view("a", "\"latest\"");
     assert!(view.lsn > history.lsn);
     assert_same(&view.volumes[0], &data, "written over");
+}
+
+/// Reads an export in pieces of 64 KiB, and those that fail in pieces of a sector: each must be as in `want`, or an error that names
+/// a segment. Returns how many pieces of 64 KiB failed.
+fn read_around_damage(export: &serde_json::Value, want: &[u8]) -> usize {
+    let socket = export["unix_socket"].as_str().unwrap();
+    let stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    let mut client = Client::connect(stream, export["export_name"].as_str().unwrap()).unwrap();
+    let mut failed = 0;
+    for (piece, want) in (0..).zip(want.chunks(64 << 10)) {
+        let at = piece * (64 << 10);
+        let mut got = vec![0; want.len()];
+        match client.read(at, &mut got) {
+            Ok(()) => assert_same(&got, want, ("piece at", at)),
+            Err(ClientError::Remote(e)) => {
+                assert!(e.text.contains(".seg") && e.text.contains("0x"), "{e}");
+                failed += 1;
+                for (sector, want) in (0..).zip(want.chunks(512)) {
+                    let mut got = [0; 512];
+                    match client.read(at + sector * 512, &mut got) {
+                        Ok(()) => assert_same(&got, want, ("sector at", at + sector * 512)),
+                        Err(ClientError::Remote(_)) => {}
+                        Err(e) => panic!("{e}"),
+                    }
+                }
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    client.disconnect().unwrap();
+    failed
+}
+
+#[test]
+fn damage_below_what_was_acknowledged_stops_the_group_and_cuts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let outside = Outside::start(&data);
+    let mut histories = [History::fresh(), History::fresh()];
+    let mut rng = Rng::new(31);
+    let mut folder = PathBuf::new();
+    for (name, history) in ["a", "b"].iter().zip(&mut histories) {
+        let made = outside.make_group(name, &[("v", SIZE)]);
+        if *name == "a" {
+            folder = data.join("groups").join(made["id"].as_str().unwrap());
+        }
+        let mut client = outside.ingest(&format!("{name}-v"));
+        for _ in 0..60 {
+            change(&mut client, &mut rng, history).unwrap();
+        }
+        client.flush().unwrap();
+        // Batches carry how far everything is durable: one more, so that all of the above is claimed.
+        change(&mut client, &mut rng, history).unwrap();
+        client.flush().unwrap();
+    }
+    outside.kill();
+    let open = files(&folder.join("seg")).into_iter().find(|f| f.extension().is_some_and(|e| e == "open")).unwrap();
+    let whole = fs::read(&open).unwrap();
+    // In the first batch after the header: acknowledged long ago, and not a torn tail.
+    let mut bytes = whole.clone();
+    bytes[4096 + 80] ^= 0x20;
+    fs::write(&open, &bytes).unwrap();
+
+    let inside = Inside::start(&data, "");
+    let stopped = wait_for("the group to stop", || {
+        let state = inside.group_state("a");
+        (state["state"] == "stopped").then_some(state)
+    });
+    let reason = stopped["reason"].as_str().unwrap();
+    assert!(reason.contains(open.file_name().unwrap().to_str().unwrap()) && reason.contains("0x"), "{reason}");
+    check_group(&inside, "b", &histories[1]);
+    inside.stop();
+    assert!(fs::read(&open).unwrap() == bytes, "a refused segment was changed");
+    // The administrator's repair, from a copy: everything is there again.
+    fs::write(&open, &whole).unwrap();
+    let inside = Inside::start(&data, "");
+    check_group(&inside, "a", &histories[0]);
+    let view = inside.view("a", "\"latest\"");
+    assert_same(&view.volumes[0], &histories[0].image_at(u64::MAX, SIZE), "after the repair");
 }
