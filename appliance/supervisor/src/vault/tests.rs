@@ -329,5 +329,16 @@ fn groups_that_share_a_disk_give_up_history_by_priority() {
         floor(&low) > Lsn::ZERO
     });
     assert_eq!(floor(&high), Lsn::ZERO, "the group of high priority gave up history");
+    // Neither lost a write by it: block b was written last in round 4992 + b, or 4928 + b where that is past the end.
+    let want: Vec<u64> = (0..BLOCKS).map(|b| if 4992 + b < 5000 { 4992 + b } else { 4928 + b }).collect();
+    for group in [&low, &high] {
+        assert_eq!(versions(group, &RecoveryPoint::Latest).1, want, "{group:?}");
+    }
+    // And the one that kept its history has every moment of it: after write n, LSN n + 2, block b holds round n or one before.
+    for n in [70, 1000, 2500] {
+        let (lsn, found) = versions(&high, &RecoveryPoint::Lsn(Lsn(n + 2)));
+        let want: Vec<u64> = (0..BLOCKS).map(|b| n - (n + BLOCKS - b) % BLOCKS).collect();
+        assert_eq!((lsn, found), (Lsn(n + 2), want), "after write {n}");
+    }
     world.vault.close();
 }

@@ -284,6 +284,8 @@ pub struct Host {
     /// The disk as it was when each bookmark was placed.
     pub at_bookmark: HashMap<u64, Vec<u8>>,
     pub cuts: u32,
+    /// How far the host's wall clock was set off.
+    pub wall_shift_us: i64,
     ticked: Instant,
 }
 
@@ -301,6 +303,10 @@ impl Host {
         control.say(&Message::Protect { group_name: name.into(), volumes: vec![volume], mode: SyncMode::Async });
         let Message::Protected { spec } = control.hear().unwrap() else { panic!("not protected") };
         assert_eq!(spec.volumes[0].id, VolumeId(0), "the box gives the numbers");
+        Self::with(identity, inside.listen(), control, spec, disk)
+    }
+
+    fn with(identity: Identity, at: SocketAddr, control: Conn, spec: GroupSpec, disk: Vec<u8>) -> Self {
         let mut actions = Vec::new();
         let mut config = SourceConfig::new(spec.id, spec.volumes.clone(), SyncMode::Async);
         config.read_bytes_max = 256 << 10;
@@ -312,7 +318,7 @@ impl Host {
         let source = Source::new(config, StreamId(rand_128()), None, now, &mut actions);
         Self {
             identity,
-            at: inside.listen(),
+            at,
             spec,
             disk,
             source,
@@ -329,6 +335,7 @@ impl Host {
             orders: Vec::new(),
             at_bookmark: HashMap::new(),
             cuts: 0,
+            wall_shift_us: 0,
             ticked: started,
         }
     }
@@ -337,9 +344,20 @@ impl Host {
         &self.identity
     }
 
+    /// The same group, served by another agent with another disk, once the box lets it in.
+    fn in_other_hands(self, identity: Identity, disk: Vec<u8>) -> Self {
+        let Self { at, spec, control, .. } = self;
+        drop(control);
+        let control = wait_for("the place to be free", || identity.connect(at, Purpose::Control).ok());
+        Self::with(identity, at, control, spec, disk)
+    }
+
     fn now(&self) -> Now {
         let us = self.started.elapsed().as_micros() as u64;
-        Now { mono: MonoTime(1_000_000_000 + us * 1000), wall_us: 77_000_000 + us }
+        Now {
+            mono: MonoTime(1_000_000_000 + us * 1000),
+            wall_us: (1_790_000_000_000_000 + us).saturating_add_signed(self.wall_shift_us),
+        }
     }
 
     /// Hands an event in. What is done about it may bring further ones: they wait until all of it is done.
@@ -761,6 +779,92 @@ fn a_box_out_of_room_is_waited_for() {
     host.settle();
     let view = inside.view("db", "\"latest\"");
     assert_same(&view.volumes[0], &host.disk, "after room came back");
+}
+
+#[test]
+fn a_hosts_clock_that_jumps_moves_no_moment() {
+    const YEAR_US: i64 = 365 * 24 * 3_600_000_000;
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let inside = Inside::start(&data, "");
+    let mut host = Host::protect(&inside, "db", disk(2 << 20, 5));
+    let mut rng = Rng::new(12);
+    host.connect();
+    host.settle();
+    let mut moments = Vec::new();
+    // Ahead, back before the epoch's first years, a second back, and right again.
+    for shift in [0, 10 * YEAR_US, -50 * YEAR_US, -1_000_000, 0] {
+        host.wall_shift_us = shift;
+        for i in 0..40 {
+            host.write_some(&mut rng);
+            if i % 8 == 0 {
+                host.step();
+            }
+        }
+        host.settle();
+        let state = wait_for("lag to be known", || {
+            host.step();
+            let state = inside.group_state("db");
+            (state["state"] == "replicating" && state["lag_ms"].is_u64()).then_some(state)
+        });
+        // Lag is proved by the box's own clock and the host's monotonic one: no jump is in it.
+        assert!(state["lag_ms"].as_u64().unwrap() < 3_600_000, "shift {shift}: {state}");
+        let view = inside.view("db", "\"latest\"");
+        assert_same(&view.volumes[0], &host.disk, ("shift", shift));
+        moments.push((view.lsn, view.answer["time_us"].as_u64().unwrap(), host.disk.clone()));
+        inside.close_view(&view);
+    }
+    assert!(moments.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1), "time went back in the history");
+    let span = moments[4].1 - moments[0].1;
+    assert!(span < 3_600_000_000, "a jump of the host's clock is in the history: {span} us");
+    for (lsn, time, image) in &moments {
+        let view = inside.view("db", &format!("{{\"lsn\":{lsn}}}"));
+        assert_same(&view.volumes[0], image, ("LSN", lsn));
+        inside.close_view(&view);
+        // By its time: the same state. Watermarks of the same microsecond may follow it; they change nothing.
+        let view = inside.view("db", &format!("{{\"time\":{time}}}"));
+        assert_same(&view.volumes[0], image, ("time", time));
+        inside.close_view(&view);
+    }
+    assert_eq!(inside.get("groups/db/points")["gaps"].as_array().unwrap().len(), 1, "a jump made a gap");
+}
+
+#[test]
+fn of_two_agents_with_one_identity_one_writes_and_neither_spoils_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    // Nobody falls silent here, however busy the machine is.
+    let inside = Inside::start(&data, "heartbeat_timeout_ms = 60000");
+    let mut host = Host::protect(&inside, "db", disk(2 << 20, 5));
+    let mut rng = Rng::new(3);
+    host.connect();
+    host.settle();
+    // A cloned machine: the same certificate, another instance, another disk.
+    let clone = host.identity.of_instance([9; 16]);
+    let purpose = Purpose::Stream { group: host.spec.id };
+    for _ in 0..5 {
+        host.write_some(&mut rng);
+        host.step();
+        assert_eq!(clone.connect(inside.listen(), Purpose::Control).err().unwrap().code, wire::RefuseCode::Duplicate);
+        let refused = clone.connect(inside.listen(), purpose.clone()).err().unwrap();
+        assert_eq!(refused.code, wire::RefuseCode::Duplicate, "{refused}");
+        assert!(refused.text.contains("identity") || refused.text.contains("agent"), "{refused}");
+    }
+    host.settle();
+    let old = inside.view("db", "\"latest\"");
+    assert_same(&old.volumes[0], &host.disk, "the first agent's disk");
+    inside.close_view(&old);
+    let first_disk = host.disk.clone();
+    // The first falls silent; the clone may come, begins a stream of its own, and its disk is copied whole behind a gap.
+    drop(host.stream.take());
+    let mut second = host.in_other_hands(clone, disk(2 << 20, 99));
+    second.connect();
+    second.settle();
+    let view = inside.view("db", "\"latest\"");
+    assert_same(&view.volumes[0], &second.disk, "the second agent's disk");
+    let view = inside.view("db", &format!("{{\"lsn\":{}}}", old.lsn));
+    assert_same(&view.volumes[0], &first_disk, "what the first agent had sent stays what it was");
+    assert_eq!(inside.get("groups/db/points")["gaps"].as_array().unwrap().len(), 2, "a gap between the two disks");
 }
 
 #[test]

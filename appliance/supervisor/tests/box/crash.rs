@@ -1,8 +1,8 @@
 //! kill -9 at any moment: what was acknowledged is there, and what is there was written.
 
-use crate::support::{Control, Outside, Rng, assert_same};
+use crate::support::{Control, Outside, Rng, assert_same, wait_for};
 use nbd::client::{Client, Operation};
-use std::{collections::HashMap, os::unix::net::UnixStream};
+use std::{collections::HashMap, os::unix::net::UnixStream, time::Duration};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 512;
@@ -135,4 +135,68 @@ fn nothing_acknowledged_is_lost_to_kill_9() {
         outside.kill();
         assert!(log.durable > 0, "seed {seed}, life {life}: the test acknowledged nothing");
     }
+}
+
+/// Nothing has to be kept for a time, only for its bookmark.
+fn limit_journal(outside: &Outside, bytes_max: Option<u64>) {
+    let mut policy = outside.group_state("g")["policy"].clone();
+    policy["window_hours_floor"] = 0.into();
+    policy["journal_bytes_max"] = bytes_max.into();
+    outside.ok("PATCH", "groups/g/policy", &policy.to_string());
+}
+
+#[test]
+fn kills_while_starting_folding_and_marking_lose_neither_a_bookmark_nor_a_write() {
+    let seed = 77;
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let mut rng = Rng::new(seed);
+    let mut log = WriteLog { issued: Vec::new(), durable: 0 };
+    // Name, and the number of writes before it: all of them had been answered when it was asked for.
+    let mut bookmark: Option<(String, usize)> = None;
+    for life in 0..5 {
+        // Starts that are killed on the way up, after a time the seed says: recovery, first writes of control records, listeners.
+        for _ in 0..3 {
+            Outside::kill_on_the_way_up(&data, Duration::from_millis(rng.below(60)));
+        }
+        let outside = Outside::start(&data);
+        if life == 0 {
+            outside.make_group("g", &[("v", SIZE)]);
+        }
+        wait_for("the group", || (outside.group_state("g")["state"] == "ingest").then_some(()));
+        limit_journal(&outside, None);
+        let mut client = outside.ingest("g-v");
+        let mut image = vec![0; SIZE as usize];
+        client.read(0, &mut image).unwrap();
+        log.settle(&image, seed + life);
+        if let Some((name, writes)) = bookmark.take() {
+            let view = outside.view("g", &format!("{{\"bookmark\":\"{name}\"}}"));
+            assert_same(&view.volumes[0], &log.image(writes), ("seed", seed, "life", life, "bookmark", &name));
+            outside.close_view(&view);
+            // What it held may be folded from here on.
+            outside.ok("DELETE", &format!("groups/g/bookmarks/{name}"), "");
+        }
+        let (before, after) = (1500 + rng.below(1500) as usize, 1500 + rng.below(1500) as usize);
+        let limit = log.issued.len() + before;
+        write_until(&mut client, &mut rng, &mut log, limit);
+        let name = format!("life-{life}");
+        outside.ok("POST", "groups/g/bookmarks", &format!("{{\"name\":\"{name}\"}}"));
+        // The mark is durable, so is everything before it.
+        log.durable = log.issued.len();
+        bookmark = Some((name, log.issued.len()));
+        let limit = log.issued.len() + after;
+        write_until(&mut client, &mut rng, &mut log, limit);
+        // Too much by far: what the bookmark does not hold is folded into the base, and the kill comes somewhere on the way.
+        limit_journal(&outside, Some(8 << 20));
+        std::thread::sleep(Duration::from_millis(rng.below(150)));
+        outside.kill();
+    }
+    let outside = Outside::start(&data);
+    let mut client = outside.ingest("g-v");
+    let mut image = vec![0; SIZE as usize];
+    client.read(0, &mut image).unwrap();
+    log.settle(&image, seed);
+    wait_for("a fold", || (outside.group_state("g")["retention"]["floor_lsn"].as_u64()? > 0).then_some(()));
+    client.read(0, &mut image).unwrap();
+    assert_same(&image, &log.image(log.issued.len()), ("seed", seed, "after the fold"));
 }

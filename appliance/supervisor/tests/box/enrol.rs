@@ -46,6 +46,30 @@ fn a_token_enrols_one_host_once() {
 }
 
 #[test]
+fn of_many_that_use_a_token_at_once_one_gets_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&dir.path().join("d"), "");
+    for round in 0..3 {
+        let token = token(&inside);
+        let (at, line) = (inside.listen(), std::sync::Arc::new(std::sync::Barrier::new(6)));
+        let runners: Vec<_> = (0..6)
+            .map(|i| {
+                let (token, line) = (token.clone(), std::sync::Arc::clone(&line));
+                std::thread::spawn(move || {
+                    line.wait();
+                    Identity::enrol(at, &token, &format!("host {round} {i}"))
+                })
+            })
+            .collect();
+        let outcomes: Vec<_> = runners.into_iter().map(|r| r.join().unwrap()).collect();
+        let refused = outcomes.iter().filter_map(|o| o.as_ref().err());
+        assert!(refused.clone().all(|r| r.code == RefuseCode::BadToken), "round {round}: {outcomes:?}");
+        assert_eq!(refused.count(), 5, "round {round}: {outcomes:?}");
+        assert_eq!(inside.get("hosts").as_array().unwrap().len(), round + 1, "a host more than got in");
+    }
+}
+
+#[test]
 fn tokens_expire_and_nonsense_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let inside = Inside::start(&dir.path().join("d"), "");

@@ -189,7 +189,13 @@ impl Inside {
     }
     pub fn try_start(data: &Path, more: &str) -> Result<Self, String> {
         let config = data.with_extension("toml");
-        std::fs::write(&config, format!("{more}\n{CONFIG}")).unwrap();
+        // A test may have its own idea of when somebody is silent.
+        let common = if more.contains("heartbeat_timeout_ms") {
+            CONFIG.replace("heartbeat_timeout_ms = 2000\n", "")
+        } else {
+            CONFIG.to_owned()
+        };
+        std::fs::write(&config, format!("{more}\n{common}")).unwrap();
         let line = CommandLine { config: Some(config), data: Some(data.to_owned()), ..CommandLine::default() };
         let config = Config::load(&line).map_err(|e| e.report())?;
         let _ = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).try_init();
@@ -268,6 +274,22 @@ impl Outside {
         assert!(line.starts_with("READY listen=127.0.0.1:"), "{line:?}");
         let control = line.split_whitespace().find_map(|w| w.strip_prefix("control=")).unwrap().into();
         Self { child, control }
+    }
+    /// A start that is killed after a while, wherever it has come to by then.
+    pub fn kill_on_the_way_up(data: &Path, after: Duration) {
+        let config = data.with_extension("toml");
+        std::fs::write(&config, CONFIG).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_holdfastd"))
+            .arg("--config")
+            .arg(&config)
+            .arg("--data")
+            .arg(data)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(after);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
     /// kill -9.
     pub fn kill(mut self) {
