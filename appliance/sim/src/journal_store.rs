@@ -1,8 +1,9 @@
 //! The journal on a [`SimDisk`], as the box drives it: one thread's worth of appends, polls and background jobs.
 
+use crate::neighbour::Neighbour;
 use crate::rng::Rng;
-use crate::store::{Down, NotTaken, Position, Store, StoreCounts, StoreProgress};
-use durable::{Disk, SimDisk};
+use crate::store::{Down, Flipped, NotTaken, Position, Store, StoreCounts, StoreProgress};
+use durable::{Disk, OpenMode, SimDisk};
 use journal::{AppendError, IndexChoice, JobOutcome, Journal, JournalOptions, NewRecord, RecoveryReport};
 use model::{
     ByteLen, Extent, GapReason, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, SECTOR, SourceSeq, StreamId, Term,
@@ -16,7 +17,7 @@ const DIR: &str = "groups/simulated";
 const CAPACITY: ByteLen = ByteLen(512 << 20);
 /// At most so many faults are armed at once: a write, a flush and a cut.
 const FAULTS_MAX: usize = 4;
-const NO_ROOM: &str = "no room left on the disk";
+pub(crate) const NO_ROOM: &str = "no room left on the disk";
 /// The jobs' clock runs ahead of the world's, so that what is due every ten seconds comes round often enough.
 const JOBS_CLOCK_TIMES: u64 = 40;
 
@@ -28,6 +29,8 @@ pub(crate) struct JournalStore {
     disk: SimDisk,
     /// None between a failed reopening and the next.
     journal: Option<Journal>,
+    /// Another group on the same disk.
+    neighbour: Neighbour,
     /// An older state of the disk, for a box that goes back to it.
     older: Option<SimDisk>,
     /// A write failed, as it was to: the journal takes nothing until it is opened again.
@@ -54,6 +57,7 @@ impl JournalStore {
         spec.policy.window_hours_floor = hours;
         let disk = SimDisk::new(seed, CAPACITY);
         let journal = Self::make(&disk, &spec, &options, now)?;
+        let neighbour = Neighbour::new(seed);
         Ok(Self {
             rng,
             seed,
@@ -61,6 +65,7 @@ impl JournalStore {
             options,
             disk,
             journal: Some(journal),
+            neighbour,
             older: None,
             failed: false,
             full: false,
@@ -171,6 +176,7 @@ impl Store for JournalStore {
         {
             return Err(what);
         }
+        self.neighbour.step(&self.disk, now).map_err(|what| format!("the neighbour: {what}"))?;
         if self.rng.one_in(300) && !self.is_down() {
             self.older = Some(self.disk.fork(self.rng.next()));
         }
@@ -247,7 +253,10 @@ impl Store for JournalStore {
                     }
                 }
                 Err(OpenFailed { what, .. }) => return Err(what),
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    let reopened = self.neighbour.reopen(&self.disk, now);
+                    return reopened.map_err(|what| format!("the neighbour: {what}"));
+                }
             }
         }
         Err(format!("not opened in {FAULTS_MAX} attempts"))
@@ -259,11 +268,13 @@ impl Store for JournalStore {
         match self.older.take().filter(|_| self.rng.one_in(2)) {
             Some(older) => {
                 self.disk = older.kill();
+                self.neighbour.abandon();
                 self.restart(Down::Killed, now)
             }
             None => {
                 self.disk = SimDisk::new(self.seed ^ now.0, CAPACITY);
                 self.journal = Some(Self::make(&self.disk, &self.spec, &self.options, now)?);
+                self.neighbour.abandon();
                 Ok(())
             }
         }
@@ -294,6 +305,30 @@ impl Store for JournalStore {
         Ok(out)
     }
 
+    fn flip(&mut self) -> Result<Option<Flipped>, String> {
+        let ours: Vec<_> = self.disk.paths().into_iter().filter(|p| p.starts_with(DIR)).collect();
+        let path = ours[self.rng.below(ours.len() as u64) as usize].clone();
+        let opened = self.disk.open(&path, OpenMode::Read).and_then(|file| file.len());
+        let ByteLen(len) = opened.map_err(|error| chain(&error))?;
+        if len == 0 {
+            return Ok(None);
+        }
+        // Where something is, more often than in the zeroes behind it.
+        let offset = if self.rng.one_in(2) { self.rng.below(len) } else { self.rng.below(len.min(64 << 10)) };
+        let bit = self.rng.below(8) as u8;
+        self.disk.flip_bit(&path, offset, bit).map_err(|error| chain(&error))?;
+        Ok(Some(Flipped { file: path.display().to_string(), offset }))
+    }
+
+    fn verify(&mut self) -> Vec<String> {
+        let report = self.journal().reader().verify(&mut |_| {});
+        report.damage.iter().map(ToString::to_string).chain(report.unreadable).collect()
+    }
+
+    fn check_neighbour(&mut self, moments: u64) -> Result<(), String> {
+        self.neighbour.check(moments)
+    }
+
     fn counts(&self) -> StoreCounts {
         self.counts
     }
@@ -305,12 +340,12 @@ struct OpenFailed {
 }
 
 /// Whether the simulated disk made it up.
-fn is_injected(error: &dyn Error) -> bool {
+pub(crate) fn is_injected(error: &dyn Error) -> bool {
     chain(error).contains("simulated medium error")
 }
 
 /// An error and its causes as one sentence.
-fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

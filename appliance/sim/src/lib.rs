@@ -1,8 +1,8 @@
 //! A deterministic world for replication and journal. Never shipped.
 //!
 //! ```text
-//!   host disks ── issue ──▶ ring ──▶ agent: Source, spool ══ network ══▶ box: Target ──▶ journal on a lying disk
-//!       │                    survives    dies, stops           cut, half open    power cut, killed, full
+//!   host disks ── issue ──▶ ring ──▶ agent: Source, spool ══ network ══▶ box: Target ──▶ journal on a lying disk, beside
+//!       │                    survives    dies, stops           cut, half open    power cut, killed, full   another group's
 //!       └── write log: every version of every sector: the oracle
 //! ```
 //!
@@ -18,6 +18,9 @@
 //! - What was reported durable survives power cuts and kills.
 //! - A payload leaves the spool, and a flush is released as durable, only when the box has it durable.
 //! - In state sync no flush is released without that.
+//! - A second group on the same disk loses nothing either, whatever happens to the first.
+//! - A bit that turned over at rest is never served: reads are right or refused by name, and what is opened again lacks nothing
+//!   that was durable.
 //! - At rest the head of the journal equals the host's disks, bit for bit; and there always comes rest.
 //!
 //! # A failure
@@ -32,6 +35,7 @@
 mod agent;
 mod host;
 mod journal_store;
+mod neighbour;
 mod net;
 mod oracle;
 mod rng;

@@ -78,8 +78,27 @@ pub(crate) trait Store {
     fn read(&mut self, lsn: Lsn, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
     /// The newest state, gaps or not.
     fn read_head(&mut self, volume: usize, extent: Extent) -> Result<Vec<u8>, String>;
+    /// Turns one bit over in a file that is at rest; none where nothing is at rest.
+    fn flip(&mut self) -> Result<Option<Flipped>, String> {
+        Ok(None)
+    }
+    /// What a verification complains of.
+    fn verify(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+    /// Compares the other group on the same disk with its oracle.
+    fn check_neighbour(&mut self, _moments: u64) -> Result<(), String> {
+        Ok(())
+    }
     /// What the run added to the counts of the summary.
     fn counts(&self) -> StoreCounts;
+}
+
+/// A bit that turned over.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Flipped {
+    pub(crate) file: String,
+    pub(crate) offset: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]

@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::net::{Connection, ToAgent, ToBox, box_time};
 use crate::oracle::{Request, fill_sector};
 use crate::rng::Rng;
-use crate::store::{Down, MemoryStore, NotTaken, Store, StoreCounts};
+use crate::store::{Down, Flipped, MemoryStore, NotTaken, Store, StoreCounts};
 use model::{
     Bound, Consistency, Extent, GroupPolicy, GroupSpec, Lsn, Mark, MonoTime, SECTOR, SourceSeq, StreamId, SyncMode,
     WriteFlags,
@@ -58,6 +58,10 @@ pub struct Summary {
     pub cut_tails: u64,
     pub folds: u64,
     pub faults: u64,
+    pub flips: u64,
+    /// Flips that a read, a verification or the next start named; the others lay where nothing is.
+    pub flips_named: u64,
+    pub flips_refused_at_start: u64,
 }
 
 impl Summary {
@@ -101,6 +105,9 @@ impl Summary {
             ("cut tails", &mut self.cut_tails),
             ("folds", &mut self.folds),
             ("disk faults", &mut self.faults),
+            ("flips", &mut self.flips),
+            ("flips named", &mut self.flips_named),
+            ("flips refused at start", &mut self.flips_refused_at_start),
         ]
     }
 }
@@ -148,6 +155,10 @@ pub enum FailureKind {
     HeadDiffers { volume: usize, sector: u64 },
     #[error("could not read LSN {lsn}: {what}")]
     Unreadable { lsn: Lsn, what: String },
+    #[error("the other group on the disk: {what}")]
+    Neighbour { what: String },
+    #[error("a bit turned over in {file} at {offset:#x}, and then: {what}")]
+    Rot { file: String, offset: u64, what: String },
     #[error("not at rest after {steps} quiet steps: {status}")]
     NoRest { steps: u64, status: String },
 }
@@ -311,6 +322,8 @@ pub fn run_with(seed: u64, options: Options, trace: Option<TraceSink>) -> Result
     world.come_to_rest()?;
     world.check_head()?;
     world.check_points(16)?;
+    world.check_neighbour(8)?;
+    world.rot()?;
     Ok(world.sum_up())
 }
 
@@ -904,6 +917,56 @@ impl World {
         Ok(())
     }
 
+    fn check_neighbour(&mut self, moments: u64) -> Result<(), Failure> {
+        let checked = self.the_box.store.check_neighbour(moments);
+        checked.map_err(|what| self.trace.fail(FailureKind::Neighbour { what }))
+    }
+
+    /// A bit of the journal turns over while nothing happens. From then on every read is right or refused by name; the next start
+    /// refuses by name or has everything that was durable; and the other group does not notice.
+    fn rot(&mut self) -> Result<(), Failure> {
+        let flipped = self.the_box.store.flip().map_err(|what| self.trace.fail(FailureKind::StoreDied { what }))?;
+        let Some(Flipped { file, offset }) = flipped else { return Ok(()) };
+        self.trace.line("disk", "flip", &format!("{file} at {offset:#x}"));
+        self.summary.flips += 1;
+        let mut named = self.right_or_refused()?;
+        named |= !self.the_box.store.verify().is_empty();
+        let durable = self.the_box.store.progress().durable;
+        match self.the_box.store.restart(Down::InOrder, box_time(self.now_ms)) {
+            Ok(()) => {
+                let end = self.the_box.store.progress().appended;
+                if end < durable {
+                    let what = format!("it was durable to LSN {durable} and ends at {end}, with no word said");
+                    return Err(self.trace.fail(FailureKind::Rot { file, offset, what }));
+                }
+                named |= self.right_or_refused()?;
+                self.check_neighbour(4)?;
+            }
+            // The group stays closed until somebody acts, and says where it hurts.
+            Err(what) if names(&what, &file) => {
+                self.trace.line("box", "refuses", &what);
+                self.summary.flips_refused_at_start += 1;
+                named = true;
+            }
+            Err(what) => return Err(self.trace.fail(FailureKind::Rot { file, offset, what })),
+        }
+        self.summary.flips_named += u64::from(named);
+        Ok(())
+    }
+
+    /// Reads the head and some moments: says whether one was refused, and fails where one is wrong.
+    fn right_or_refused(&mut self) -> Result<bool, Failure> {
+        let mut refused = false;
+        for checked in [self.check_head(), self.check_points(6)] {
+            match checked {
+                Ok(()) => {}
+                Err(Failure { kind: FailureKind::Unreadable { .. }, .. }) => refused = true,
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(refused)
+    }
+
     fn sum_up(mut self) -> Summary {
         if let Some(agent) = self.agent.take() {
             self.count_agent(&agent.counts);
@@ -911,6 +974,11 @@ impl World {
         let StoreCounts { segments, cut_tails, folds } = self.the_box.store.counts();
         Summary { captures_lost: self.host.lost, segments, cut_tails, folds, ..self.summary }
     }
+}
+
+/// Whether the text names the file, if only by its last part.
+fn names(text: &str, file: &str) -> bool {
+    file.rsplit('/').next().is_some_and(|name| text.contains(name))
 }
 
 impl BoxSide {
