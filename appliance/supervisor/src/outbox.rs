@@ -6,7 +6,8 @@
 //! not even be woken: on the way of a durable write that saves a change of threads.
 //!
 //! The outbox also counts what the connection was given and has not been worked off ([`Outbox::owed`]): the pump reads nothing more
-//! from a connection that is over its budget, and so every queue behind it is bounded.
+//! from a connection that is over its budget, and so every queue behind it is bounded. It stops as well while more answers wait in here
+//! than a peer may leave unfetched.
 
 use std::{
     io,
@@ -51,13 +52,26 @@ pub struct Found {
     pub closing: bool,
 }
 
+/// How much a connection is behind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// Handed on and not worked off.
+    pub owed: usize,
+    /// Bytes of answers that nobody has taken to send.
+    pub waiting: usize,
+}
+
 impl Outbox {
     /// Lets answers be sent by the thread that has them. Before anything is put in.
     pub fn set_direct(&self, direct: Arc<dyn Direct>) {
         crate::lock(&self.state).direct = Some(direct);
     }
+    #[cfg(test)]
     pub fn owed(&self) -> usize {
-        crate::lock(&self.state).owed
+        self.standing().owed
+    }
+    pub fn standing(&self) -> Standing {
+        crate::lock(&self.state).standing()
     }
     /// Work of this cost was handed on.
     pub fn take_on(&self, cost: usize) {
@@ -102,15 +116,18 @@ impl Outbox {
         }
         Found { owed: state.owed, closing: state.closing }
     }
-    /// For the task: it waits for what is owed to fall. What is owed now: it may have fallen already.
-    pub fn starve(&self) -> usize {
+    /// For the task: it waits for what it is behind to fall. What that is now: it may have fallen already.
+    pub fn starve(&self) -> Standing {
         let mut state = crate::lock(&self.state);
         state.task_starves = true;
-        state.owed
+        state.standing()
     }
 }
 
 impl State {
+    fn standing(&self) -> Standing {
+        Standing { owed: self.owed, waiting: self.bytes.len() }
+    }
     /// Whether everything is sent.
     fn send_directly(&mut self) -> bool {
         if self.bytes.is_empty() {

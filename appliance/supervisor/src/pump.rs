@@ -6,7 +6,7 @@
 //!
 //! **Limits.** `budget` of work handed on and not answered; [`OUTPUT_BYTES_MAX`] of answers the peer does not fetch.
 
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Standing};
 use bytes::BytesMut;
 use std::{
     future::{Future as _, poll_fn},
@@ -59,19 +59,8 @@ where
 {
     let wanted = 1;
     let output = Vec::new();
-    let mut pump = Pump {
-        stream,
-        outbox,
-        parser,
-        budget,
-        input,
-        wanted,
-        ending: false,
-        output,
-        sent: 0,
-        unflushed: false,
-        said: 0,
-    };
+    let mut pump =
+        Pump { stream, outbox, parser, budget, input, wanted, ending: false, output, sent: 0, unflushed: false };
     poll_fn(|cx| pump.poll(cx)).await
 }
 
@@ -86,8 +75,6 @@ struct Pump<'a, S, P> {
     output: Vec<u8>,
     sent: usize,
     unflushed: bool,
-    /// What the parser answered itself and the outbox has not given back yet.
-    said: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
@@ -96,7 +83,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
             let mut found = None;
             if self.sent == self.output.len() {
                 self.output.clear();
-                (self.sent, self.said) = (0, 0);
+                self.sent = 0;
                 // Asks to be woken and looks under one lock: an answer put there later wakes us.
                 found = Some(self.outbox.collect(&mut self.output, cx.waker(), self.ending));
             }
@@ -110,7 +97,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
                 return Poll::Ready(Ok(()));
             }
             let closing = found.is_some_and(|f| f.closing);
-            if !self.ending && !closing && self.output.len() - self.sent + self.said <= OUTPUT_BYTES_MAX {
+            if !self.ending && !closing && self.output.len() - self.sent <= OUTPUT_BYTES_MAX {
                 moved |= self.parse()?;
                 moved |= match self.read(cx) {
                     Poll::Ready(Ok(true)) => true,
@@ -155,10 +142,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
             return Ok(false);
         }
         let had = self.input.len();
-        let mut room = self.budget.saturating_sub(self.outbox.owed());
+        let mut room = self.room(self.outbox.standing());
         if room == 0 {
             // Only who asks is told; and looks again, for it may have fallen in between.
-            room = self.budget.saturating_sub(self.outbox.starve());
+            room = self.room(self.outbox.starve());
             if room == 0 {
                 return Ok(false);
             }
@@ -171,11 +158,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin, P: Parser> Pump<'_, S, P> {
         }
         if !said.is_empty() {
             // By way of the outbox: others may be sending an answer of which only a part has gone out.
-            self.said += said.len();
             self.outbox.put(0, |out| out.extend_from_slice(&said));
             return Ok(true);
         }
         Ok(self.input.len() != had || self.ending)
+    }
+
+    /// What may still be handed on: nothing while the peer leaves too much unfetched, here or in the outbox.
+    fn room(&self, standing: Standing) -> usize {
+        let unfetched = self.output.len() - self.sent + standing.waiting;
+        if unfetched > OUTPUT_BYTES_MAX { 0 } else { self.budget.saturating_sub(standing.owed) }
     }
 
     /// Reads once; false at the end of the stream.
@@ -357,6 +349,56 @@ mod tests {
         let mut stream = Stream(wire.clone(), VecDeque::from([1, 1, 0]));
         pump(&mut stream, &outbox, &mut Refuser(&outbox), 1000, BytesMut::new()).await.unwrap();
         assert_eq!(String::from_utf8(crate::lock(&wire.0).clone()).unwrap(), "AAAAAAAArrrrAAAAAAAArrrr");
+    }
+
+    /// A peer that asks and asks and fetches nothing is not read any more: its answers would fill the memory.
+    #[tokio::test]
+    async fn answers_that_nobody_fetches_are_bounded() {
+        /// Each byte is a question; the answer is there at once, and a thousand times as long.
+        struct Generous<'a>(&'a Arc<Outbox>);
+        impl Parser for Generous<'_> {
+            type Error = io::Error;
+            fn parse(&mut self, input: &mut BytesMut, _: &mut Vec<u8>, room: usize) -> io::Result<Parsed> {
+                assert!(room > 0);
+                let asked = input.len().min(64);
+                input.advance(asked);
+                self.0.put(0, |out| out.resize(out.len() + asked * 1000, 7));
+                self.0.wake();
+                Ok(if asked == 64 { Parsed::NoRoom } else { Parsed::Wants(1) })
+            }
+        }
+        let (mut client, mut server) = duplex(1 << 16);
+        let outbox = Arc::new(Outbox::default());
+        let mut generous = Generous(&outbox);
+        let pumping = pump(&mut server, &outbox, &mut generous, 1000, BytesMut::new());
+        let asking = async {
+            // Until nothing is taken any more; it would be 256 MB of answers.
+            for _ in 0..64 {
+                let taken = client.write_all(&[1; 1 << 12]);
+                match tokio::time::timeout(std::time::Duration::from_millis(200), taken).await {
+                    Ok(written) => written.unwrap(),
+                    Err(_) => return,
+                }
+            }
+        };
+        tokio::select! {
+            ended = pumping => panic!("it ended: {ended:?}"),
+            () = asking => {}
+        }
+        let waiting = outbox.standing().waiting;
+        assert!(waiting <= OUTPUT_BYTES_MAX + 64_000, "{waiting} bytes of answers wait");
+        // What was held up goes on once it is fetched.
+        let pumping = async { pump(&mut server, &outbox, &mut Generous(&outbox), 1000, BytesMut::new()).await };
+        let fetching = async {
+            let mut some = vec![0; 1 << 20];
+            for _ in 0..8 {
+                client.read_exact(&mut some).await.unwrap();
+            }
+        };
+        tokio::select! {
+            ended = pumping => panic!("it ended: {ended:?}"),
+            () = fetching => {}
+        }
     }
 
     #[tokio::test]
