@@ -315,7 +315,7 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     host.wait_gate("sync")?;
 
     // The agent hangs whole: the kernel takes its leg for dead.
-    host.stalls_during(20)?;
+    host.stalls_during(10)?;
     host.sh("sleep 2; kill -STOP $(cat /tmp/agent)")?;
     let hung = host.stalls()?;
     ensure!(hung["errors"] == 0 && hung["writes"].as_u64() > Some(1), "{hung}");

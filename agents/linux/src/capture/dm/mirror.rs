@@ -15,24 +15,18 @@
 //! box ([`take_out_all`]).
 //!
 //! **Order of steps, and what a crash between them leaves:** inner device made (harmless, found again by its identifier) → leg connected
-//! (a dead NBD device; harmless) → table loaded (dropped with the next load) → swap (in one call) → old leg disconnected. Taking out: old
-//! table loaded → swap → inner removed → leg disconnected.
+//! (it ends with its process) → table loaded (dropped with the next load) → swap (in one call). Taking out: old table loaded → swap →
+//! inner removed → leg closed.
 
 use super::{
     ioctl::{DeviceMapper, DmError, InFlight, NAME_MAX, UUID_MAX},
     leg::{self, FromLeg, GUARD_MARGIN_MS, Leg},
-    nbdk::{self, KernelNbd, NbdError, Setup},
+    nbdk::{self, Connected, NbdError, Setup},
     table::{self, Found, Health, TableRefusal},
 };
 use crate::capture::DevNo;
 use model::{ByteLen, SECTOR};
-use std::{
-    fs, io,
-    os::{fd::AsFd, unix::net::UnixStream},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, os::unix::net::UnixStream, path::PathBuf, sync::Arc, time::Duration};
 
 const UUID_PREFIX: &str = "HOLDFAST-";
 const NAME_SUFFIX: &str = "-holdfast";
@@ -130,7 +124,7 @@ pub struct Mirror {
     pub name: String,
     outer: DevNo,
     inner: DevNo,
-    index: u32,
+    nbd: Connected,
     pub leg: Leg,
 }
 
@@ -172,9 +166,9 @@ impl Mirror {
         let known = dm.by_uuid(&uuid)?.map(|i| i.number);
         let table = dm.table(outer)?;
         let found = table::judge(&table, known).map_err(|source| MirrorError::Table { name: name.clone(), source })?;
-        let (has, old_leg) = match found {
-            Found::Plain { sectors } => (sectors, None),
-            Found::Mirrored { leg, sectors, .. } => (sectors, Some(leg)),
+        let (has, again) = match found {
+            Found::Plain { sectors } => (sectors, false),
+            Found::Mirrored { sectors, .. } => (sectors, true),
         };
         if has != sectors {
             return Err(MirrorError::Size { name, had: sectors, has });
@@ -194,9 +188,9 @@ impl Mirror {
             }
             (Found::Plain { .. }, None) => Self::make_inner(dm, &name_of(&name), &uuid, &table)?,
         };
-        let made = Self::connect(dm, [outer, inner], sectors, bounds, deliver).and_then(|(leg, index)| {
-            let mirror = Self { name, outer, inner, index, leg };
-            mirror.swap_in(dm, sectors, old_leg).map(|()| mirror)
+        let made = Self::connect(dm, [outer, inner], sectors, bounds, deliver).and_then(|(leg, nbd)| {
+            let mirror = Self { name, outer, inner, nbd, leg };
+            mirror.swap_in(dm, sectors, again).map(|()| mirror)
         });
         if made.is_err() && matches!(found, Found::Plain { .. }) {
             // As it was before. What cannot be removed now is found by the next try.
@@ -226,7 +220,7 @@ impl Mirror {
         sectors: u64,
         bounds: Bounds,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
-    ) -> Result<(Leg, u32), MirrorError> {
+    ) -> Result<(Leg, Connected), MirrorError> {
         let system = |what| move |source| MirrorError::System { what, source };
         // Without it the count of writes under way is always zero.
         if fs::read_to_string(sysfs(inner, "queue/iostats")).is_ok_and(|t| t.trim() == "0") {
@@ -240,7 +234,6 @@ impl Mirror {
             timeout: Duration::from_millis(bounds.stall_ms_max()),
             server_flags: info.agreed_flags(),
         };
-        let nbd = KernelNbd::open()?;
         let asks = dm.clone();
         // When it cannot be told, the engine is asked.
         let mirror_reads = move || {
@@ -248,44 +241,31 @@ impl Mirror {
         };
         let leg = Leg::serve(ours, info, bounds.answer_ms, mirror_reads, deliver)
             .map_err(system("start the leg's threads"))?;
-        let index = nbd.connect(kernel.as_fd(), &setup)?;
-        if let Err(e) = nbdk::bound_requests(index, leg::REQUEST_KIB) {
+        let nbd = nbdk::connect(kernel.into(), &setup)?;
+        if let Err(e) = nbd.bound_requests(leg::REQUEST_KIB) {
             tracing::warn!(error = %e, "could not bound the leg's requests: it may hold more of the host's writes in memory");
         }
-        Ok((leg, index))
+        Ok((leg, nbd))
     }
 
-    /// Changes the table, and lets go of the leg that was there before.
-    fn swap_in(&self, dm: &DeviceMapper, sectors: u64, old_leg: Option<DevNo>) -> Result<(), MirrorError> {
-        let loaded = nbdk::number(self.index)
-            .map_err(MirrorError::from)
-            .and_then(|leg| Ok(dm.load(self.outer, &[table::mirror(sectors, self.inner, leg)], false)?));
-        let how = if old_leg.is_some() { InFlight::HandOver } else { InFlight::Complete };
-        if let Err(e) = loaded.and_then(|()| Ok(dm.swap(self.outer, how)?)) {
+    /// Changes the table. A leg that was there before is dead, or dies with its process.
+    fn swap_in(&self, dm: &DeviceMapper, sectors: u64, again: bool) -> Result<(), MirrorError> {
+        let number = self.nbd.number()?;
+        let loaded = dm.load(self.outer, &[table::mirror(sectors, self.inner, number)], false);
+        let how = if again { InFlight::HandOver } else { InFlight::Complete };
+        if let Err(e) = loaded.and_then(|()| dm.swap(self.outer, how)) {
             // The old table is still in use. Should the device be suspended, this resumes it with that.
             let _ = dm.clear(self.outer);
             let _ = dm.resume(self.outer);
-            self.disconnect(self.index);
-            return Err(e);
-        }
-        if let Some(index) = old_leg.and_then(nbdk::index_of)
-            && index != self.index
-        {
-            self.disconnect(index);
+            return Err(e.into());
         }
         Ok(())
-    }
-
-    fn disconnect(&self, index: u32) {
-        if let Err(e) = KernelNbd::open().and_then(|nbd| nbd.disconnect(index)) {
-            tracing::warn!(name = self.name, index, error = %crate::error_chain(&e), "could not let go of an NBD device");
-        }
     }
 
     /// The policy has changed.
     pub fn set_bounds(&self, bounds: Bounds) -> Result<(), MirrorError> {
         self.leg.set_bound(bounds.answer_ms);
-        Ok(KernelNbd::open()?.set_timeout(self.index, Duration::from_millis(bounds.stall_ms_max()))?)
+        Ok(self.nbd.set_timeout(Duration::from_millis(bounds.stall_ms_max()))?)
     }
 
     /// The volume itself.
@@ -308,7 +288,7 @@ impl Mirror {
         if only.kind != "mirror" {
             return Ok(Seen::Replaced);
         }
-        let ours = format!("2 {} {} ", self.inner, nbdk::number(self.index)?);
+        let ours = format!("2 {} {} ", self.inner, self.nbd.number()?);
         if !only.params.starts_with(&ours) {
             return Ok(Seen::Replaced);
         }
@@ -327,9 +307,7 @@ impl Mirror {
     /// Gives the volume its old table back.
     pub fn take_out(self, dm: &DeviceMapper) -> Result<(), MirrorError> {
         self.leg.open_up();
-        let taken = restore(dm, self.outer, self.inner);
-        self.disconnect(self.index);
-        taken
+        restore(dm, self.outer, self.inner)
     }
 }
 
@@ -391,16 +369,13 @@ pub fn take_out_all(dm: &DeviceMapper) -> Result<Vec<String>, MirrorError> {
         let mirrored = |(device, name): &(DevNo, String)| {
             let table = dm.table(*device).ok()?;
             match table::judge(&table, Some(*inner)) {
-                Ok(Found::Mirrored { leg, .. }) => Some((*device, name.clone(), leg)),
+                Ok(Found::Mirrored { .. }) => Some((*device, name.clone())),
                 _ => None,
             }
         };
         match devices.iter().find_map(mirrored) {
-            Some((outer, name, leg)) => {
+            Some((outer, name)) => {
                 restore(dm, outer, *inner)?;
-                if let Some(index) = nbdk::index_of(leg) {
-                    KernelNbd::open()?.disconnect(index)?;
-                }
                 out.push(name);
             }
             // Left over: nobody's leg any more.

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`ioctl`] | the device mapper's control device |
 //! | [`table`] | which tables may carry a mirror, what ours looks like |
-//! | [`nbdk`] | the kernel's NBD client over netlink |
+//! | [`nbdk`] | the kernel's NBD client |
 //! | [`leg`] | the served leg, its guard |
 //! | [`mirror`] | insertion, watch, removal |
 //! | [`order`] | which writes may not be on the local disk yet |
@@ -25,8 +25,8 @@
 //! | | |
 //! |---|---|
 //! | the box does not answer | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s` |
-//! | the agent is killed | the connection closes: the kernel leaves the leg out, no error, a stall of milliseconds |
-//! | the agent hangs whole | the kernel's time limit: bound + 5.5 s, once; then as if killed |
+//! | the agent is killed or stopped (SIGSTOP) | the connection ends: the kernel leaves the leg out, no error, a stall of milliseconds; the same under *strict*: a promise without an agent is none |
+//! | the agent hangs in the kernel | the kernel's time limit: bound + 5.5 s, once; then as if killed |
 //! | the agent's engine hangs | the leg's guard answers at the bound |
 //! | the local disk fails | the host's writes go on to the box and an alarm is raised; reads are served from the box while it has everything (state sync), else they fail (EIO) |
 //! | LVM loads another table | seen within a second; the mirror is put in again; everything is copied |
