@@ -7,7 +7,10 @@ use crate::{
     tls,
 };
 use model::HostId;
-use std::time::{Duration, Instant};
+use std::{
+    io::{self, BufRead as _, Read as _},
+    time::{Duration, Instant},
+};
 use wire::{EnrolToken, Message, ParseTokenError, Purpose};
 
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,9 @@ pub enum EnrolError {
     State(#[source] state::StateError),
 }
 
+/// A token has 59 characters; a file named by mistake must not be read whole.
+const TOKEN_LINE_MAX: u64 = 1024;
+
 /// A key of this host and the request to sign it.
 pub struct Request {
     pub key_pem: String,
@@ -59,6 +65,17 @@ pub fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name: String = name.trim().chars().filter(|c| !c.is_control()).take(128).collect();
     if name.is_empty() { "unnamed".to_owned() } else { name }
+}
+
+/// The token an administrator named: itself, or `-` for the first line of `input`. What stands on a command line is seen by every user of
+/// the host for as long as the command runs, and the first to use a token has it.
+pub fn token_from(argument: &str, input: impl io::Read) -> io::Result<String> {
+    if argument != "-" {
+        return Ok(argument.to_owned());
+    }
+    let mut line = String::new();
+    io::BufReader::new(input.take(TOKEN_LINE_MAX)).read_line(&mut line)?;
+    Ok(line.trim().to_owned())
 }
 
 /// Enrols this host and stores its identity. The token is sent only to a box whose CA has the token's fingerprint.
@@ -100,4 +117,17 @@ fn check(token: &EnrolToken, ca_pem: &str) -> Result<(), EnrolError> {
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(|_| EnrolError::OtherCa)?;
     let print = ring::digest::digest(&ring::digest::SHA256, &ca);
     if print.as_ref().starts_with(&token.ca_fingerprint) { Ok(()) } else { Err(EnrolError::OtherCa) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_comes_from_the_command_line_or_from_the_input() {
+        assert_eq!(token_from("ABC.12", io::empty()).unwrap(), "ABC.12");
+        assert_eq!(token_from("-", &b" ABC.12 \nmore"[..]).unwrap(), "ABC.12");
+        assert_eq!(token_from("-", io::empty()).unwrap(), "", "refused as no token");
+        assert_eq!(token_from("-", io::repeat(b'x')).unwrap().len() as u64, TOKEN_LINE_MAX);
+    }
 }

@@ -39,7 +39,8 @@ enum Command {
         /// HOST:PORT of the box
         #[arg(long = "box")]
         box_address: String,
-        #[arg(long)]
+        /// The token, or `-` to read it from standard input: a command line is seen by every user of this host
+        #[arg(long, allow_hyphen_values = true)]
         token: String,
         /// Name of this host on the box [default: its host name]
         #[arg(long)]
@@ -151,6 +152,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             let state = StateDir::open(&config.state_dir, &config.run_dir)?;
             let _lock = state.lock()?;
             let name = name.unwrap_or_else(enrol::host_name);
+            let token = enrol::token_from(&token, std::io::stdin()).context("could not read the token")?;
             let identity = enrol::enrol(&state, &box_address, &token, &name)?;
             println!("enrolled as host {} ({name}) at {box_address}", identity.host);
             println!("next: systemctl enable --now holdfast-agent, then holdfast-agent protect DEVICE");
