@@ -6,7 +6,7 @@
 use crate::repo::Repo;
 use anyhow::Result;
 use hw_tests::{
-    guest::Kernel,
+    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Kernel},
     process,
     tools::{self, Need, TOOLS, Tool},
 };
@@ -71,6 +71,13 @@ pub fn install(repo: &Repo, purpose: Option<Purpose>) -> Result<Missing> {
     if purpose.is_none_or(|p| p == Purpose::Test) && missing.tools.is_empty() {
         let kernel = Kernel::debian(GUEST_KERNEL, &repo.target_dir()?.join("guest"))?;
         println!("guests run Debian's kernel {}", kernel.version);
+        // Tests of these are skipped by name where they cannot be had.
+        for release in [BOOKWORM_BACKPORTS, BULLSEYE_SECURITY] {
+            match Kernel::of_release(&release, &repo.target_dir()?.join("guest")) {
+                Ok(kernel) => println!("and {}", kernel.version),
+                Err(e) => println!("Linux {} could not be had: {e:#}", release.name),
+            }
+        }
     }
     Ok(missing)
 }
