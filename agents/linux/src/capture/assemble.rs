@@ -10,8 +10,7 @@
 //!     └► COMPLETE or FIRST again ─► Lost       COMPLETE of nothing ────► Lost(Unmatched)
 //! ```
 //!
-//! A completion may go unseen (a busy machine shows bursts of writes whose completions the kernel's own trace has and the program was not
-//! run for). The data is there all the same; what is missing is the word that it has reached the disk. It is made up for when the
+//! A completion may go unseen (see [`super::bpf`]). The data is there all the same; what is missing is the word that it has reached the disk. It is made up for when the
 //! request's memory is used again, and by [`Assembler::settle`] when the disk itself says that nothing is under way. What is then not
 //! known is whether the disk failed that write.
 //!

@@ -230,8 +230,10 @@ struct {
 	__type(value, struct counters);
 } counters SEC(".maps");
 
+/* The agent reads it with each poll, by a mapping: see `mod.rs` for why it may not call the kernel for that. */
 struct {
 	__uint(type, 2); /* ARRAY: [0] losses so far */
+	__uint(map_flags, 1 << 10); /* MMAPABLE */
 	__uint(max_entries, 1);
 	__type(key, u32);
 	__type(value, u64);

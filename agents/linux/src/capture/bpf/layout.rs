@@ -3,7 +3,7 @@
 use aya::Pod;
 
 /// Grows with every change of what a pinned kernel half and another version of the agent would understand differently.
-pub const ABI: u64 = 2;
+pub const ABI: u64 = 3;
 /// First cell of `meta`, with [`ABI`]: "HFBPF" in ASCII.
 pub const META_MAGIC: u64 = 0x4846_4250_4600_0000;
 /// Cells of `meta`.
