@@ -1,6 +1,6 @@
 //! Sync mode on real kernels: a host in a guest whose volume is mirrored live, and whose writes wait for the box.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hw_tests::{
     Draw, Scratch, compare,
     disk::check_ext4,
@@ -13,6 +13,7 @@ use hw_tests::{
 use serde_json::{Value, json};
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -23,26 +24,41 @@ const SYNC_MAX: Duration = Duration::from_secs(120);
 /// A guest's way to this machine's loopback.
 const HOST: &str = "10.0.2.2";
 const AGENT: &str = "/programs/holdfast-agent --config /etc/agent.toml";
-const VOLUME: &str = "/dev/mapper/data";
+/// LVM with nobody behind it: no udev, no configuration.
+const LVM: &str = "/programs/lvm";
+const LVM_ALONE: &str =
+    "--config 'devices{use_devicesfile=0} activation{udev_sync=0 udev_rules=0} backup{backup=0 archive=0}'";
 /// Rewrites eight files, each synced.
 const WRITER: &str = "while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of=/mnt/f$((i%8)) bs=16k count=4 conv=fsync 2>/dev/null; i=$((i+1)); done";
+
+/// What the protected volume is.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Plain,
+    /// A logical volume, made and changed by LVM's own tools.
+    Lvm,
+    /// Encrypted: what is mirrored is what is above the encryption.
+    Crypt,
+}
 
 /// A host with a volume of the device mapper, a disk for the agent's state, and a serial line for what it wants known at once.
 struct Host {
     guest: Guest,
     disk: PathBuf,
     said: PathBuf,
+    /// Of the device mapper.
+    name: &'static str,
 }
 
 impl Host {
-    fn boot(bins: &Binaries, dir: &Path) -> Result<Self> {
+    fn boot(bins: &Binaries, dir: &Path, kind: Kind) -> Result<Self> {
         let kernel =
             Kernel::debian("linux-image-amd64", &PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"))?;
         let mut initramfs = Initramfs::new(&kernel)?;
-        for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd"] {
+        for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd", "dm-crypt", "xts", "aes_generic"] {
             initramfs.module(&kernel, module)?;
         }
-        for tool in ["mke2fs", "dmsetup"] {
+        for tool in ["mke2fs", "dmsetup", "lvm"] {
             initramfs.program(&tools::need(tool)?)?;
         }
         initramfs.program(&bins.agent)?;
@@ -70,16 +86,43 @@ impl Host {
             "chardev:said",
         ];
         let guest = Guest::boot(&kernel, &initramfs, &dir.join("guest"), &args)?;
-        let mut this = Self { guest, disk, said };
+        let name = if kind == Kind::Lvm { "vg-data" } else { "data" };
+        let mut this = Self { guest, disk, said, name };
         this.sh("stty -F /dev/ttyS2 raw -echo")?;
         this.sh(
             "mkdir -p /var/agent /dev/mapper && /programs/mke2fs -q -t ext4 /dev/vdb && mount /dev/vdb /var/agent",
         )?;
         let sectors = DISK_BYTES / 512;
-        this.sh(&format!(
-            "/programs/dmsetup create data --noudevsync --table '0 {sectors} linear /dev/vda 0' && /programs/dmsetup mknodes"
-        ))?;
+        let table = match kind {
+            Kind::Plain => format!("0 {sectors} linear /dev/vda 0"),
+            Kind::Crypt => format!("0 {sectors} crypt aes-xts-plain64 {} 0 /dev/vda 0", "5a".repeat(32)),
+            Kind::Lvm => {
+                this.sh("mkdir -p /run/lock/lvm /etc/lvm")?;
+                for step in
+                    ["pvcreate -ff -y /dev/vda", "vgcreate vg /dev/vda", "lvcreate -y -Wn -Zn -l 100%FREE -n data vg"]
+                {
+                    this.sh(&format!("{LVM} {step} {LVM_ALONE}"))?;
+                }
+                return Ok(this);
+            }
+        };
+        this.sh(&format!("/programs/dmsetup create data --noudevsync --table '{table}' && /programs/dmsetup mknodes"))?;
         Ok(this)
+    }
+
+    fn volume(&self) -> String {
+        format!("/dev/mapper/{}", self.name)
+    }
+
+    /// What a volume of one piece holds, as a file; its table when it is not mirrored says where it lies.
+    fn oracle(&self, plain: &str) -> Result<PathBuf> {
+        let words: Vec<&str> = plain.split_whitespace().collect();
+        let ["0", sectors, "linear", _, start] = words.as_slice() else { bail!("not one piece: {plain}") };
+        let mut bytes = vec![0; sectors.parse::<usize>()? * 512];
+        fs::File::open(&self.disk)?.read_exact_at(&mut bytes, start.parse::<u64>()? * 512)?;
+        let to = self.disk.with_extension("volume");
+        fs::write(&to, bytes)?;
+        Ok(to)
     }
 
     fn sh(&mut self, line: &str) -> Result<String> {
@@ -122,6 +165,12 @@ impl Host {
         .with_context(|| format!("see {}", self.guest.log_path().display()))
     }
 
+    /// Waits until the mirror is in the volume, and in step.
+    fn wait_whole(&mut self) -> Result<()> {
+        wait_for("the mirror to be in again", STEP_MAX, || Ok(self.table()?.contains("mirror core").then_some(())))?;
+        self.wait_gate("sync").map(drop)
+    }
+
     fn start_writer(&mut self) -> Result<()> {
         self.sh(&format!("rm -f /tmp/stop /tmp/stopped; ({WRITER}; touch /tmp/stopped) >/dev/null 2>&1 &")).map(drop)
     }
@@ -131,7 +180,7 @@ impl Host {
 
     /// The table of the volume: the kind of its only target.
     fn table(&mut self) -> Result<String> {
-        self.sh("/programs/dmsetup table data")
+        self.sh(&format!("/programs/dmsetup table {}", self.name))
     }
 
     /// Writes and syncs for so long; what the longest one took and whether any failed.
@@ -161,25 +210,26 @@ fn a_mounted_volume_is_mirrored_live_and_its_agent_may_die() -> Result<()> {
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path())?;
+    let mut host = Host::boot(&bins, dir.path(), Kind::Lvm)?;
     host.join(&appliance)?;
-    host.sh(&format!("/programs/mke2fs -q -t ext4 {VOLUME} && mount {VOLUME} /mnt"))?;
+    let volume = host.volume();
+    host.sh(&format!("/programs/mke2fs -q -t ext4 {volume} && mount {volume} /mnt"))?;
     let plain = host.table()?;
     let refused = host.sh(&format!("! {AGENT} protect --sync /dev/vda --group no"))?;
     ensure!(refused.contains("not a volume of the device mapper"), "{refused}");
 
     // In, under a file system with a writer.
     host.start_writer()?;
-    host.sh(&format!("{AGENT} protect --sync {VOLUME} --group data"))?;
+    host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
     host.wait_gate("sync")?;
     let table = host.table()?;
     ensure!(table.contains("mirror core 2 1024 nosync 2") && table.contains("handle_errors keep_log"), "{table}");
     appliance.bookmark("data", "running")?;
     host.stop_writer()?;
-    host.sh("sync && /programs/dmsetup suspend data")?;
+    host.sh("sync && /programs/dmsetup suspend vg-data")?;
     // No bookmark is needed to have the newest: what was acknowledged is there.
-    assert_identical(&appliance, &At::Latest, &host.disk)?;
-    host.sh("/programs/dmsetup resume data --noudevsync")?;
+    assert_identical(&appliance, &At::Latest, &host.oracle(&plain)?)?;
+    host.sh("/programs/dmsetup resume vg-data --noudevsync")?;
     let image = dir.path().join("running.img");
     let view = appliance.view("data", &At::Bookmark("running".into()))?;
     view.only()?.connect()?.copy_to(&image)?;
@@ -198,21 +248,26 @@ fn a_mounted_volume_is_mirrored_live_and_its_agent_may_die() -> Result<()> {
     host.stop_writer()?;
     host.sh("umount /mnt && sync")?;
     let end = appliance.bookmark("data", "end")?;
-    assert_identical(&appliance, &At::Lsn(end.lsn), &host.disk)?;
+    assert_identical(&appliance, &At::Lsn(end.lsn), &host.oracle(&plain)?)?;
+
+    // LVM loads its own table: the mirror is put in again.
+    host.sh(&format!("{LVM} lvchange --refresh vg/data {LVM_ALONE}"))?;
+    host.wait_whole()?;
 
     // Out again: the table as it was, and nothing left.
-    host.sh("mount /dev/mapper/data /mnt")?;
+    host.sh(&format!("mount {volume} /mnt"))?;
     host.start_writer()?;
     host.sh("kill -9 $(cat /tmp/agent); sleep 1")?;
     let out = host.sh(&format!("{AGENT} remove"))?;
-    ensure!(out.contains("/dev/mapper/data has its own table again"), "{out}");
+    ensure!(out.contains("/dev/mapper/vg-data has its own table again"), "{out}");
     host.stop_writer()?;
     assert_eq!(host.table()?, plain);
     let left = host.sh("/programs/dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; true")?;
     ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
     host.sh("umount /mnt")?;
+    let end = host.oracle(&plain)?;
     host.guest.power_off()?;
-    check_ext4(&host.disk, false)?;
+    check_ext4(&end, false)?;
     appliance.stop()?;
     dir.done()
 }
@@ -229,14 +284,17 @@ fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
     let mut draw = Draw::new(seed);
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path())?;
+    let mut host = Host::boot(&bins, dir.path(), Kind::Crypt)?;
     host.join(&appliance)?;
-    host.sh(&format!("{AGENT} protect --sync {VOLUME} --group data"))?;
+    let volume = host.volume();
+    // What was never written decrypts to noise.
+    host.sh(&format!("dd if=/dev/zero of={volume} bs=64k count=16 oflag=direct 2>&1"))?;
+    host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
     host.wait_gate("sync")?;
     let writers: Vec<u64> = (1..=3).map(|n| seed ^ (n << 40)).collect();
     for (at, writer) in writers.iter().enumerate() {
         let offset = at as u64 * AREA;
-        host.sh(&format!("/programs/guest-load acks {VOLUME} {offset} {writer} /dev/ttyS2 >/dev/ttyS0 2>&1 &"))?;
+        host.sh(&format!("/programs/guest-load acks {volume} {offset} {writer} /dev/ttyS2 >/dev/ttyS0 2>&1 &"))?;
     }
     let acked = |said: &Path| -> Result<Vec<u64>> {
         let text = fs::read_to_string(said)?;
@@ -297,10 +355,11 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path())?;
+    let mut host = Host::boot(&bins, dir.path(), Kind::Plain)?;
     host.join(&appliance)?;
-    host.sh(&format!("/programs/mke2fs -q -t ext4 {VOLUME} && mount {VOLUME} /mnt"))?;
-    host.sh(&format!("{AGENT} protect --sync --wait-ms 1000 {VOLUME} --group data"))?;
+    let volume = host.volume();
+    host.sh(&format!("/programs/mke2fs -q -t ext4 {volume} && mount {volume} /mnt"))?;
+    host.sh(&format!("{AGENT} protect --sync --wait-ms 1000 {volume} --group data"))?;
     host.wait_gate("sync")?;
 
     // The box hangs: the host waits for its bound, goes on without it, and is in step again when the box is back.
@@ -312,6 +371,22 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     ensure!(degraded["gate"].as_str().is_some_and(|g| g.starts_with("degraded")), "{degraded}");
     ensure!(degraded["reason"].as_str().is_some_and(|r| r.contains("the host waited")), "{degraded}");
     appliance.program()?.signal(libc::SIGCONT)?;
+    host.wait_gate("sync")?;
+
+    // The same under the other policy: the write stands still as long as the box does, and returns with it.
+    appliance.run_cli(&["group", "policy", "data", "--at-bound", "hold"])?;
+    wait_for("the agent to hear of it", STEP_MAX, || {
+        Ok((host.group()?["policy"]["mode"]["sync"]["at_bound"] == "hold").then_some(()))
+    })?;
+    appliance.program()?.signal(libc::SIGSTOP)?;
+    host.sh("(dd if=/dev/urandom of=/mnt/held bs=16k count=4 conv=fsync 2>/dev/null && echo done >/tmp/held) >/dev/null 2>&1 &")?;
+    wait_for("the agent to say that the host is held", STEP_MAX, || {
+        Ok(host.group()?["reason"].as_str().is_some_and(|r| r.contains("as the policy says")).then_some(()))
+    })?;
+    assert_eq!(host.sh("cat /tmp/held 2>/dev/null; true")?.trim(), "", "the write returned without the box");
+    appliance.program()?.signal(libc::SIGCONT)?;
+    host.sh("while ! [ -e /tmp/held ]; do sleep 1; done")?;
+    appliance.run_cli(&["group", "policy", "data", "--at-bound", "degrade"])?;
     host.wait_gate("sync")?;
 
     // The agent hangs whole: the kernel takes its leg for dead.
@@ -333,19 +408,18 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     host.sh(&format!(
         "/programs/dmsetup load data --table '0 {sectors} linear /dev/vda 0' && /programs/dmsetup resume data --noudevsync"
     ))?;
-    wait_for("the mirror to be in again", STEP_MAX, || Ok(host.table()?.contains("mirror core").then_some(())))?;
-    host.wait_gate("sync")?;
+    host.wait_whole()?;
 
     // The local disk fails writes: the host hears of no error, reads what it wrote, and the box has it.
     let pattern = |text: &str| format!("yes {text} | dd of=/tmp/pattern bs=4096 count=1 iflag=fullblock 2>/dev/null");
-    let write = format!("dd if=/tmp/pattern of={VOLUME} bs=4k seek=1000 oflag=direct conv=notrunc 2>&1");
+    let write = format!("dd if=/tmp/pattern of={volume} bs=4k seek=1000 oflag=direct conv=notrunc 2>&1");
     host.sh(&format!("{} && {write}", pattern("AAA")))?;
     host.sh(&format!(
         "/programs/dmsetup load data-holdfast --table '0 {sectors} flakey /dev/vda 0 0 1000 1 error_writes' && /programs/dmsetup resume data-holdfast --noudevsync"
     ))?;
     host.sh(&format!("{} && {write}", pattern("BBB")))?;
     let on_disk = block_through(&mut host, "/dev/vda", 1000)?;
-    assert_eq!((block_through(&mut host, VOLUME, 1000)?.trim(), on_disk.trim()), ("BBB", "AAA"));
+    assert_eq!((block_through(&mut host, &volume, 1000)?.trim(), on_disk.trim()), ("BBB", "AAA"));
     let view = appliance.view("data", &At::Latest)?;
     let mut block = [0; 4];
     view.only()?.connect()?.read(1000 * 4096, &mut block)?;

@@ -24,7 +24,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | the box does not answer | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s` |
+//! | the box does not answer in time | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s` |
 //! | the agent is killed or stopped (SIGSTOP) | the connection ends: the kernel leaves the leg out, no error, a stall of milliseconds; the same under *strict*: a promise without an agent is none |
 //! | the agent hangs in the kernel | the kernel's time limit: bound + 5.5 s, once; then as if killed |
 //! | the agent's engine hangs | the leg's guard answers at the bound |
