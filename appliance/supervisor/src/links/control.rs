@@ -399,8 +399,9 @@ fn plan_protection(
         return Err(refusal(RefuseCode::VolumeChanged, format!("{} is smaller than it was", changed.name)));
     }
     let volumes = number(&have.volumes, volumes);
-    // The policy is the operator's by now: a host that protects again does not change what was set on the box.
-    let spec = GroupSpec { volumes, ..have };
+    // The policy is the operator's by now: a host that protects again changes of it only what it asks for by name.
+    let mode = if mode == SyncMode::Async { have.policy.mode } else { mode };
+    let spec = GroupSpec { volumes, policy: GroupPolicy { mode, ..have.policy.clone() }, ..have };
     Ok(Protection::Again { group, spec })
 }
 

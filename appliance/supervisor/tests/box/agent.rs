@@ -875,8 +875,9 @@ fn what_a_host_may_protect_is_checked() {
     let other = Host::protect(&inside, "web", disk(1 << 20, 1));
     let mut control = host.control;
     let volume = host.spec.volumes[0].clone();
+    let wished = std::cell::Cell::new(SyncMode::Async);
     let mut protect = |name: &str, volumes: Vec<VolumeSpec>| {
-        control.say(&Message::Protect { group_name: name.into(), volumes, mode: SyncMode::Async });
+        control.say(&Message::Protect { group_name: name.into(), volumes, mode: wished.get() });
         loop {
             match control.hear() {
                 Ok(Message::HeartbeatAck { .. } | Message::Command { .. }) => {}
@@ -902,6 +903,11 @@ fn what_a_host_may_protect_is_checked() {
     let again = protect("db", vec![second.clone(), volume.clone()]).unwrap();
     assert_eq!(serde_json::to_value(&again.policy).unwrap(), set);
     assert!(matches!(again.policy.mode, SyncMode::Sync { .. }), "{again:?}");
+    let waiting = SyncMode::Sync { wait_ms_max: 7, at_bound: model::Bound::Hold };
+    wished.set(waiting);
+    let again = protect("db", vec![second.clone(), volume.clone()]).unwrap();
+    assert_eq!((again.policy.mode, again.policy.window_hours), (waiting, 5), "what it asks for by name it gets");
+    wished.set(SyncMode::Async);
     assert_eq!(protect("db", vec![volume.clone()]), Err(Code::VolumeChanged));
     assert_eq!(protect("web", vec![volume.clone()]), Err(Code::NameTaken));
     assert_eq!(protect("x", vec![]), Err(Code::BadRequest));
