@@ -14,6 +14,8 @@
 //! - [`image`]: an ext4 image changed in rounds without root;
 //! - [`load`]: a writer whose every state is known;
 //! - [`compare`]: a view against its oracle, byte by byte;
+//! - [`line`]: a network line that is cut or goes half-open;
+//! - [`power`]: disks that lose power;
 //! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs.
 //!
 //! Tests are named by what they promise. One that cannot run here prints `SKIPPED: why` through [`skip`] and is counted
@@ -24,9 +26,11 @@ pub mod control;
 pub mod disk;
 pub mod guest;
 pub mod image;
+pub mod line;
 pub mod load;
 pub mod nbd;
 pub mod net;
+pub mod power;
 pub mod process;
 pub mod product;
 pub mod qmp;

@@ -42,6 +42,16 @@ impl Binaries {
         Self::in_dir(dir)
     }
 
+    /// An example built together with them.
+    pub fn example(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.holdfastd.parent().context("the programs are in no folder")?;
+        let file = dir.join("examples").join(name);
+        if !file.is_file() {
+            bail!("{} is not built: run `cargo build --workspace --examples` first", file.display());
+        }
+        Ok(file)
+    }
+
     pub fn in_dir(dir: &Path) -> Result<Self> {
         let built = |name: &str| -> Result<PathBuf> {
             let file = dir.join(name);
@@ -78,13 +88,22 @@ impl Appliance {
 
     /// As [`start`](Self::start), with TLS listeners on another address, e.g. one that guests reach.
     pub fn start_on(bins: &Binaries, dir: &Path, address: &str) -> Result<Self> {
+        Self::start_configured(bins, dir, address, "")
+    }
+
+    /// As [`start`](Self::start), with further lines in its configuration.
+    pub fn start_with(bins: &Binaries, dir: &Path, more: &str) -> Result<Self> {
+        Self::start_configured(bins, dir, "127.0.0.1", more)
+    }
+
+    fn start_configured(bins: &Binaries, dir: &Path, address: &str, more: &str) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         let at = |port: u16| -> Result<SocketAddr> { Ok(format!("{address}:{port}").parse()?) };
         let (listen, nbd_listen) = (at(free_port()?)?, at(free_port()?)?);
         let data = dir.join("data");
         let config = format!(
-            "data = {}\nnames = [\"localhost\"]\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n",
+            "data = {}\nnames = [\"localhost\"]\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n{more}",
             toml_text(&data),
             free_port()?
         );
@@ -345,6 +364,8 @@ pub struct Setup<'a> {
     pub config: &'a str,
     /// Its host is behind this cable; everything but the network it shares with us.
     pub cable: Option<Cable>,
+    /// Where it reaches the box; none: where the box listens.
+    pub address: Option<SocketAddr>,
 }
 
 impl Agent {
@@ -363,7 +384,13 @@ impl Agent {
         let mut this = Self { bins: bins.clone(), dir, pins, cable: setup.cable, program: None };
         if !this.dir.join("state").join("enrolled").exists() {
             let token = appliance.token()?;
-            this.run_cli(&["enrol", "--box", &appliance.listen().to_string(), "--token", &token])?;
+            this.run_cli(&[
+                "enrol",
+                "--box",
+                &setup.address.unwrap_or(appliance.listen()).to_string(),
+                "--token",
+                &token,
+            ])?;
         }
         this.run()?;
         wait_for("the agent to reach the box", START_MAX, || {

@@ -20,14 +20,25 @@ pub enum Need {
     Try,
     Test,
     Bench,
+    Package,
 }
 
-use Need::{Bench, Test, Try};
+use Need::{Bench, Package, Test, Try};
 
 /// Every tool anything in this tree calls. `cargo`, `rustc` and git are taken as given.
 pub const TOOLS: &[Tool] = &[
-    Tool { name: "cc", package: "gcc", used_for: "the C parts of zstd and ring", needed_by: &[Try, Test, Bench] },
-    Tool { name: "clang", package: "clang", used_for: "the agent's BPF program", needed_by: &[Try, Test, Bench] },
+    Tool {
+        name: "cc",
+        package: "gcc",
+        used_for: "the C parts of zstd and ring",
+        needed_by: &[Try, Test, Bench, Package],
+    },
+    Tool {
+        name: "clang",
+        package: "clang",
+        used_for: "the agent's BPF program",
+        needed_by: &[Try, Test, Bench, Package],
+    },
     Tool { name: "mke2fs", package: "e2fsprogs", used_for: "ext4 on test disks", needed_by: &[Try, Test, Bench] },
     Tool {
         name: "debugfs",
@@ -74,8 +85,15 @@ pub const TOOLS: &[Tool] = &[
     Tool {
         name: "dpkg-deb",
         package: "dpkg",
-        used_for: "unpacking the guests' kernel, the agent's package",
-        needed_by: &[Test],
+        used_for: "unpacking the guests' kernel, making packages",
+        needed_by: &[Test, Package],
+    },
+    Tool { name: "rpmbuild", package: "rpm", used_for: "making packages", needed_by: &[Test, Package] },
+    Tool {
+        name: "readelf",
+        package: "binutils",
+        used_for: "looking whether a program to be packed is static",
+        needed_by: &[Test, Package],
     },
     Tool { name: "xz", package: "xz-utils", used_for: "modules of the guests' newer kernels", needed_by: &[Test] },
     Tool { name: "mdadm", package: "mdadm", used_for: "RAID in guests", needed_by: &[Test] },
@@ -84,7 +102,6 @@ pub const TOOLS: &[Tool] = &[
     Tool { name: "btrfs", package: "btrfs-progs", used_for: "btrfs on test disks", needed_by: &[Test] },
     Tool { name: "xfs_repair", package: "xfsprogs", used_for: "checking XFS", needed_by: &[Test] },
     Tool { name: "psql", package: "postgresql", used_for: "a database on a captured disk", needed_by: &[Test] },
-    Tool { name: "rpmbuild", package: "rpm", used_for: "the agent's package", needed_by: &[Test] },
     Tool { name: "shellcheck", package: "shellcheck", used_for: "checking scripts", needed_by: &[Test] },
     Tool { name: "ip", package: "iproute2", used_for: "network faults", needed_by: &[Test] },
     Tool { name: "nsenter", package: "util-linux", used_for: "a host behind a cable of its own", needed_by: &[Test] },

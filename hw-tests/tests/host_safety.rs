@@ -62,7 +62,7 @@ impl Scene {
         let bins = Binaries::beside_us()?;
         let cable = Cable::new()?;
         let appliance = Appliance::start_on(&bins, &dir.join("box"), &cable.address().to_string())?;
-        let setup = Setup { config, cable: Some(cable) };
+        let setup = Setup { config, cable: Some(cable), ..Setup::default() };
         let agent = Agent::start_with(&bins, &dir.join("agent"), &appliance, setup)?;
         let mut disk = LoopDisk::create(&dir.join("disk.img"), DISK_BYTES)?;
         disk.make_ext4()?;

@@ -34,7 +34,7 @@ struct Host {
 impl Host {
     fn start(bins: &Binaries, appliance: &Appliance, dir: &Path, number: u64) -> Result<Self> {
         let group = format!("host{number}");
-        let setup = hw_tests::product::Setup { config: CONFIG, cable: None };
+        let setup = hw_tests::product::Setup { config: CONFIG, ..Default::default() };
         let agent = Agent::start_with(bins, &dir.join(&group), appliance, setup)?;
         let mut disks = Vec::new();
         for disk in 0..DISKS {

@@ -22,6 +22,7 @@ pub enum Purpose {
     Try,
     Test,
     Bench,
+    Package,
 }
 
 impl Purpose {
@@ -30,6 +31,7 @@ impl Purpose {
             Self::Try => Need::Try,
             Self::Test => Need::Test,
             Self::Bench => Need::Bench,
+            Self::Package => Need::Package,
         }
     }
 }

@@ -5,12 +5,14 @@
 //! - `tidy`: the rules of the house that no compiler checks;
 //! - `deps`: the system tools the others call;
 //! - `bench`: the figures, beside their peers, in one run;
+//! - `package`: deb and rpm of agent and box;
 //! - `sim`: one simulated world by its seed.
 
 mod bench;
 mod demo;
 mod deps;
 mod nobody;
+mod package;
 mod phases;
 mod repo;
 mod simulate;
@@ -44,6 +46,8 @@ enum Task {
     },
     /// Measure, beside the peers, and write the table
     Bench(bench::Options),
+    /// Make the packages that hosts and boxes are installed from
+    Package(package::Options),
     /// Run one simulated world
     Sim(simulate::Options),
 }
@@ -67,6 +71,7 @@ fn run(task: Task) -> Result<()> {
         Task::Tidy => tidy::run(&repo),
         Task::Deps { purpose } => deps::run(&repo, purpose),
         Task::Bench(options) => bench::run(&repo, &options),
+        Task::Package(options) => package::run(&repo, &options),
         Task::Sim(options) => simulate::run(&repo, &options),
     }
 }

@@ -18,11 +18,13 @@
 //! | `unsafe` | every `unsafe` says why it is sound |
 //! | `engine` | engine crates take time as an argument and start no threads |
 //! | `function-length` | a ceiling that only comes down |
+//! | `promises` | every test that the tables of faults and parts name exists |
 //! | `private-path` | no path of somebody's machine |
 //! | `shell` | shellcheck has nothing to say |
 
 mod law;
 mod length;
+mod promises;
 mod source;
 mod text;
 mod tree;
@@ -86,6 +88,10 @@ fn check(repo: &Repo) -> Result<Vec<Complaint>> {
     }
     let kept = fs::read_to_string(repo.root.join(length::LIST)).unwrap_or_default();
     complaints.extend(length::check(&sources, &kept));
+    for page in promises::PAGES {
+        let table = fs::read_to_string(repo.root.join(page)).unwrap_or_default();
+        complaints.extend(promises::check(page, &table, &sources));
+    }
     let metadata = repo.metadata()?;
     complaints.extend(law::check(&metadata)?);
     complaints.extend(tree::top_level(&top_level_names(&repo.root)?));
