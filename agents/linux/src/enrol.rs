@@ -8,7 +8,7 @@ use crate::{
 };
 use model::HostId;
 use std::{
-    io::{self, BufRead as _, Read as _},
+    io::{self, BufRead as _},
     time::{Duration, Instant},
 };
 use wire::{EnrolToken, Message, ParseTokenError, Purpose};

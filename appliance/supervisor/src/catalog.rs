@@ -420,6 +420,10 @@ mod tests {
         });
         assert!(matches!(refused, Err(ChangeError::Refused(_))));
         assert_eq!(catalog.data(), before);
-        catalog.change(|d| Ok::<_, Infallible>(d.hosts.clear())).unwrap();
+        let cleared = catalog.change(|d| {
+            d.hosts.clear();
+            Ok::<_, Infallible>(())
+        });
+        cleared.unwrap();
     }
 }

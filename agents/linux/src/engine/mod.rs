@@ -502,7 +502,7 @@ impl Engine {
             }
             Input::Request(request, answer) => self.request(request, answer),
             Input::Frozen { group, id, name, result } => self.frozen(group, id, name, result),
-            Input::Leg(target, what) => self.from_leg(target, what),
+            Input::Leg(target, what) => self.heard_from_leg(target, what),
             Input::Fenced(target, number) => self.ctx.sync.fenced(target, number),
         }
     }
@@ -536,10 +536,10 @@ impl Engine {
         self.watch_mirrors(now);
         if now.ms_since(self.last_retry) >= RETRY_STOPPED_MS {
             self.last_retry = now;
-            if self.groups.iter().any(|g| g.running.is_none() && !g.record.sync) {
-                if let Err(e) = self.start_stopped() {
-                    tracing::error!(error = %crate::error_chain(&e), "could not start a stopped group");
-                }
+            if self.groups.iter().any(|g| g.running.is_none() && !g.record.sync)
+                && let Err(e) = self.start_stopped()
+            {
+                tracing::error!(error = %crate::error_chain(&e), "could not start a stopped group");
             }
         }
         if now.ms_since(self.last_boot_store) >= BOOT_STORE_MS {

@@ -468,7 +468,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn from_leg(&mut self, target: TargetId, what: FromLeg) {
+    pub(super) fn heard_from_leg(&mut self, target: TargetId, what: FromLeg) {
         let Some(at) = self.ctx.sync.get(target) else { return };
         let group = at.group;
         match what {

@@ -203,6 +203,9 @@ fn session_number() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// Work that may wait for a disk, which no runtime worker may.
+type Blocking = Box<dyn FnOnce(&Arc<Links>) -> Result<Message, Refusal> + Send>;
+
 /// What the box says to a message. An error ends the connection.
 async fn answer(
     links: &Arc<Links>,
@@ -210,7 +213,7 @@ async fn answer(
     message: Message,
     open: &mut BTreeMap<u64, oneshot::Sender<CommandResult>>,
 ) -> Result<Option<Message>, Refusal> {
-    let blocking = |work: Box<dyn FnOnce(&Arc<Links>) -> Result<Message, Refusal> + Send>| {
+    let blocking = |work: Blocking| {
         let links = Arc::clone(links);
         async move {
             let done = tokio::task::spawn_blocking(move || work(&links)).await;

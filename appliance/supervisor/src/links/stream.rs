@@ -73,7 +73,6 @@ pub async fn serve(
 }
 
 /// Hears `OpenStream` and attaches to the group. Ok(None): the peer left.
-#[expect(clippy::type_complexity, reason = "a failed connection, a refusal and a peer that left are three things")]
 async fn open(
     links: &Arc<Links>,
     talk: &mut Talk<Tls>,

@@ -367,7 +367,7 @@ impl<'a> Writer<'a> {
     ) -> Self {
         let now = context.clock.mono();
         let reader = journal.reader();
-        shared.set_spec(GroupSpec::clone(&journal.spec()));
+        shared.set_spec(GroupSpec::clone(journal.spec()));
         // Until the box says otherwise, others' needs are not its own: what the disk lacks is shared out by priority.
         journal.set_must_free(Some(0));
         Self {
@@ -516,7 +516,7 @@ impl<'a> Writer<'a> {
             Command::SetSpec { spec, reply } => {
                 let result = self.journal.set_spec(*spec).map_err(GroupError::Control);
                 if result.is_ok() {
-                    self.shared.set_spec(GroupSpec::clone(&self.journal.spec()));
+                    self.shared.set_spec(GroupSpec::clone(self.journal.spec()));
                     self.start_jobs();
                 }
                 let _ = reply.send(result);
@@ -739,7 +739,7 @@ impl<'a> Writer<'a> {
     }
 
     fn attach(&mut self, lane: Arc<LinkLane>, open: &StreamOpening) -> Result<(), Refusal> {
-        let spec = GroupSpec::clone(&self.journal.spec());
+        let spec = GroupSpec::clone(self.journal.spec());
         if let Some(text) = volumes_differ(&spec.volumes, &open.volumes) {
             return Err(Refusal { code: RefuseCode::VolumeChanged, text });
         }

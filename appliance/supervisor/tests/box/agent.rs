@@ -245,9 +245,8 @@ impl Conn {
     }
     pub fn hear_refusal(&mut self) -> Refusal {
         loop {
-            match self.hear() {
-                Err(refusal) => return refusal,
-                Ok(_) => {}
+            if let Err(refusal) = self.hear() {
+                return refusal;
             }
         }
     }
@@ -403,7 +402,7 @@ impl Host {
                     let kind = FrameKind::Record(record.kind);
                     let (codec, stored) = match record.kind {
                         model::RecordKind::Write => packer.pack(data),
-                        _ => (Codec::Raw, data.as_slice().into()),
+                        _ => (Codec::Raw, data.as_slice()),
                     };
                     let header = FrameHeader {
                         kind,
@@ -415,10 +414,10 @@ impl Host {
                         mono: record.mono,
                         wall_us: record.wall_us,
                         payload_len: stored.len() as u32,
-                        payload_crc: wire::crc32(&stored),
+                        payload_crc: wire::crc32(stored),
                     };
                     let mut bytes = encode_header(&header).unwrap().to_vec();
-                    bytes.extend_from_slice(&stored);
+                    bytes.extend_from_slice(stored);
                     if self.stream.as_mut().is_some_and(|s| s.raw(&bytes).is_err()) {
                         self.cut();
                         return;
@@ -846,7 +845,7 @@ fn of_two_agents_with_one_identity_one_writes_and_neither_spoils_the_other() {
         host.write_some(&mut rng);
         host.step();
         assert_eq!(clone.connect(inside.listen(), Purpose::Control).err().unwrap().code, wire::RefuseCode::Duplicate);
-        let refused = clone.connect(inside.listen(), purpose.clone()).err().unwrap();
+        let refused = clone.connect(inside.listen(), purpose).err().unwrap();
         assert_eq!(refused.code, wire::RefuseCode::Duplicate, "{refused}");
         assert!(refused.text.contains("identity") || refused.text.contains("agent"), "{refused}");
     }

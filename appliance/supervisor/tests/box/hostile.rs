@@ -202,8 +202,7 @@ fn hostile_frames_end_their_connection_and_nothing_else() {
         ("an end without a gap", [mark_frame(1, &Mark::Consistent)].concat(), RefuseCode::OutOfPlace),
         ("a message of the control connection", [begin.clone(), message].concat(), RefuseCode::OutOfPlace),
     ];
-    let mut refused = 0;
-    for (what, bytes, code) in cases {
+    for (refused, (what, bytes, code)) in (1..).zip(cases) {
         honest.step();
         // Each has a stream of its own that the box has not met, as each begins anew.
         let mut conn = hostile.identity().connect(inside.listen(), Purpose::Stream { group }).unwrap();
@@ -216,7 +215,6 @@ fn hostile_frames_end_their_connection_and_nothing_else() {
         let refusal = conn.hear_refusal();
         assert_eq!(refusal.code, code, "{what}: {refusal}");
         assert!(conn.ends(), "{what}: the connection stays");
-        refused += 1;
         wait_for("the event", || (inside.events(Event::FrameRefused) >= refused).then_some(()));
     }
     honest.settle();
