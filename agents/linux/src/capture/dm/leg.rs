@@ -29,6 +29,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::Duration,
@@ -137,7 +138,16 @@ impl Leg {
         let (guarded, told) = (shared.clone(), deliver.clone());
         let watched = Arc::new(AtomicBool::new(true));
         let ended = watched.clone();
-        thread::Builder::new().name("leg-guard".to_owned()).spawn(move || guard(&guarded, &watched, told.as_ref()))?;
+        // To tell the engine may take as long as the engine hangs: the guard must not wait for that.
+        let (overran, requests) = mpsc::sync_channel(1);
+        thread::Builder::new().name("leg-teller".to_owned()).spawn(move || {
+            while let Ok(requests) = requests.recv() {
+                if !told(FromLeg::Overran { requests }) {
+                    return;
+                }
+            }
+        })?;
+        thread::Builder::new().name("leg-guard".to_owned()).spawn(move || guard(&guarded, &watched, &overran))?;
         let reading = shared.clone();
         thread::Builder::new().name("leg".to_owned()).spawn(move || {
             let why = match read_requests(ours, &reading, deliver.as_ref()) {
@@ -224,13 +234,18 @@ impl Shared {
     }
 }
 
-fn guard(shared: &Shared, watched: &AtomicBool, deliver: &(dyn Fn(FromLeg) -> bool + Send + Sync)) {
+fn guard(shared: &Shared, watched: &AtomicBool, told: &mpsc::SyncSender<usize>) {
+    let mut untold = 0;
     while watched.load(Ordering::Acquire) {
         thread::sleep(GUARD_PERIOD);
-        let requests =
-            shared.answer_older_than(shared.bound_ms.load(Ordering::Acquire).saturating_add(GUARD_MARGIN_MS));
-        if requests > 0 && !deliver(FromLeg::Overran { requests }) {
-            return;
+        untold += shared.answer_older_than(shared.bound_ms.load(Ordering::Acquire).saturating_add(GUARD_MARGIN_MS));
+        if untold > 0 {
+            match told.try_send(untold) {
+                Ok(()) => untold = 0,
+                // Still telling of the last ones; these come with the next.
+                Err(mpsc::TrySendError::Full(_)) => {}
+                Err(mpsc::TrySendError::Disconnected(_)) => return,
+            }
         }
     }
 }
@@ -316,7 +331,6 @@ fn take(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
 
     const READ: u16 = 0;
     const WRITE: u16 = 1;
@@ -362,6 +376,26 @@ mod tests {
             FromLeg::Write(write) => write,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// An engine that takes nothing any more holds up who tells it, not the guard, and so not the host.
+    #[test]
+    fn an_engine_that_does_not_listen_holds_nobody() {
+        let (mut kernel, ours) = UnixStream::pair().unwrap();
+        kernel.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let (wakes, asleep) = mpsc::channel::<()>();
+        let asleep = Mutex::new(asleep);
+        let deliver = move |what| match what {
+            FromLeg::Overran { .. } => locked(&asleep).recv().is_ok(),
+            _ => true,
+        };
+        let leg = Leg::serve(ours, export(ByteLen(1 << 20)), 1, || true, deliver).unwrap();
+        for cookie in 1..=3 {
+            kernel.write_all(&request(FLUSH, cookie, 0, 0)).unwrap();
+            assert_eq!(reply(&mut kernel), (0, cookie));
+        }
+        drop(wakes);
+        drop(leg);
     }
 
     #[test]
