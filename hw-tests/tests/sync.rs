@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hw_tests::{
     Draw, Scratch, compare,
     disk::check_ext4,
-    guest::{Guest, Initramfs, Kernel},
+    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Guest, Initramfs, Kernel, Release},
     load::{self, BLOCK, SLOTS},
     process::wait_for,
     product::{Appliance, At, Binaries},
@@ -31,6 +31,14 @@ const LVM_ALONE: &str =
 /// Rewrites eight files, each synced.
 const WRITER: &str = "while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of=/mnt/f$((i%8)) bs=16k count=4 conv=fsync 2>/dev/null; i=$((i+1)); done";
 
+fn cache() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest")
+}
+
+fn kernel() -> Result<Kernel> {
+    Kernel::debian("linux-image-amd64", &cache())
+}
+
 /// What the protected volume is.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
@@ -51,12 +59,10 @@ struct Host {
 }
 
 impl Host {
-    fn boot(bins: &Binaries, dir: &Path, kind: Kind) -> Result<Self> {
-        let kernel =
-            Kernel::debian("linux-image-amd64", &PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"))?;
-        let mut initramfs = Initramfs::new(&kernel)?;
+    fn boot(kernel: &Kernel, bins: &Binaries, dir: &Path, kind: Kind) -> Result<Self> {
+        let mut initramfs = Initramfs::new(kernel)?;
         for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd", "dm-crypt", "xts", "aes_generic"] {
-            initramfs.module(&kernel, module)?;
+            initramfs.module(kernel, module)?;
         }
         for tool in ["mke2fs", "dmsetup", "lvm"] {
             initramfs.program(&tools::need(tool)?)?;
@@ -85,7 +91,7 @@ impl Host {
             "-serial",
             "chardev:said",
         ];
-        let guest = Guest::boot(&kernel, &initramfs, &dir.join("guest"), &args)?;
+        let guest = Guest::boot(kernel, &initramfs, &dir.join("guest"), &args)?;
         let name = if kind == Kind::Lvm { "vg-data" } else { "data" };
         let mut this = Self { guest, disk, said, name };
         this.sh("stty -F /dev/ttyS2 raw -echo")?;
@@ -207,10 +213,34 @@ fn assert_identical(appliance: &Appliance, at: &At, disk: &Path) -> Result<()> {
 
 #[test]
 fn a_mounted_volume_is_mirrored_live_and_its_agent_may_die() -> Result<()> {
+    mirrored_live(&kernel()?)
+}
+
+#[test]
+fn a_mounted_volume_is_mirrored_live_on_linux_6_12() -> Result<()> {
+    mirrored_live_on(&BOOKWORM_BACKPORTS)
+}
+
+#[test]
+fn a_mounted_volume_is_mirrored_live_on_linux_5_10() -> Result<()> {
+    mirrored_live_on(&BULLSEYE_SECURITY)
+}
+
+fn mirrored_live_on(release: &Release) -> Result<()> {
+    match Kernel::of_release(release, &cache()) {
+        Ok(kernel) => mirrored_live(&kernel),
+        Err(e) => {
+            hw_tests::skip(format!("a mirror on Linux {}: the kernel could not be had: {e:#}", release.name));
+            Ok(())
+        }
+    }
+}
+
+fn mirrored_live(kernel: &Kernel) -> Result<()> {
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path(), Kind::Lvm)?;
+    let mut host = Host::boot(kernel, &bins, dir.path(), Kind::Lvm)?;
     host.join(&appliance)?;
     let volume = host.volume();
     host.sh(&format!("/programs/mke2fs -q -t ext4 {volume} && mount {volume} /mnt"))?;
@@ -284,7 +314,7 @@ fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
     let mut draw = Draw::new(seed);
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path(), Kind::Crypt)?;
+    let mut host = Host::boot(&kernel()?, &bins, dir.path(), Kind::Crypt)?;
     host.join(&appliance)?;
     let volume = host.volume();
     // What was never written decrypts to noise.
@@ -355,7 +385,7 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::boot(&bins, dir.path(), Kind::Plain)?;
+    let mut host = Host::boot(&kernel()?, &bins, dir.path(), Kind::Plain)?;
     host.join(&appliance)?;
     let volume = host.volume();
     host.sh(&format!("/programs/mke2fs -q -t ext4 {volume} && mount {volume} /mnt"))?;

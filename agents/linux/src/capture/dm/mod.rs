@@ -37,7 +37,8 @@
 //! dm volumes and are refused. The agent's state directory must not lie on a volume it mirrors. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
-//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`.
+//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`. There, under emulation: a killed agent held
+//! a host's write for 0.2 to 0.7 s, a stopped one for 0.2 s; 50 cuts and a kill of a writing host lost no acknowledged write.
 
 /// As the status shows it.
 pub const NAME: &str = "dm-mirror-nbd";
