@@ -12,7 +12,7 @@
 //!
 //! A completion may go unseen (see [`super::bpf`]). The data is there all the same; what is missing is the word that it has reached the disk. It is made up for when the
 //! request's memory is used again, and by [`Assembler::settle`] when the disk itself says that nothing is under way. What is then not
-//! known is whether the disk failed that write.
+//! known is whether the disk failed that write: on a disk that has reported an error, its sectors are read again.
 //!
 //! Bounds: [`PENDING_BYTES_MAX`] of unfinished requests and [`IN_FLIGHT_MAX`] requests in flight. Past a bound the oldest are given up
 //! as lost, never kept silently.
@@ -23,7 +23,7 @@ use super::bpf::layout::{
 };
 use super::{Captured, LostWhy, Op, Position, Request, RequestId, TargetId};
 use model::{Extent, MonoTime};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Requests whose last chunk has not come: a driver takes them one by one per hardware queue, so more than this means that
 /// chunks were lost.
@@ -35,6 +35,8 @@ pub const STALE_MS: u64 = 60_000;
 /// A request is copied into the ring within a millisecond. When the ring is empty and its last chunk has not come for this long, it
 /// was dropped.
 pub const UNFINISHED_MS: u64 = 1_000;
+/// A disk that fails writes reports it within as many requests.
+pub const UNSEEN_MAX: usize = 1024;
 
 struct Pending {
     request: Request,
@@ -66,6 +68,10 @@ pub struct Assembler {
     handed_out: u64,
     /// Requests that are known to be over though no completion of them was seen.
     unseen: u64,
+    /// The last ones, for when their disk reports an error.
+    unseen_last: VecDeque<(TargetId, Vec<Extent>)>,
+    /// Targets whose disk has reported a write error.
+    failed: HashSet<TargetId>,
 }
 
 impl Assembler {
@@ -179,11 +185,9 @@ impl Assembler {
                 since: done.request.mono,
                 number,
             };
-            if self.in_flight.insert(rq, flight).is_some() {
-                // Its memory is used again, or the driver gave it back and it is issued once more: either way what was before is over.
-                self.unseen += 1;
-                out.push(Captured::Done { target, id: RequestId(rq) });
-            }
+            // Its memory is used again, or the driver gave it back and it is issued once more: either way what was before is over.
+            self.over_unseen(rq, out);
+            self.in_flight.insert(rq, flight);
             if self.in_flight.len() > IN_FLIGHT_MAX {
                 self.forget_oldest(out);
             }
@@ -231,11 +235,34 @@ impl Assembler {
             return;
         }
         if event.error != 0 {
-            out.push(Captured::Lost { target, extents: flight.extents.clone(), why: LostWhy::WriteError });
+            let mut extents = flight.extents.clone();
+            self.failed.insert(target);
+            // Those whose completion was not seen may have failed as well.
+            let (same, others) = std::mem::take(&mut self.unseen_last).into_iter().partition(|(t, _)| *t == target);
+            self.unseen_last = others;
+            let same: VecDeque<(TargetId, Vec<Extent>)> = same;
+            extents.extend(same.into_iter().flat_map(|(_, extents)| extents));
+            out.push(Captured::Lost { target, extents, why: LostWhy::WriteError });
         }
         flight.bytes_left = flight.bytes_left.saturating_sub(u64::from(event.len));
         if flight.bytes_left == 0 {
             self.done(event.rq, out);
+        }
+    }
+
+    /// A request is over, and nobody saw how it went.
+    fn over_unseen(&mut self, rq: u64, out: &mut Vec<Captured>) {
+        let Some(flight) = self.in_flight.get(&rq) else { return };
+        let (target, extents) = (flight.target, flight.extents.clone());
+        self.unseen += 1;
+        self.done(rq, out);
+        if self.failed.contains(&target) {
+            out.push(Captured::Lost { target, extents, why: LostWhy::WriteError });
+            return;
+        }
+        self.unseen_last.push_back((target, extents));
+        if self.unseen_last.len() > UNSEEN_MAX {
+            self.unseen_last.pop_front();
         }
     }
 
@@ -271,9 +298,8 @@ impl Assembler {
     pub fn settle(&mut self, target: TargetId, before: MonoTime, out: &mut Vec<Captured>) {
         let over = |f: &InFlight| f.target == target && Self::old(f, before);
         let rqs: Vec<u64> = self.in_flight.iter().filter(|(_, f)| over(f)).map(|(rq, _)| *rq).collect();
-        self.unseen += rqs.len() as u64;
         for rq in rqs {
-            self.done(rq, out);
+            self.over_unseen(rq, out);
         }
     }
 
@@ -307,6 +333,8 @@ impl Assembler {
 
     /// What is in flight or unfinished of a target that is captured no longer.
     pub fn drop_target(&mut self, target: TargetId) {
+        self.failed.remove(&target);
+        self.unseen_last.retain(|(t, _)| *t != target);
         self.in_flight.retain(|_, f| f.target != target);
         self.pending.retain(|_, p| p.request.target != target);
         self.pending_bytes = self.pending.values().map(|p| p.request.data.len()).sum();
@@ -494,6 +522,26 @@ mod tests {
         a.settle(TargetId(1), MonoTime(1000), &mut out);
         assert!(out.iter().any(|e| matches!(e, Captured::Lost { .. })), "{out:?}");
         assert_eq!(a.in_flight(), 0);
+    }
+
+    #[test]
+    fn on_a_disk_that_failed_a_write_those_unseen_are_read_again() {
+        let mut a = Assembler::new();
+        let write = |rq, sector| chunk(rq, sector, 4096, 4096, E_FIRST | E_LAST | E_DATA);
+        feed(&mut a, write(1, 8), 1);
+        feed(&mut a, write(1, 64), 2);
+        let failed = Event { error: -5, ..chunk(1, 64, 4096, 0, E_COMPLETE) };
+        let out = feed(&mut a, failed, 0);
+        let want = vec![Extent::new(64, 8), Extent::new(8, 8)];
+        assert_eq!(out[0], Captured::Lost { target: TargetId(1), extents: want, why: LostWhy::WriteError });
+        // From now on at once.
+        feed(&mut a, write(2, 128), 3);
+        let out = feed(&mut a, write(2, 256), 3);
+        let lost = Captured::Lost { target: TargetId(1), extents: vec![Extent::new(128, 8)], why: LostWhy::WriteError };
+        assert!(out.contains(&lost), "{out:?}");
+        // Told once.
+        let out = feed(&mut a, Event { sector: 256, ..failed }, 0);
+        assert!(out.len() <= 1, "{out:?}");
     }
 
     #[test]

@@ -27,6 +27,9 @@
 //! [`super::assemble`]. A write whose issue went unseen shows as a completion of nothing and is read again; one of which both went
 //! unseen would not show. None was ever found missing.
 //!
+//! **Long bios.** A request is kept at 1 MiB by the disk's own limit, a bio is not: of one longer than 384 pieces of memory (1.5 MiB in
+//! single pages) the rest is marked and copied.
+//!
 //! **Limits.** 64 disks, 8 ranges each, 256 extents left out; x86_64; needs `CAP_BPF` and `CAP_PERFMON` or root. Does not see commands
 //! passed through to the device (counted), nor what programs write to memory-like disks by DAX (refused by `disks`).
 
