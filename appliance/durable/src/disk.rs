@@ -3,6 +3,7 @@
 use model::ByteLen;
 use std::{
     fmt, io,
+    os::fd::OwnedFd,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -181,6 +182,11 @@ pub trait WriteQueue: Send {
     fn depth(&self) -> usize;
     /// Collects what has completed. With `wait` and something in flight, blocks until at least one has.
     fn complete(&mut self, wait: bool) -> Vec<Completion>;
+    /// A descriptor that becomes readable when a write has ended, for those who wait for other things too. It is a copy: it
+    /// may be closed before or after the queue. None: there is no such thing, only [`WriteQueue::complete`] tells.
+    fn completion_fd(&self) -> Option<OwnedFd> {
+        None
+    }
     /// How the writes are done, for the log, e.g. `io_uring, direct`.
     fn backend(&self) -> &'static str {
         "unnamed"

@@ -38,7 +38,7 @@ use std::{
     fs::{DirBuilder, File, OpenOptions},
     io::{self, IoSlice, Read},
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -765,6 +765,12 @@ impl WriteQueue for RingQueue {
         std::mem::take(&mut self.ready)
     }
 
+    fn completion_fd(&self) -> Option<OwnedFd> {
+        // SAFETY: the ring, and with it the descriptor, lives as long as the borrow.
+        let ring = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        ring.try_clone_to_owned().ok()
+    }
+
     fn backend(&self) -> &'static str {
         "io_uring, direct"
     }
@@ -941,6 +947,34 @@ mod tests {
             return None;
         };
         Some(RingQueue::new(ring, file, path, 4))
+    }
+
+    /// Whoever waits on the descriptor is told of every completion, also of those after one was told and reaped.
+    #[test]
+    fn the_ring_s_descriptor_tells_of_each_completion() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let Some(mut queue) = ring_queue(dir.path()) else { return };
+        let fd = queue.completion_fd().expect("a ring has a descriptor");
+        let readable = |wait: bool| {
+            let mut asked = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            loop {
+                // SAFETY: one entry, ours, for the length of the call.
+                let told = unsafe { libc::poll(&raw mut asked, 1, if wait { 60_000 } else { 0 }) };
+                // The kernel may interrupt the call to end the write in this thread.
+                if told >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                    return told == 1 && asked.revents & libc::POLLIN != 0;
+                }
+            }
+        };
+        for round in 0..8 {
+            assert!(!readable(false), "round {round}: nothing is under way");
+            queue.submit(round, round % 4 * ALIGN as u64, full(round as u8));
+            assert!(readable(true), "round {round}: not told");
+            let done = queue.complete(false);
+            assert_eq!(done.iter().map(|c| (c.id, c.result.is_ok())).collect::<Vec<_>>(), [(round, true)]);
+        }
+        drop(queue);
+        assert!(!readable(false), "the copy is its own");
     }
 
     fn full(byte: u8) -> AlignedBuf {

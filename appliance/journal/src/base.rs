@@ -195,10 +195,11 @@ struct Volume {
 
 #[derive(Debug)]
 struct Files {
-    /// None in a base opened for reading only that never had this volume.
+    /// None in a base opened for reading only that never had this volume, and in one for which there was no room to make it: it
+    /// reads as zeroes, and a fold makes it first.
     open: Option<(Arc<dyn DiskFile>, Arc<dyn DiskFile>)>,
     sectors: Sectors,
-    /// Blocks of an interrupted fold that a base opened for reading only cannot put right on the disk.
+    /// Blocks of an interrupted fold that are not put right on the disk: by a base opened for reading only, or for want of room.
     overlay: BTreeMap<u64, Vec<u8>>,
     /// Blocks and checksums may not match: see [`BaseError::FoldInterrupted`].
     interrupted: Option<Lsn>,
@@ -269,6 +270,14 @@ impl Volume {
     }
 }
 
+/// None for want of room.
+fn if_room<T>(made: Result<T, DiskError>) -> Result<Option<T>, DiskError> {
+    match made {
+        Err(e) if e.is_full() => Ok(None),
+        made => made.map(Some),
+    }
+}
+
 fn corruption(file: PathBuf, offset: u64, what: Damage) -> BaseError {
     BaseError::Corruption(Corruption { file, offset, what })
 }
@@ -314,7 +323,7 @@ impl ImageBase {
         // of the two lost, the other one would not match what is made in its place, and reads say so.
         let image = match self.disk.open(&image_path, self.mode) {
             Err(e) if e.is_not_found() && may_make => {
-                Some(self.disk.create_sparse(&image_path, ByteLen(blocks * BLOCK))?)
+                if_room(self.disk.create_sparse(&image_path, ByteLen(blocks * BLOCK)))?
             }
             Err(e) if e.is_not_found() && !must_exist => None,
             Err(e) if e.is_not_found() => return Err(corruption(image_path, 0, Damage::Short { len: 0 })),
@@ -322,20 +331,24 @@ impl ImageBase {
         };
         let sums_len = SUM_HEADER + blocks * SUM_BYTES;
         let sums = match self.disk.open(&sums_path, self.mode) {
-            Err(e) if e.is_not_found() && may_make => Some(self.disk.create_sparse(&sums_path, ByteLen(sums_len))?),
+            Err(e) if e.is_not_found() && may_make => if_room(self.disk.create_sparse(&sums_path, ByteLen(sums_len)))?,
             Err(e) if e.is_not_found() && !must_exist => None,
             Err(e) if e.is_not_found() => return Err(corruption(sums_path, 0, Damage::Short { len: 0 })),
             other => Some(other?),
         };
         let open = match (image, sums) {
-            (Some(image), Some(sums)) => {
-                self.settle_header(id, sums.as_ref(), &sums_path, must_exist)?;
-                if self.mode == OpenMode::ReadWrite {
-                    grow(image.as_ref(), blocks * BLOCK)?;
-                    grow(sums.as_ref(), sums_len)?;
+            (Some(image), Some(sums)) => match self.settle_header(id, sums.as_ref(), &sums_path, must_exist) {
+                // Just made, and holds nothing.
+                Err(BaseError::Disk(e)) if e.is_full() && !must_exist => None,
+                settled => {
+                    settled?;
+                    if self.mode == OpenMode::ReadWrite {
+                        grow(image.as_ref(), blocks * BLOCK)?;
+                        grow(sums.as_ref(), sums_len)?;
+                    }
+                    Some((image, sums))
                 }
-                Some((image, sums))
-            }
+            },
             _ => None,
         };
         Ok(Files { open, sectors, overlay: BTreeMap::new(), interrupted: None, filled: None })
@@ -382,26 +395,27 @@ impl ImageBase {
         Ok(parse_redo(&bytes, id, fold).unwrap_or_default())
     }
 
-    /// Puts the half-covered blocks of an interrupted fold right.
+    /// Puts the half-covered blocks of an interrupted fold right. Until that has succeeded they are read from memory.
     fn apply_redo(&self, volume: &Volume, fold: Lsn) -> Result<(), BaseError> {
         let blocks = self.redo_blocks(volume.id, fold)?;
         if blocks.is_empty() {
             return Ok(());
         }
         let mut files = volume.files.write().unwrap_or_else(PoisonError::into_inner);
+        files.overlay = blocks;
         if self.mode == OpenMode::Read {
-            files.overlay = blocks;
             return Ok(());
         }
         let end = files.blocks();
         if let Some((image, sums)) = &files.open {
-            for (number, block) in blocks.iter().filter(|(number, _)| **number < end) {
+            for (number, block) in files.overlay.iter().filter(|(number, _)| **number < end) {
                 image.write_at(number * BLOCK, block)?;
                 sums.write_at(SUM_HEADER + number * SUM_BYTES, &sum_of(block).to_le_bytes())?;
             }
             image.flush()?;
             sums.flush()?;
         }
+        files.overlay.clear();
         files.filled = None;
         Ok(())
     }
@@ -758,7 +772,11 @@ impl Base for ImageBase {
         files.interrupted = interrupted;
         let made = Arc::new(Volume { id: volume, files: RwLock::new(files), folding: Mutex::new(()) });
         if let Some(fold) = interrupted {
-            self.apply_redo(&made, fold)?;
+            match self.apply_redo(&made, fold) {
+                // Reads have what they need, and a fold begins with the same.
+                Err(BaseError::Disk(e)) if e.is_full() => {}
+                applied => applied?,
+            }
         }
         self.volumes.write().unwrap_or_else(PoisonError::into_inner).insert(volume, made);
         Ok(())
@@ -829,13 +847,19 @@ impl Base for ImageBase {
         let found = self.volume(volume)?;
         let _folding = lock(&found.folding);
         let interrupted = found.files.read().unwrap_or_else(PoisonError::into_inner).interrupted;
-        if let Some(before) = interrupted {
+        let made = found.files.read().unwrap_or_else(PoisonError::into_inner).open.is_some();
+        if interrupted.is_some() || !made {
             // Fresh handles: those of a failed flush take nothing any more.
             let mut files = found.files.write().unwrap_or_else(PoisonError::into_inner);
-            let fresh = self.open_files(volume, files.sectors, true)?;
+            let fresh = self.open_files(volume, files.sectors, made)?;
+            if fresh.open.is_none() {
+                let path = image_path(&self.dir, volume);
+                return Err(DiskError::new("make the base", &path, DiskErrorKind::Full).into());
+            }
             files.open = fresh.open;
             files.filled = None;
-            drop(files);
+        }
+        if let Some(before) = interrupted {
             self.apply_redo(&found, before)?;
         }
         let done = self.fold_volume(&found, fold, interrupted.is_some(), pieces);

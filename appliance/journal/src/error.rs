@@ -166,6 +166,13 @@ pub enum ControlError {
     Base(#[source] Box<BaseError>),
 }
 
+impl ControlError {
+    /// It was not kept for want of room, and may be later.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Disk(e) if e.is_full())
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error("there is no journal in {}", dir.display())]

@@ -43,6 +43,7 @@ use model::{
 };
 use std::{
     collections::{BTreeMap, VecDeque},
+    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -91,6 +92,8 @@ pub struct Journal {
     volumes: BTreeMap<VolumeId, Sectors>,
     term: Term,
     incarnation: u64,
+    /// The incarnation is durable: segments of this life may be begun.
+    begun: bool,
     group: model::GroupId,
     timeline: TimelineId,
     written: Arc<AtomicU64>,
@@ -103,6 +106,8 @@ pub struct Journal {
     free: Vec<AlignedBuf>,
     flights: VecDeque<Flight>,
     next_flight: u64,
+    /// Segments begun, and so write queues made, in this life.
+    queues: u64,
     poison: Option<SharedDiskError>,
 }
 
@@ -173,14 +178,12 @@ impl Journal {
                     .map_err(|e| OpenError::from(crate::view::base_error(e)))?;
             }
         }
-        // Persisted before the first append: what an earlier life left behind can never pass for this one's.
         let ends: Vec<(TimelineId, Lsn)> = loaded.lines.values().map(|l| (l.id, l.written())).collect();
-        control
-            .update(|r| {
-                r.incarnation += 1;
-                note_durable(r, &ends);
-            })
-            .map_err(OpenError::Control)?;
+        let begun = match begin_life(&control, &ends) {
+            // What there is can be read all the same; the first append tries again.
+            Err(e) if e.is_full() => false,
+            begun => begun.map(|()| true).map_err(OpenError::Control)?,
+        };
         let record = control.record();
         let map = Map {
             spec: Arc::new(record.spec.clone()),
@@ -199,6 +202,7 @@ impl Journal {
             volumes: BTreeMap::new(),
             term: record.term,
             incarnation: record.incarnation,
+            begun,
             group: record.spec.id,
             timeline: record.current,
             written: Arc::default(),
@@ -215,6 +219,7 @@ impl Journal {
                 .collect(),
             flights: VecDeque::new(),
             next_flight: 0,
+            queues: 0,
             poison: None,
             options,
             shared,
@@ -293,7 +298,7 @@ impl Journal {
         }
         if term > self.term {
             self.drain()?;
-            self.control.update(|r| r.term = term).map_err(|e| AppendError::Control(Arc::new(e)))?;
+            self.control.update(|r| r.term = term).map_err(|e| self.refused_by_control(e))?;
             self.term = term;
             self.leave_segment();
         }
@@ -521,6 +526,17 @@ impl Journal {
         }
     }
 
+    /// The number of the queue that writes go through: another one, another descriptor.
+    pub fn queue_number(&self) -> u64 {
+        self.queues
+    }
+
+    /// A descriptor that becomes readable when [`Journal::poll`] has something to collect; see
+    /// [`WriteQueue::completion_fd`].
+    pub fn completion_fd(&self) -> Option<OwnedFd> {
+        self.current.as_ref().and_then(|c| c.queue.completion_fd())
+    }
+
     /// Sends and waits until everything appended is durable.
     pub fn drain(&mut self) -> Result<Progress, AppendError> {
         loop {
@@ -558,11 +574,16 @@ impl Journal {
         while !self.flights.is_empty() {
             self.poll(true)?;
         }
+        if !self.begun {
+            begin_life(&self.control, &self.ends()).map_err(|e| self.refused_by_control(e))?;
+            self.incarnation = self.control.record().incarnation;
+            self.begun = true;
+        }
         self.bound_unsealed()?;
         let (file, bytes, handle) = match self.jobs.take_prepared() {
             Some(prepared) => {
                 let handle = self.shared.disk.open(&prepared.path, OpenMode::ReadWrite);
-                (prepared.path, prepared.bytes, handle.map_err(|e| AppendError::Roll(Arc::new(e)))?)
+                (prepared.path, prepared.bytes, handle.map_err(|e| self.not_rolled(self.options.segment_bytes, e))?)
             }
             None => {
                 let bytes = ByteLen(self.options.segment_bytes.0.min(STOPGAP_BYTES));
@@ -570,13 +591,7 @@ impl Journal {
                 let path = self.jobs.next_prepared_path(&self.shared.dir);
                 match self.shared.disk.create_zeroed(&path, bytes) {
                     Ok(handle) => (path, bytes, handle),
-                    Err(e) if e.is_full() => {
-                        self.jobs.no_room();
-                        let available = self.shared.disk.space().map(|s| s.available).unwrap_or_default();
-                        let reserve = self.jobs.reserve();
-                        return Err(AppendError::NoSpace { needed: bytes, available, reserve });
-                    }
-                    Err(e) => return Err(AppendError::Roll(Arc::new(e))),
+                    Err(e) => return Err(self.not_rolled(bytes, e)),
                 }
             }
         };
@@ -605,8 +620,9 @@ impl Journal {
         let queue = opened.map_err(|e| {
             // Under the old name or the new one it holds no record; recovery removes either.
             let _ = self.shared.disk.remove(&file);
-            AppendError::Roll(Arc::new(e))
+            self.not_rolled(bytes, e)
         })?;
+        self.queues += 1;
         let unsealed = Unsealed {
             index: MemIndex::new(&header),
             data_end: BLOCK as u64,
@@ -630,10 +646,28 @@ impl Journal {
         while self.jobs.unsealed() >= UNSEALED_MAX {
             let Some(segment) = self.jobs.oldest_unsealed() else { return Ok(()) };
             segment::seal(&*self.shared.disk, &self.shared.dir, &segment)
-                .map_err(|e| AppendError::Roll(Arc::new(e)))?;
+                .map_err(|e| self.not_rolled(self.options.segment_bytes, e))?;
             self.jobs.sealed(&segment);
         }
         Ok(())
+    }
+
+    /// Why there is no next segment. A full disk is no failure: what is there stays as it is, and there may be room later.
+    fn not_rolled(&mut self, needed: ByteLen, e: DiskError) -> AppendError {
+        if !e.is_full() {
+            return AppendError::Roll(Arc::new(e));
+        }
+        self.jobs.no_room();
+        let available = self.shared.disk.space().map(|s| s.available).unwrap_or_default();
+        AppendError::NoSpace { needed, available, reserve: self.jobs.reserve() }
+    }
+
+    /// Why the control record was not kept; for want of room it is like any other lack of it.
+    fn refused_by_control(&mut self, e: ControlError) -> AppendError {
+        match e {
+            ControlError::Disk(e) if e.is_full() => self.not_rolled(self.options.segment_bytes, e),
+            e => AppendError::Control(Arc::new(e)),
+        }
     }
 
     /// Whether policy and disk allow one more segment.
@@ -820,7 +854,7 @@ impl Journal {
     pub fn close(mut self) -> Result<(), AppendError> {
         self.drain()?;
         let ends = self.ends();
-        self.control.update(|r| note_durable(r, &ends)).map_err(|e| AppendError::Control(Arc::new(e)))
+        self.control.update(|r| note_durable(r, &ends)).map_err(|e| self.refused_by_control(e))
     }
 }
 
@@ -829,6 +863,14 @@ impl Drop for Journal {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
     }
+}
+
+/// A new life of the journal, persisted before its first segment: what an earlier one left behind can never pass for this one's.
+fn begin_life(control: &Control, ends: &[(TimelineId, Lsn)]) -> Result<(), ControlError> {
+    control.update(|r| {
+        r.incarnation += 1;
+        note_durable(r, ends);
+    })
 }
 
 /// Raises what control knows to be durable.

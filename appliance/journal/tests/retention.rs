@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use durable::{DirEntry, Disk, DiskError, DiskFile, OpenMode, SimDisk, Space, WriteQueue};
-use journal::{IndexChoice, JobOutcome, Journal, OpenViewError, ResolveError, ResolvedPoint};
+use journal::{AppendError, IndexChoice, JobOutcome, Journal, OpenViewError, ResolveError, ResolvedPoint};
 use model::{ByteLen, Consistency, GroupSpec, HistoryTime, Lsn, Mark, RecoveryPoint, Term, TimelineId};
 use std::{
     path::Path,
@@ -258,6 +258,67 @@ fn a_power_cut_at_any_operation_of_a_fold_is_made_good() {
         }
     }
     assert!(points > 60, "{points} crash points");
+}
+
+/// The disk is full to the last byte when the journal comes back: everything that was offered is read, nothing new is taken, and it goes
+/// on from there when there is room.
+#[test]
+fn a_fold_cut_short_and_not_a_byte_left_do_not_stop_the_open() {
+    let (mut points, mut short) = (0, 0);
+    for (seed, had_base) in [(41, true), (42, false), (43, true)] {
+        let disk = disk(seed);
+        let mut rng = Rng::new(seed);
+        let mut journal = create_aging(&disk, 1, IndexChoice::None);
+        let mut oracle = Oracle::new(&SECTORS);
+        grow(&mut journal, &mut oracle, &mut rng, 130).expect("grows");
+        if had_base {
+            run_jobs(&mut journal, 130 * HOUR / 60).expect("jobs succeed");
+        }
+        grow(&mut journal, &mut oracle, &mut rng, 130).expect("grows");
+        journal.close().expect("closes");
+        let now = 400 * HOUR / 60;
+        let fold = |disk: &SimDisk| -> Result<(), String> {
+            let opened = Journal::open(arc(disk), dir(), options(IndexChoice::None), HistoryTime(1));
+            let (mut journal, _) = opened.map_err(|e| chain(&e))?;
+            run_jobs(&mut journal, now).map(drop).map_err(|e| chain(&e))
+        };
+        let whole = disk.fork(0);
+        let before = whole.operations();
+        fold(&whole).expect("runs through");
+        // Each seed takes others of the operations; the test above takes them all.
+        for n in (seed % 4..whole.operations() - before).step_by(4) {
+            let what = format!("seed {seed}, cut after {n}");
+            let copy = disk.fork(n);
+            copy.cut_after(n);
+            assert!(fold(&copy).is_err(), "{what}: the cut is met");
+            let full = copy.power_cut();
+            points += 1;
+            full.set_capacity(ByteLen(0));
+            let mut journal = open(&full, IndexChoice::None);
+            let stats = journal.reader().stats();
+            short += u32::from(stats.cutoff > stats.floor);
+            check_from(&journal, TimelineId(0), &oracle, 37, &what);
+            let seq = oracle.log.len() as u64 + 1;
+            let entry = draw(&mut rng, &SECTORS, seq * HOUR / 60);
+            let refused = append(&mut journal, &entry, seq).expect_err("there is no room");
+            assert!(matches!(refused, AppendError::NoSpace { .. }), "{what}: {}", chain(&refused));
+            let _ = run_jobs(&mut journal, now);
+            check_from(&journal, TimelineId(0), &oracle, 97, &format!("{what}, after jobs without room"));
+            drop(journal);
+            // And the power goes once more.
+            let room = full.power_cut();
+            let mut journal = open(&room, IndexChoice::None);
+            room.set_capacity(ByteLen(256 << 20));
+            let mut line = oracle.clone();
+            grow(&mut journal, &mut line, &mut rng, 20).unwrap_or_else(|e| panic!("{what}: goes on: {e}"));
+            // What failed for want of room is tried again a second later.
+            run_jobs(&mut journal, now + HOUR).unwrap_or_else(|e| panic!("{what}: folds: {}", chain(&e)));
+            check_from(&journal, TimelineId(0), &line, 97, &format!("{what}, with room"));
+            let report = journal.reader().verify(&mut |_| {});
+            assert!(report.is_clean(), "{what}: {report:?}");
+        }
+    }
+    assert!(points > 20 && short > 5, "{points} crash points, {short} with a fold cut short");
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //! Each export has a Unix socket of its own in `run/nbd/` (mode 0600, in a folder of mode 0700). Where `nbd_listen` is set,
 //! ingest targets and the views opened for it are also reached over TCP, under mutual TLS only and by name.
 //!
+//! Connections of an ingest target are served by its journal's own thread ([`Group::here`]), those of a view by the daemon's runtime.
+//!
 //! **Limits.** [`CONNECTIONS_MAX`] connections in all, and [`HANDSHAKES_MAX`] that nobody knows yet; each is bounded by [`lane::BUDGET_BYTES`].
 
 pub mod driver;
@@ -21,9 +23,12 @@ use driver::{Agreed, Backend, ConnectionError, HANDSHAKE_SECONDS_MAX, Op};
 use journal::View;
 use lane::Lane;
 use model::{ByteLen, GroupId, VolumeId, VolumeSpec};
-use nbd::{Command as Nbd, Errno, ExportEntry, ExportFlags, ExportInfo, HandshakeConfig, ServerHandshake, TlsPolicy};
+use nbd::{
+    Command as Nbd, Errno, ExportEntry, ExportFlags, ExportInfo, HandshakeConfig, ServerHandshake, Session, TlsPolicy,
+};
 use pool::{ReadJob, ReadPool, Source};
 use rustls::ServerConfig;
+use shared::Movable;
 use std::{
     collections::BTreeMap,
     io,
@@ -34,6 +39,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::timeout,
 };
@@ -220,7 +226,15 @@ impl Exports {
         if table.contains_key(&name) {
             return Err(ExportError::Exists(name));
         }
-        let listener = bind(&socket)?;
+        // Whose thread serves the clients: the journal's own for those who write.
+        let home = match &behind {
+            Behind::Ingest(group) => group.here().clone(),
+            Behind::View(_) => Handle::current(),
+        };
+        let listener = {
+            let _in = home.enter();
+            bind(&socket)?
+        };
         let export = Arc::new(Export {
             name: name.clone(),
             group,
@@ -235,7 +249,7 @@ impl Exports {
         });
         table.insert(name, Arc::clone(&export));
         drop(table);
-        tokio::spawn(accept_unix(Arc::clone(self), Arc::clone(&export), listener));
+        home.spawn(accept_unix(Arc::clone(self), Arc::clone(&export), listener));
         Ok(export)
     }
 
@@ -306,7 +320,7 @@ impl Exports {
             Agreed::StartTls => {}
             Agreed::Session(_) | Agreed::Closed => return Ok(()),
         }
-        let mut tls = match timeout(limit, acceptor.accept(tcp)).await {
+        let mut tls = match timeout(limit, acceptor.accept(Movable::new(tcp))).await {
             Ok(Ok(tls)) => tls,
             Ok(Err(e)) => {
                 self.events.note(Event::HandshakeFailed, from, &e);
@@ -327,24 +341,45 @@ impl Exports {
         handshake.tls_started();
         let shown =
             Shown { exports: crate::lock(&self.table).values().filter(|e| e.tcp).cloned().collect(), default: None };
-        self.session(&mut tls, None, &mut handshake, &shown, &format!("{name} at {from}")).await
+        let from = format!("{name} at {from}");
+        let Some((export, session)) = self.agree(&mut tls, &mut handshake, &shown, &from).await? else { return Ok(()) };
+        let serving = |tls| self.serve(tls, None, Arc::clone(&export), session);
+        match &export.behind {
+            Behind::View(_) => serving(tls).await,
+            Behind::Ingest(group) => {
+                tls.get_mut().0.lift()?;
+                // A thread that ended, with its group, has dropped the connection.
+                group.here().spawn(serving(tls)).await.unwrap_or(Ok(()))
+            }
+        }
     }
 
-    async fn session<S: AsyncRead + AsyncWrite + Unpin>(
+    /// Agrees with a client on an export; none: it left in good order.
+    async fn agree<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: &mut S,
-        direct: Option<Arc<dyn Direct>>,
         handshake: &mut ServerHandshake,
         shown: &Shown,
         from: &str,
-    ) -> Result<(), ConnectionError> {
+    ) -> Result<Option<(Arc<Export>, Session)>, ConnectionError> {
         let limit = Duration::from_secs(HANDSHAKE_SECONDS_MAX);
         let session = match timed(limit, driver::negotiate(stream, handshake, shown)).await? {
             Agreed::Session(session) => session,
-            Agreed::StartTls | Agreed::Closed => return Ok(()),
+            Agreed::StartTls | Agreed::Closed => return Ok(None),
         };
-        let Some(export) = shown.get(session.export_name()) else { return Ok(()) };
+        let Some(export) = shown.get(session.export_name()) else { return Ok(None) };
         self.events.note(Event::NbdConnected, &export.name, from);
+        Ok(Some((Arc::clone(export), session)))
+    }
+
+    /// Serves a client until it leaves, the export is taken down or the daemon stops. On whichever thread it is polled.
+    fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        &self,
+        mut stream: S,
+        direct: Option<Arc<dyn Direct>>,
+        export: Arc<Export>,
+        session: Session,
+    ) -> impl Future<Output = Result<(), ConnectionError>> + Send + 'static {
         let lane = Lane::new(session, export.volume);
         if let Some(direct) = direct {
             lane.outbox.set_direct(direct);
@@ -352,10 +387,12 @@ impl Exports {
         let lane = Arc::new(lane.in_life(export.life()));
         let mut down = export.down.subscribe();
         let mut stop = self.stop.clone();
-        tokio::select! {
-            ended = driver::serve(stream, lane, &**export) => ended,
-            () = crate::raised(&mut down) => Ok(()),
-            () = crate::raised(&mut stop) => Ok(()),
+        async move {
+            tokio::select! {
+                ended = driver::serve(&mut stream, lane, &*export) => ended,
+                () = crate::raised(&mut down) => Ok(()),
+                () = crate::raised(&mut stop) => Ok(()),
+            }
         }
     }
 
@@ -411,7 +448,11 @@ async fn accept_unix(exports: Arc<Exports>, export: Arc<Export>, listener: UnixL
             let shown = Shown { exports: vec![Arc::clone(&export)], default: Some(Arc::clone(&export)) };
             let mut handshake = ServerHandshake::new(HandshakeConfig { tls: TlsPolicy::None });
             let (mut stream, direct) = shared::split(stream);
-            let ended = exports.session(&mut stream, Some(direct), &mut handshake, &shown, "local").await;
+            let ended = match exports.agree(&mut stream, &mut handshake, &shown, "local").await {
+                Ok(Some((export, session))) => exports.serve(stream, Some(direct), export, session).await,
+                Ok(None) => Ok(()),
+                Err(e) => Err(e),
+            };
             exports.note_end(&export.name, ended);
         });
     }

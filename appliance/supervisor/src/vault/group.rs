@@ -12,7 +12,7 @@ use std::sync::{
     Arc, Mutex,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 use wire::Refusal;
 
 /// What a journal thread can be told.
@@ -225,6 +225,8 @@ impl Shared {
 pub struct Group {
     pub shared: Arc<Shared>,
     pub(super) inbox: Arc<Inbox<Command>>,
+    /// What runs on the journal's own thread beside it.
+    pub(super) here: Handle,
     pub(super) thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -244,6 +246,12 @@ impl Group {
             Phase::Stopped { reason, .. } => Err(GroupError::Stopped { reason }),
             Phase::Closed => Err(GroupError::Closed),
         }
+    }
+
+    /// The journal's own thread, for the sockets of its NBD clients: a request that is read there is appended, sent to the disk and
+    /// answered without changing threads. What runs there must not block, and ends with the thread.
+    pub fn here(&self) -> &Handle {
+        &self.here
     }
 
     /// Sends a command; a closed group gives it back.

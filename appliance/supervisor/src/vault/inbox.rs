@@ -1,4 +1,4 @@
-//! The way into a thread: a queue whose consumer takes everything at once and can wait with a limit.
+//! The way into a thread: a queue whose consumer takes everything at once and can wait with a limit, or among other things.
 //!
 //! A channel hands over one item per lock; a journal thread under load wants the hundred that came while it wrote. There is no
 //! bound here because each producer has its own, written where it is kept: an NBD connection its byte budget
@@ -8,6 +8,7 @@
 use std::{
     collections::VecDeque,
     sync::{Condvar, Mutex},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -19,6 +20,8 @@ pub struct Inbox<T> {
 struct State<T> {
     items: VecDeque<T>,
     waiting: bool,
+    /// Of a consumer that waits for other things too.
+    waker: Option<Waker>,
     closed: bool,
 }
 
@@ -35,7 +38,7 @@ pub enum Wait {
 
 impl<T> Default for Inbox<T> {
     fn default() -> Self {
-        let state = State { items: VecDeque::new(), waiting: false, closed: false };
+        let state = State { items: VecDeque::new(), waiting: false, waker: None, closed: false };
         Self { state: Mutex::new(state), filled: Condvar::new() }
     }
 }
@@ -52,7 +55,24 @@ impl<T> Inbox<T> {
             state.waiting = false;
             self.filled.notify_one();
         }
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
         Ok(())
+    }
+
+    /// Whether [`Inbox::take`] would find something (or the end); if not, the task is woken when it would. With one consumer only.
+    pub fn poll_filled(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = crate::lock(&self.state);
+        if !state.items.is_empty() || state.closed {
+            return Poll::Ready(());
+        }
+        if !state.waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+            state.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
     }
 
     /// Moves everything that is queued behind what `into` holds. With one consumer only.
@@ -91,8 +111,14 @@ impl<T> Inbox<T> {
 
     /// Takes nothing more in; what is queued can still be taken out.
     pub fn close(&self) {
-        crate::lock(&self.state).closed = true;
+        let mut state = crate::lock(&self.state);
+        state.closed = true;
+        let waker = state.waker.take();
+        drop(state);
         self.filled.notify_all();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -118,6 +144,36 @@ mod tests {
         let (mut got, mut batch) = (Vec::new(), VecDeque::new());
         while got.len() < 10_000 {
             inbox.take(&mut batch, Wait::AtMost(Duration::from_secs(10)));
+            got.extend(batch.drain(..));
+        }
+        producer.join().unwrap();
+        assert!(got.iter().copied().eq(0..10_000));
+    }
+
+    /// Between looking and waiting nothing may slip through: each item that comes wakes the task that saw none.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_consumer_that_waits_among_other_things_misses_nothing() {
+        let inbox = Arc::new(Inbox::default());
+        let producer = {
+            let inbox = Arc::clone(&inbox);
+            std::thread::spawn(move || {
+                for i in 0..10_000 {
+                    inbox.push(i).unwrap();
+                    if i % 7 == 0 {
+                        std::thread::yield_now();
+                    }
+                }
+                inbox.close();
+            })
+        };
+        let (mut got, mut batch) = (Vec::new(), VecDeque::new());
+        loop {
+            let filled = std::future::poll_fn(|cx| inbox.poll_filled(cx));
+            tokio::time::timeout(Duration::from_secs(60), filled).await.expect("woken");
+            inbox.take(&mut batch, Wait::No);
+            if batch.is_empty() {
+                break;
+            }
             got.extend(batch.drain(..));
         }
         producer.join().unwrap();

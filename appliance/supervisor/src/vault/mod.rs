@@ -173,12 +173,17 @@ impl Vault {
             reads: Arc::clone(&self.reads),
             room_wanted: Arc::clone(&self.room_wanted),
         };
+        let runtime = writer::runtime()?;
+        let here = runtime.handle().clone();
         let thread = {
             let (shared, inbox) = (Arc::clone(&shared), Arc::clone(&inbox));
             let name = format!("j-{}", &id.to_string()[..8]);
-            std::thread::Builder::new().name(name).spawn(move || writer::run(&context, &shared, &inbox, made))?
+            std::thread::Builder::new().name(name).spawn(move || {
+                writer::run(&runtime, &context, &shared, &inbox, made);
+                // Its connections end with it.
+            })?
         };
-        let group = Arc::new(Group { shared, inbox, thread: Mutex::new(Some(thread)) });
+        let group = Arc::new(Group { shared, inbox, here, thread: Mutex::new(Some(thread)) });
         crate::lock(&self.groups).insert(id, Arc::clone(&group));
         Ok(group)
     }

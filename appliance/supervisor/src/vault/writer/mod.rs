@@ -7,10 +7,15 @@
 //! API ──┘              (in order)
 //! ```
 //!
-//! **Group commit without a timer.** One turn takes everything that is queued, appends it, submits, and only then waits: for
-//! completions when somebody needs them, for commands otherwise. Under load a batch is what came in while the last ones were being
-//! written. When nobody waits for durability (plain writes, no flush), what comes in while a write is under way is gathered into
-//! the next one instead of making many small ones.
+//! **One thread from socket to socket.** The NBD connections of an ingest target live on this thread too ([`Group::here`]): a request that
+//! is read from a socket is appended, sent to the disk and answered without another thread being woken. Commands of other threads (jobs,
+//! agents' connections, the API) come through the same inbox. A lone client's durable write (a write and a flush, so two requests)
+//! costs 2 recv, 2 send, 1 io_uring_enter, 4 epoll_wait of which 2 do not wait, and no futex.
+//!
+//! **Group commit without a timer.** One turn takes everything that is queued, appends it, collects what has ended, submits, and only
+//! then waits, for anything ([`ears`]). Under load a batch is what came in while the last ones were being written; [`pace`] says when it
+//! goes beside them. When nobody waits for durability (plain writes, no flush), what comes in while a write is under way is gathered
+//! into the next one instead of making many small ones.
 //!
 //! **Answers.** A plain NBD write is answered when it is appended: the client was promised a volatile cache. FUA and flush are answered
 //! when the LSN they mean is durable. A read of an ingest target goes to the readers once everything appended before it is written. An
@@ -26,49 +31,54 @@
 //!
 //! **Limits.** What is queued is bounded by its producers, see [`Inbox`]; `waiters` and `reads` hold at most what those have
 //! unanswered.
+//!
+//! [`Group::here`]: super::Group::here
+
+mod append;
+mod clients;
+mod ears;
+mod pace;
+mod source;
 
 use super::{
-    Command, Counters, GroupError, LinkInfo, Marked, Phase, Shared, StreamOpening,
+    Command, Counters, GroupError, Marked, Phase, Shared,
     group::Live,
     inbox::{Inbox, Wait},
-    jobs::{self, JobPool},
+    jobs::JobPool,
 };
 use crate::{
     clock::Clock,
     events::{Event, Events},
-    exports::{
-        driver::Op,
-        lane::Lane,
-        pool::{ReadJob, ReadPool, Source},
-    },
+    exports::{driver::Op, lane::Lane, pool::ReadPool},
     links::lane::{Inbound, LinkLane},
     outbox::Outbox,
 };
 use durable::Disk;
-use journal::{
-    AppendError, Journal, JournalOptions, JournalReader, MAX_RECORD_BYTES, NewRecord, OpenError, Progress,
-    RecoveryReport,
-};
-use model::{
-    Codec, Extent, GroupSpec, HistoryTime, Lsn, Mark, MonoTime, RecordKind, SECTOR, SourceSeq, StreamId, WriteFlags,
-};
-use nbd::{Command as Nbd, Errno};
-use replication::{Had, Target, TargetAction, TargetConfig, TargetEvent, TargetState};
+use ears::Ears;
+use journal::{AppendError, Journal, JournalOptions, JournalReader, OpenError, Progress, RecoveryReport};
+use model::{HistoryTime, Lsn, Mark, MonoTime, SourceSeq, StreamId};
+use nbd::Errno;
+use pace::Pace;
+use replication::{Target, TargetAction, TargetEvent};
 use std::{
     collections::VecDeque,
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     sync::Arc,
     time::Duration,
 };
-use tokio::sync::{Notify, oneshot};
-use wire::{FrameHeader, Message, Refusal, RefuseCode, Resume};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{Notify, oneshot},
+};
+use wire::{FrameHeader, Message, Refusal, RefuseCode};
 
 /// With nothing to do, the thread looks at retention and rates this often.
 const TICK_MS: u64 = 1000;
 /// With an agent connected, acks and silence are looked at this often.
 const LINK_TICK_MS: u64 = 100;
-/// Plain writes under way and nobody waiting: new ones are gathered for so long at most before completions are looked at.
+/// Nobody tells of ended writes, and nobody waits for one: completions are looked at this often.
 const GATHER: Duration = Duration::from_micros(500);
 /// Jobs that may end without making room before a record that does not fit means "full". Several, because one prepares, one folds, one
 /// deletes.
@@ -77,6 +87,8 @@ const JOBS_BEFORE_FULL: u32 = 4;
 const BALANCE_MS_MAX: u64 = 5_000;
 /// After so much was appended, jobs are looked for without waiting for the next tick: segments must be prepared ahead of a fast writer.
 const JOBS_EVERY_BYTES: u64 = 8 << 20;
+/// Connections served before the journal has its turn: more than a box takes, so all that are ready.
+const READY_MAX: u32 = 256;
 /// Waits before a stopped group is tried again.
 const RETRY_MS: [u64; 5] = [500, 2_000, 5_000, 15_000, 30_000];
 
@@ -94,8 +106,31 @@ pub struct Context {
     pub room_wanted: Arc<Notify>,
 }
 
+/// What the thread's connections and its waiting run on.
+pub fn runtime() -> io::Result<Runtime> {
+    // All sockets that are ready are read before the journal's turn: one batch for all of them.
+    Builder::new_current_thread().enable_io().enable_time().event_interval(READY_MAX).build()
+}
+
 /// Runs a group until it is closed. `made`: its journal, if it was only just made.
-pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>, mut made: Option<Journal>) {
+pub fn run(
+    runtime: &Runtime,
+    context: &Context,
+    shared: &Arc<Shared>,
+    inbox: &Arc<Inbox<Command>>,
+    made: Option<Journal>,
+) {
+    runtime.block_on(live(context, shared, inbox, made));
+    shared.set_phase(Phase::Closed);
+    inbox.close();
+    let mut left = VecDeque::new();
+    inbox.take(&mut left, Wait::No);
+    left.into_iter().for_each(|command| refuse(command, "the group is closed"));
+    // Connections that were woken for their last answers send them.
+    runtime.block_on(tokio::task::yield_now());
+}
+
+async fn live(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>, mut made: Option<Journal>) {
     let mut failures = 0;
     loop {
         shared.set_phase(Phase::Opening);
@@ -108,8 +143,8 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>,
             Ok((journal, report)) => {
                 note_opened(context, shared, &report, failures);
                 shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
-                match Writer::new(context, shared, inbox, journal).run_guarded() {
-                    End::Closed => break,
+                match Writer::new(context, shared, inbox, journal).run_guarded().await {
+                    End::Closed => return,
                     End::Failed(reason) => (reason, false),
                 }
             }
@@ -122,15 +157,10 @@ pub fn run(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command>>,
         shared.change_live(|live| *live = Live { recovery: live.recovery.take(), ..Live::default() });
         let retry_ms = (!damaged).then(|| RETRY_MS[failures.min(RETRY_MS.len() - 1)]);
         failures += 1;
-        if !refuse_until(context, inbox, &reason, retry_ms) {
-            break;
+        if !refuse_until(context, inbox, &reason, retry_ms).await {
+            return;
         }
     }
-    shared.set_phase(Phase::Closed);
-    inbox.close();
-    let mut left = VecDeque::new();
-    inbox.take(&mut left, Wait::No);
-    left.into_iter().for_each(|command| refuse(command, "the group is closed"));
 }
 
 fn note_opened(context: &Context, shared: &Shared, report: &RecoveryReport, failures: usize) {
@@ -155,10 +185,11 @@ fn is_damage(e: &OpenError) -> bool {
 }
 
 /// Answers everything with the reason until it is time to try again (true) or the group is closed (false).
-fn refuse_until(context: &Context, inbox: &Inbox<Command>, reason: &str, retry_ms: Option<u64>) -> bool {
+async fn refuse_until(context: &Context, inbox: &Inbox<Command>, reason: &str, retry_ms: Option<u64>) -> bool {
     let from = context.clock.mono();
     let text = format!("the group is stopped: {reason}");
     let mut queue = VecDeque::new();
+    let mut ears = Ears::new();
     loop {
         let waited = context.clock.mono().ms_since(from);
         let left = match retry_ms {
@@ -166,7 +197,8 @@ fn refuse_until(context: &Context, inbox: &Inbox<Command>, reason: &str, retry_m
             Some(ms) => ms - waited,
             None => 60_000,
         };
-        inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(left)));
+        ears.wait(inbox, Duration::from_millis(left)).await;
+        inbox.take(&mut queue, Wait::No);
         for command in queue.drain(..) {
             if matches!(command, Command::Close) {
                 return false;
@@ -335,6 +367,8 @@ struct Writer<'a> {
     context: &'a Context,
     shared: &'a Arc<Shared>,
     inbox: &'a Arc<Inbox<Command>>,
+    ears: Ears,
+    pace: Pace,
     journal: Journal,
     reader: JournalReader,
     queue: VecDeque<Command>,
@@ -367,13 +401,15 @@ impl<'a> Writer<'a> {
     ) -> Self {
         let now = context.clock.mono();
         let reader = journal.reader();
-        shared.set_spec(GroupSpec::clone(journal.spec()));
+        shared.set_spec(journal.spec().clone());
         // Until the box says otherwise, others' needs are not its own: what the disk lacks is shared out by priority.
         journal.set_must_free(Some(0));
         Self {
             context,
             shared,
             inbox,
+            ears: Ears::new(),
+            pace: Pace::default(),
             reader,
             journal,
             queue: VecDeque::new(),
@@ -396,19 +432,22 @@ impl<'a> Writer<'a> {
     }
 
     /// Runs; a panic, which is a defect here or below, fails the group as a failed write does: it is opened again.
-    fn run_guarded(mut self) -> End {
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run()));
-        if ran.is_err() {
+    async fn run_guarded(mut self) -> End {
+        let mut sound = guarded(|| self.begin());
+        while sound && self.failed.is_none() && !(self.closing && self.pending.is_empty()) {
+            match self.rest() {
+                Some(limit) => self.ears.wait(self.inbox, limit).await,
+                // The connections have theirs.
+                None => tokio::task::yield_now().await,
+            }
+            sound = guarded(|| self.turn());
+        }
+        if !sound {
             self.failed = Some("the group's thread panicked; the log says where".into());
             // What it held at that moment cannot be answered any more: that connection ends.
             if let Some(outbox) = self.current.take() {
                 outbox.close();
             }
-            self.closing |= self.queue.drain(..).any(|command| {
-                let close = matches!(command, Command::Close);
-                refuse(command, "the group's thread panicked");
-                close
-            });
         }
         match catch_unwind(AssertUnwindSafe(|| self.end())) {
             Ok(End::Closed) if self.failed.is_none() => {
@@ -422,15 +461,12 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn run(&mut self) {
+    fn begin(&mut self) {
         self.begin_if_new();
         self.start_jobs();
         self.publish();
         if self.failed.is_none() {
             self.shared.set_phase(Phase::Running(self.reader.clone()));
-        }
-        while self.failed.is_none() && !(self.closing && self.pending.is_empty()) {
-            self.turn();
         }
     }
 
@@ -451,18 +487,23 @@ impl<'a> Writer<'a> {
     }
 
     fn turn(&mut self) {
-        let wait = self.wait();
-        self.inbox.take(&mut self.queue, wait);
+        self.inbox.take(&mut self.queue, Wait::No);
         while let Some(command) = self.queue.pop_front() {
             self.command(command);
         }
         self.drain();
+        // What has ended makes room for what is sent.
+        self.collect(false);
         self.submit();
         self.wake();
-        // Whoever needs a completion waits for one, unless there is more to submit first.
-        let progress = self.journal.progress();
-        self.collect(self.wanted(&progress) && progress.in_flight > 0 && self.inbox.is_empty());
-        self.wake();
+        self.ears.follow(&self.journal);
+        if self.ears.deaf() {
+            // Whoever needs a completion waits for one, unless there is more to submit first.
+            let progress = self.journal.progress();
+            self.collect(self.wanted(&progress) && progress.in_flight > 0 && self.inbox.is_empty());
+            self.submit();
+            self.wake();
+        }
         self.tick();
         self.publish();
     }
@@ -472,18 +513,20 @@ impl<'a> Writer<'a> {
         !self.waiters.is_empty() || self.reads.front().is_some_and(|r| r.lsn > progress.written) || self.closing
     }
 
-    fn wait(&self) -> Wait {
+    /// How long there is nothing to do unless something comes; none: there is something.
+    fn rest(&self) -> Option<Duration> {
         let progress = self.journal.progress();
+        let deaf = self.ears.deaf() && progress.in_flight > 0;
         let ready = !self.pending.is_empty() && self.held.is_none_or(|h| h.due);
-        if ready || self.closing || (self.wanted(&progress) && progress.in_flight > 0) {
-            return Wait::No;
+        if ready || self.closing || (deaf && self.wanted(&progress)) {
+            return None;
         }
-        if progress.in_flight > 0 {
-            return Wait::AtMost(GATHER);
+        if deaf {
+            return Some(GATHER);
         }
         let every = if self.link.is_some() { LINK_TICK_MS } else { TICK_MS };
         let since = self.context.clock.mono().ms_since(self.ticked);
-        Wait::AtMost(Duration::from_millis(every.saturating_sub(since).max(1)))
+        Some(Duration::from_millis(every.saturating_sub(since).max(1)))
     }
 
     fn command(&mut self, command: Command) {
@@ -516,7 +559,7 @@ impl<'a> Writer<'a> {
             Command::SetSpec { spec, reply } => {
                 let result = self.journal.set_spec(*spec).map_err(GroupError::Control);
                 if result.is_ok() {
-                    self.shared.set_spec(GroupSpec::clone(self.journal.spec()));
+                    self.shared.set_spec(self.journal.spec().clone());
                     self.start_jobs();
                 }
                 let _ = reply.send(result);
@@ -622,302 +665,6 @@ impl<'a> Writer<'a> {
         }
     }
 
-    // ---- NBD
-
-    fn op(&mut self, lane: &Arc<Lane>, op: Op) -> Step {
-        let request = op.request;
-        match request.command {
-            Nbd::Write { .. } => self.write(Arc::clone(lane), op, 0),
-            Nbd::WriteZeroes { .. } | Nbd::Trim { .. } => self.write(Arc::clone(lane), op, 0),
-            Nbd::Flush => {
-                Counters::add(&self.shared.counters.flushes, 1);
-                let progress = self.journal.progress();
-                if progress.durable >= progress.appended {
-                    lane.done(&request);
-                    self.touch(&lane.outbox);
-                } else {
-                    let who = Who::Client { lane: Arc::clone(lane), op };
-                    self.waiters.push_back(Waiter { lsn: progress.appended, who });
-                }
-                Step::Done
-            }
-            Nbd::Read { .. } | Nbd::BlockStatus { .. } => {
-                let progress = self.journal.progress();
-                let reading = Reading { lsn: progress.appended, lane: Arc::clone(lane), op };
-                if reading.lsn <= progress.written {
-                    self.read(reading)
-                } else {
-                    self.reads.push_back(reading)
-                }
-                Step::Done
-            }
-            Nbd::Cache => {
-                lane.done(&request);
-                self.touch(&lane.outbox);
-                Step::Done
-            }
-        }
-    }
-
-    fn read(&self, reading: Reading) {
-        let source = Source::Head(self.reader.clone());
-        self.context.reads.push(ReadJob { lane: reading.lane, request: reading.op.request, source });
-    }
-
-    /// Appends a write, trim or zeroing from byte `done` on, and sees to its answer.
-    fn write(&mut self, lane: Arc<Lane>, op: Op, mut done: usize) -> Step {
-        let request = op.request;
-        let len = request.len as usize;
-        let fua = request.fua();
-        let kind = match request.command {
-            Nbd::Trim { .. } => RecordKind::Discard,
-            Nbd::WriteZeroes { .. } => RecordKind::Zero,
-            _ => RecordKind::Write,
-        };
-        let time = self.context.clock.history();
-        while done < len {
-            // Only data is split: a range without data fits one record whatever its length.
-            let piece = if kind == RecordKind::Write { (len - done).min(MAX_RECORD_BYTES) } else { len };
-            let mut flags = WriteFlags::NONE;
-            if fua {
-                flags = flags | WriteFlags::FUA;
-            }
-            if done + piece < len {
-                flags = flags | WriteFlags::MORE;
-            }
-            let payload = if kind == RecordKind::Write { &op.payload[done..done + piece] } else { &[][..] };
-            let record = NewRecord {
-                kind,
-                flags,
-                volume: lane.volume,
-                extent: Extent::new((request.offset + done as u64) / SECTOR, piece as u64 / SECTOR),
-                codec: Codec::Raw,
-                payload,
-                payload_crc: crc32fast::hash(payload),
-                time,
-                source_wall_us: time.0,
-                stream: StreamId::default(),
-                seq: SourceSeq::ZERO,
-            };
-            match self.append(&record) {
-                Ok(_) => done += piece,
-                Err(Refused::NoRoom(text)) => {
-                    if self.hold(&text) {
-                        return Step::Held(Work::Write { lane, op, done });
-                    }
-                    Counters::add(&self.shared.counters.refused_full, 1);
-                    return self.fail_op(&lane, &op, Errno::NoSpace, &format!("the journal is full: {text}"));
-                }
-                Err(Refused::Record(e)) => return self.fail_op(&lane, &op, Errno::Io, &crate::chain(&e)),
-                Err(Refused::Failed(text)) => {
-                    self.fail_op(&lane, &op, Errno::Io, &text);
-                    self.failed = Some(text);
-                    return Step::Done;
-                }
-            }
-        }
-        if fua {
-            let lsn = self.journal.progress().appended;
-            self.waiters.push_back(Waiter { lsn, who: Who::Client { lane, op } });
-        } else {
-            lane.done(&request);
-            self.touch(&lane.outbox);
-        }
-        Step::Done
-    }
-
-    fn fail_op(&mut self, lane: &Arc<Lane>, op: &Op, errno: Errno, text: &str) -> Step {
-        lane.fail(&op.request, errno, text);
-        self.touch(&lane.outbox);
-        Step::Done
-    }
-
-    // ---- the agent's stream
-
-    fn is_current(&self, link: &LinkLane) -> bool {
-        self.link.as_ref().is_some_and(|l| l.lane.id == link.id)
-    }
-
-    fn attach(&mut self, lane: Arc<LinkLane>, open: &StreamOpening) -> Result<(), Refusal> {
-        let spec = GroupSpec::clone(self.journal.spec());
-        if let Some(text) = volumes_differ(&spec.volumes, &open.volumes) {
-            return Err(Refusal { code: RefuseCode::VolumeChanged, text });
-        }
-        // What the connection before had sent and was not appended is dropped; its source sends it again.
-        self.drop_link();
-        // The resume point is then all durable, and the first ack tells the source so.
-        self.settle();
-        if let Some(reason) = &self.failed {
-            return Err(Refusal { code: RefuseCode::Stopped, text: reason.clone() });
-        }
-        let position = self.journal.source_position();
-        let resume = replication::resume(position.map(|p| (p.stream, p.appended)), &open.facts);
-        let config = TargetConfig {
-            in_gap: self.journal.in_gap().map(|(_, reason)| reason),
-            silence_ms: open.silence_ms,
-            last_time: self.journal.last_time(),
-            had: position.map(|p| Had { durable: p.durable, appended_lsn: self.journal.progress().appended }),
-            ..TargetConfig::new(spec.id, open.facts.stream, spec.volumes.clone(), resume)
-        };
-        let clock = &self.context.clock;
-        let (target, ready) = Target::open(config, spec, open.mono, clock.history(), clock.mono());
-        lane.say(&ready);
-        let text = match resume {
-            Resume::Continue { next } => format!("stream {} goes on at {next}", open.facts.stream),
-            Resume::Restart => format!("stream {} begins", open.facts.stream),
-        };
-        self.context.events.note(Event::StreamOpened, &self.shared.name, text);
-        let link = LinkInfo { id: lane.id, since_us: clock.wall_us() };
-        self.shared.change_live(|live| live.link = Some(link));
-        self.touch(&lane.outbox);
-        self.link = Some(Attached { lane, stream: open.facts.stream, target });
-        if self.full {
-            self.target_event(TargetEvent::Room(false), None);
-        }
-        Ok(())
-    }
-
-    fn drop_link(&mut self) {
-        let Some(link) = self.link.take() else { return };
-        link.lane.outbox.close();
-        let now = self.context.clock.wall_us();
-        self.shared.change_live(|live| (live.link, live.link_lost_us) = (None, Some(now)));
-        self.context.events.note(Event::StreamClosed, &self.shared.name, &link.lane.peer);
-        let before = self.pending.len();
-        self.pending.retain(|work| !matches!(work, Work::Record { .. } | Work::SourceMark { .. }));
-        if self.pending.len() != before {
-            self.held = None;
-        }
-    }
-
-    fn frame(&mut self, link: &Arc<LinkLane>, frame: Inbound) {
-        match frame {
-            Inbound::Message(message) => self.target_event(TargetEvent::Message(&message), None),
-            Inbound::Record { header, payload } => {
-                let event = TargetEvent::Frame { header: &header, payload: &payload };
-                let work = |time| Work::Record { link: Arc::clone(link), header, payload: payload.clone(), time };
-                self.target_event(event, Some(&work));
-            }
-        }
-    }
-
-    /// Lets the target see an event and does what it says. Appends go to the front of the queue.
-    fn target_event(&mut self, event: TargetEvent<'_>, append: Option<&dyn Fn(HistoryTime) -> Work>) {
-        let Some(link) = &mut self.link else { return };
-        let (now, wall) = (self.context.clock.mono(), self.context.clock.history());
-        let mut actions = std::mem::take(&mut self.actions);
-        link.target.on(event, now, wall, &mut actions);
-        let lane = Arc::clone(&link.lane);
-        for action in actions.drain(..) {
-            match action {
-                TargetAction::Append { time } => {
-                    if let Some(work) = append {
-                        self.pending.push_front(work(time));
-                    }
-                }
-                TargetAction::AppendMark { mark, time, seq } => {
-                    self.pending.push_front(Work::SourceMark { link: Arc::clone(&lane), mark, time, seq });
-                }
-                TargetAction::SendAck(ack) => {
-                    lane.outbox.put(0, |out| ack.encode(out));
-                    self.touch(&lane.outbox);
-                }
-                TargetAction::Send(message) => {
-                    lane.say(&message);
-                    self.touch(&lane.outbox);
-                }
-                TargetAction::Refuse(refusal) => {
-                    let event =
-                        if refusal.code == RefuseCode::Silent { Event::HostSilent } else { Event::FrameRefused };
-                    self.context.events.note(event, &lane.peer, &refusal);
-                    lane.say(&Message::Refuse(refusal));
-                    self.drop_link();
-                }
-                TargetAction::Proven { until, .. } => {
-                    self.shared.change_live(|live| live.proven = live.proven.max(Some(until)));
-                }
-                TargetAction::State(state) => {
-                    if state != TargetState::Refused {
-                        tracing::debug!(group = %self.shared.name, ?state, "stream");
-                    }
-                }
-            }
-        }
-        self.actions = actions;
-    }
-
-    fn record(&mut self, link: Arc<LinkLane>, header: FrameHeader, payload: bytes::Bytes, time: HistoryTime) -> Step {
-        let wire::FrameKind::Record(kind) = header.kind else { return Step::Done };
-        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
-            return Step::Done;
-        };
-        let record = NewRecord {
-            kind,
-            flags: header.flags,
-            volume: header.volume,
-            extent: header.extent,
-            codec: header.codec,
-            payload: &payload,
-            payload_crc: header.payload_crc,
-            time,
-            source_wall_us: header.wall_us,
-            stream,
-            seq: header.seq,
-        };
-        match self.append(&record) {
-            Ok(lsn) => {
-                self.waiters.push_back(Waiter { lsn, who: Who::Source });
-                self.target_event(TargetEvent::Appended { seq: header.seq, lsn }, None);
-                Step::Done
-            }
-            Err(refused) => {
-                self.source_refused(&link, refused, Work::Record { link: Arc::clone(&link), header, payload, time })
-            }
-        }
-    }
-
-    fn source_mark(&mut self, link: Arc<LinkLane>, mark: Mark, time: HistoryTime, seq: SourceSeq) -> Step {
-        let Some(stream) = self.link.as_ref().filter(|l| l.lane.id == link.id).map(|l| l.stream) else {
-            return Step::Done;
-        };
-        match self.append_mark(&mark, time, stream, seq) {
-            Ok(lsn) => {
-                if let Mark::Bookmark { name, .. } = &mark {
-                    self.context.events.note(Event::BookmarkMade, &self.shared.name, name);
-                }
-                self.waiters.push_back(Waiter { lsn, who: Who::Source });
-                self.target_event(TargetEvent::Appended { seq, lsn }, None);
-                Step::Done
-            }
-            Err(refused) => {
-                self.source_refused(&link, refused, Work::SourceMark { link: Arc::clone(&link), mark, time, seq })
-            }
-        }
-    }
-
-    fn source_refused(&mut self, link: &Arc<LinkLane>, refused: Refused, work: Work) -> Step {
-        match refused {
-            Refused::NoRoom(text) => {
-                // Full or not, the record stays: the source is told, and what it sent is appended when there is room.
-                if !self.hold(&text) {
-                    self.held = Some(Held::at(self.context.clock.mono()));
-                }
-                Step::Held(work)
-            }
-            Refused::Record(e) => {
-                let refusal = Refusal { code: RefuseCode::BadFrame, text: crate::chain(&e) };
-                self.context.events.note(Event::FrameRefused, &link.peer, &refusal);
-                link.say(&Message::Refuse(refusal));
-                self.drop_link();
-                Step::Done
-            }
-            Refused::Failed(text) => {
-                self.failed = Some(text);
-                Step::Held(work)
-            }
-        }
-    }
-
     // ---- marks of the box's own
 
     fn mark(&mut self, mark: Mark, reply: oneshot::Sender<Result<Marked, GroupError>>) -> Step {
@@ -939,189 +686,6 @@ impl<'a> Writer<'a> {
             }
         }
         Step::Done
-    }
-
-    // ---- the journal
-
-    fn append(&mut self, record: &NewRecord<'_>) -> Result<Lsn, Refused> {
-        loop {
-            match self.journal.append(record) {
-                Ok(lsn) => {
-                    let bytes = if record.kind == RecordKind::Write { record.extent.bytes() } else { 0 };
-                    Counters::add(&self.shared.counters.bytes, bytes);
-                    Counters::add(&self.shared.counters.records, 1);
-                    self.appended_since_jobs += record.payload.len() as u64 + 128;
-                    self.took();
-                    return Ok(lsn);
-                }
-                Err(AppendError::Busy { .. }) => self.make_way()?,
-                Err(e) => return Err(sort(e)),
-            }
-        }
-    }
-
-    fn append_mark(
-        &mut self,
-        mark: &Mark,
-        time: HistoryTime,
-        stream: StreamId,
-        seq: SourceSeq,
-    ) -> Result<Lsn, Refused> {
-        loop {
-            match self.journal.append_mark(mark, time, stream, seq) {
-                Ok(lsn) => {
-                    self.took();
-                    return Ok(lsn);
-                }
-                Err(AppendError::Busy { .. }) => self.make_way()?,
-                Err(e) => return Err(sort(e)),
-            }
-        }
-    }
-
-    /// All writes are in flight and the batch is full: answers go out while one of them ends.
-    fn make_way(&mut self) -> Result<(), Refused> {
-        self.wake();
-        self.collect(true);
-        self.wake();
-        match self.failed.take() {
-            None => Ok(()),
-            Some(text) => Err(Refused::Failed(text)),
-        }
-    }
-
-    /// Something was appended: there is room.
-    fn took(&mut self) {
-        self.held = None;
-        if self.full {
-            self.full = false;
-            self.shared.change_live(|live| live.full = None);
-            self.context.events.note(Event::JournalRoom, &self.shared.name, "writes are taken again");
-            self.target_event(TargetEvent::Room(true), None);
-        }
-        if self.appended_since_jobs >= JOBS_EVERY_BYTES {
-            self.start_jobs();
-        }
-    }
-
-    /// The head of the queue does not fit. True: jobs may still make room, it waits. False: the group is full.
-    fn hold(&mut self, text: &str) -> bool {
-        let now = self.context.clock.mono();
-        let held = self.held.unwrap_or_else(|| Held::at(now));
-        self.start_jobs();
-        let may_balance = !held.balanced && now.ms_since(held.since) < BALANCE_MS_MAX;
-        if may_balance {
-            self.context.room_wanted.notify_one();
-        }
-        if !self.full && (may_balance || (self.jobs_running > 0 && held.jobs < JOBS_BEFORE_FULL)) {
-            self.held = Some(Held { due: false, tried: now, ..held });
-            return true;
-        }
-        self.held = None;
-        if !self.full {
-            self.full = true;
-            self.shared.change_live(|live| live.full = Some(text.to_owned()));
-            self.context.events.note(Event::JournalFull, &self.shared.name, text);
-            self.target_event(TargetEvent::Room(false), None);
-        }
-        false
-    }
-
-    fn submit(&mut self) {
-        let progress = self.journal.progress();
-        if progress.unsent_bytes == 0 || !(self.wanted(&progress) || progress.in_flight == 0) {
-            return;
-        }
-        Counters::add(&self.shared.counters.batches, 1);
-        match self.journal.submit() {
-            Ok(()) | Err(AppendError::Busy { .. }) => {}
-            Err(e) => self.failed = Some(crate::chain(&e)),
-        }
-    }
-
-    /// Takes in completions and answers who waited for them.
-    fn collect(&mut self, block: bool) {
-        let progress = match self.journal.poll(block) {
-            Ok(progress) => progress,
-            Err(e) => {
-                self.failed = Some(crate::chain(&e));
-                return;
-            }
-        };
-        let mut source = false;
-        while let Some(front) = self.waiters.front()
-            && front.lsn <= progress.durable
-            && let Some(waiter) = self.waiters.pop_front()
-        {
-            match waiter.who {
-                Who::Client { lane, op } => {
-                    lane.done(&op.request);
-                    self.touch(&lane.outbox);
-                }
-                Who::Mark { time, reply } => {
-                    let _ = reply.send(Ok(Marked { lsn: waiter.lsn, time }));
-                }
-                Who::Barrier { reply } => {
-                    let _ = reply.send(Ok(()));
-                }
-                Who::Source => source = true,
-            }
-        }
-        while let Some(front) = self.reads.front()
-            && front.lsn <= progress.written
-            && let Some(reading) = self.reads.pop_front()
-        {
-            self.read(reading);
-        }
-        if source {
-            self.target_event(TargetEvent::Progress { written: progress.written, durable: progress.durable }, None);
-        }
-    }
-
-    /// Makes everything appended durable.
-    fn settle(&mut self) {
-        loop {
-            let progress = self.journal.progress();
-            if self.failed.is_some() || progress.durable >= progress.appended {
-                return;
-            }
-            match self.journal.submit() {
-                Ok(()) | Err(AppendError::Busy { .. }) => self.collect(true),
-                Err(e) => self.failed = Some(crate::chain(&e)),
-            }
-        }
-    }
-
-    // ---- jobs
-
-    fn start_jobs(&mut self) {
-        self.appended_since_jobs = 0;
-        while self.jobs_running < jobs::PER_GROUP
-            && !self.closing
-            && let Some(job) = self.journal.next_job(self.context.clock.history())
-        {
-            tracing::debug!(group = %self.shared.name, job = job.what(), "job");
-            if self.context.jobs.push(job, self.inbox).is_err() {
-                return; // the box is shutting down
-            }
-            self.jobs_running += 1;
-        }
-    }
-
-    fn job_done(&mut self, done: journal::JobDone) {
-        if let Some(held) = &mut self.held {
-            held.jobs += 1;
-            held.due = true;
-        }
-        match self.journal.job_done(done) {
-            Ok(outcome) => tracing::debug!(group = %self.shared.name, ?outcome, "job done"),
-            Err(e) => {
-                self.context.events.note(Event::JobFailed, &self.shared.name, crate::chain(&e));
-                // Not at once: a job that fails for lack of room would be tried in a loop.
-                return;
-            }
-        }
-        self.start_jobs();
     }
 
     // ---- housekeeping
@@ -1201,11 +765,11 @@ impl<'a> Writer<'a> {
         }
         self.drop_link();
         self.wake();
-        // A job works on the journal's files: the next opening must not meet it.
-        while self.jobs_running > 0 {
-            let mut queue = VecDeque::new();
-            self.inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(TICK_MS)));
-            for command in queue {
+        // A job works on the journal's files: the next opening must not meet it. What was taken from the inbox and not looked at may
+        // hold its end.
+        let mut queue = std::mem::take(&mut self.queue);
+        loop {
+            for command in queue.drain(..) {
                 match command {
                     Command::JobDone(done) => {
                         self.jobs_running -= 1;
@@ -1218,6 +782,10 @@ impl<'a> Writer<'a> {
                     other => refuse(other, text),
                 }
             }
+            if self.jobs_running == 0 {
+                break;
+            }
+            self.inbox.take(&mut queue, Wait::AtMost(Duration::from_millis(TICK_MS)));
         }
         match reason {
             Some(reason) if !self.closing => End::Failed(reason),
@@ -1225,6 +793,11 @@ impl<'a> Writer<'a> {
             None => End::Closed,
         }
     }
+}
+
+/// Whether it came to its end without a panic.
+fn guarded(act: impl FnOnce()) -> bool {
+    catch_unwind(AssertUnwindSafe(act)).is_ok()
 }
 
 fn fail_work(work: Work, text: &str) {
@@ -1243,36 +816,4 @@ fn fail_work(work: Work, text: &str) {
             let _ = reply.send(Err(GroupError::Stopped { reason: text.to_owned() }));
         }
     }
-}
-
-fn sort(e: AppendError) -> Refused {
-    match e {
-        AppendError::NoSpace { .. } | AppendError::OverLimit { .. } => Refused::NoRoom(e.to_string()),
-        AppendError::Poisoned(_) | AppendError::Roll(_) | AppendError::Control(_) => Refused::Failed(crate::chain(&e)),
-        e => Refused::Record(e),
-    }
-}
-
-/// Says how what a source calls its volumes differs from what the journal recorded.
-fn volumes_differ(have: &[model::VolumeSpec], said: &[model::VolumeSpec]) -> Option<String> {
-    for volume in have {
-        let Some(s) = said.iter().find(|s| s.id == volume.id) else {
-            return Some(format!("volume {} ({}) is missing", volume.id, volume.name));
-        };
-        if s.sectors != volume.sectors {
-            return Some(format!(
-                "{} had {} sectors and has {} now: its size changed",
-                volume.name, volume.sectors.0, s.sectors.0
-            ));
-        }
-        if s.identity != volume.identity {
-            return Some(format!(
-                "{} is another disk than before: {:?} instead of {:?}",
-                volume.name, s.identity, volume.identity
-            ));
-        }
-    }
-    said.iter()
-        .find(|s| !have.iter().any(|h| h.id == s.id))
-        .map(|s| format!("volume {} ({}) is not part of the group", s.id, s.name))
 }
