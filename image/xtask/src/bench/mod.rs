@@ -17,7 +17,7 @@ use crate::{
     deps::{self, Purpose},
     repo::Repo,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hw_tests::product::Binaries;
 use std::{collections::BTreeMap, fs, thread, time::Duration};
 
@@ -66,9 +66,21 @@ pub struct Results {
     pub histories: Vec<serde_json::Value>,
     /// Single facts in the order found: (what, value).
     pub facts: Vec<(String, String)>,
+    /// What could not be measured: (what, why).
+    pub failures: Vec<(String, String)>,
 }
 
 impl Results {
+    /// Something was not measured: said at once and in the table, and the rest goes on.
+    fn failed(&mut self, what: &str, why: &anyhow::Error) {
+        println!("  FAILED: {what}: {why:#}");
+        self.failures.push((what.to_owned(), format!("{why:#}").replace('\n', " ")));
+    }
+    fn ends(&mut self, what: &str, done: Result<()>) {
+        if let Err(e) = done {
+            self.failed(what, &e);
+        }
+    }
     fn fact(&mut self, what: impl Into<String>, value: impl Into<String>) {
         let (what, value) = (what.into(), value.into());
         println!("  {what}: {value}");
@@ -112,21 +124,26 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         for round in 1..=rounds {
             println!("round {round} of {rounds}");
             if wanted(Part::Ingest) {
-                bench.ingest_round(&mut results, round == rounds)?;
+                let done = bench.ingest_round(&mut results, round as usize, round == rounds);
+                results.ends("durable writes", done);
             }
             if wanted(Part::View) {
-                bench.view_round(&mut results)?;
+                let done = bench.view_round(&mut results);
+                results.ends("reading a view", done);
             }
         }
         if wanted(Part::Agent) {
-            bench.agent(&mut results)?;
+            let done = bench.agent(&mut results);
+            results.ends("the agent", done);
         }
     }
     if wanted(Part::Capture) {
-        capture::run(&dir, options.quick, &mut results)?;
+        let done = capture::run(&dir, options.quick, &mut results);
+        results.ends("capture", done);
     }
     if wanted(Part::Journal) {
-        journal::run(repo, &dir, options.quick, &mut results)?;
+        let done = journal::run(repo, &dir, options.quick, &mut results);
+        results.ends("long histories", done);
     }
     let text = report::render(&results, &repo.commit(), rounds, busy);
     println!("\n{text}");
@@ -137,5 +154,10 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         println!("written to {}", file.display());
     }
     fs::remove_dir_all(&dir)?;
+    ensure!(
+        results.failures.is_empty(),
+        "{} parts could not be measured; the table says which",
+        results.failures.len()
+    );
     Ok(())
 }

@@ -26,6 +26,13 @@ pub fn render(results: &Results, commit: &str, rounds: u32, busy: f64) -> String
     } else {
         "The machine was otherwise idle.\n\n".to_owned()
     };
+    if !results.failures.is_empty() {
+        text += "**Not measured:**\n\n";
+        for (what, why) in &results.failures {
+            text += &format!("- {what}: {why}\n");
+        }
+        text += "\n";
+    }
     let writes = table(results, WRITES);
     if !writes.is_empty() {
         text += &format!(
@@ -167,7 +174,9 @@ mod tests {
         put(HOLDFAST, &WRITES[3], &[95.0]);
         results.facts.push(("memory".into(), "64 MiB".into()));
         results.histories.push(serde_json::json!({"records": 10000, "open_ms_max": 0.5, "first_read_ms_max": 120.0}));
+        results.failures.push(("nbdkit".into(), "it is not installed".into()));
         let text = render(&results, "abc", 3, 50.0);
+        assert!(text.contains("- nbdkit: it is not installed"), "{text}");
         assert!(text.contains("50 % of the time"), "{text}");
         assert!(text.contains("| raw file | 110 (1.00) |"), "{text}");
         assert!(text.contains("1.80 × the best peer; goal 2 **missed**"), "{text}");

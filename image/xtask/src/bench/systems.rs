@@ -67,35 +67,51 @@ impl Peer {
 }
 
 impl Bench<'_> {
-    /// Durable writes against every system, once.
-    pub fn ingest_round(&self, results: &mut Results, last: bool) -> Result<()> {
-        let raw = self.filled("raw.img", self.bytes)?;
-        let target = Target::Direct(raw.clone());
-        self.measure(RAW, WRITES, &target, results)?;
-        for peer in [Self::qemu_nbd_raw, Self::qemu_nbd_qcow2, Self::nbdkit] {
-            let peer = peer(self, &raw)?;
-            self.measure(peer.name, WRITES, &peer.target(), results)?;
+    /// Durable writes against every system, once: all are up, and each job goes to one after the other, beginning with another one each
+    /// round. So what the machine does meanwhile, for seconds or for minutes, falls on all of them alike.
+    pub fn ingest_round(&self, results: &mut Results, round: usize, last: bool) -> Result<()> {
+        let mut systems = vec![(RAW, Target::Direct(self.filled("raw.img", self.bytes)?))];
+        let mut peers = Vec::new();
+        for start in [Self::qemu_nbd_raw, Self::qemu_nbd_qcow2, Self::nbdkit] {
+            match start(self) {
+                Ok(peer) => peers.push(peer),
+                Err(e) => results.failed("a peer could not be started", &e),
+            }
         }
-        fs::remove_file(&raw)?;
-        self.holdfast(results, last)
-    }
-
-    fn holdfast(&self, results: &mut Results, last: bool) -> Result<()> {
+        systems.extend(peers.iter().map(|peer| (peer.name, peer.target())));
+        let mut boxes = Vec::new();
         for (name, tls) in [(HOLDFAST, false), (HOLDFAST_TLS, true)] {
-            let dir = self.dir.join("box");
-            let mut appliance = Appliance::start(self.bins, &dir)?;
-            appliance.create_ingest(GROUP, &[(VOLUME, self.bytes)])?;
-            let export = appliance.ingest_target(GROUP, VOLUME)?;
-            let target =
-                if tls { self.tls_target(&appliance, &export)? } else { Target::Nbd { uri: export.uri(), home: None } };
-            self.measure(name, WRITES, &target, results)?;
+            match self.ingest_box(tls) {
+                Ok((appliance, target)) => {
+                    boxes.push((name, appliance));
+                    systems.push((name, target));
+                }
+                Err(e) => results.failed(name, &e),
+            }
+        }
+        for job in WRITES {
+            for turn in 0..systems.len() {
+                let (name, target) = &systems[(turn + round) % systems.len()];
+                self.measure(name, std::slice::from_ref(job), target, results);
+            }
+        }
+        for (name, mut appliance) in boxes {
             if last {
                 results.fact(format!("{name}: memory of the daemon"), size(appliance.program()?.rss()?));
             }
             appliance.stop()?;
-            fs::remove_dir_all(&dir)?;
+            fs::remove_dir_all(appliance.dir())?;
         }
         if last { self.cost(results) } else { Ok(()) }
+    }
+
+    fn ingest_box(&self, tls: bool) -> Result<(Appliance, Target)> {
+        let appliance = Appliance::start(self.bins, &self.dir.join(if tls { "box-tls" } else { "box-unix" }))?;
+        appliance.create_ingest(GROUP, &[(VOLUME, self.bytes)])?;
+        let export = appliance.ingest_target(GROUP, VOLUME)?;
+        let target =
+            if tls { self.tls_target(&appliance, &export)? } else { Target::Nbd { uri: export.uri(), home: None } };
+        Ok((appliance, target))
     }
 
     /// What a host's byte takes of the box's disk, by how it was written.
@@ -132,9 +148,9 @@ impl Bench<'_> {
     /// Reading a view beside reading the file it was written from.
     pub fn view_round(&self, results: &mut Results) -> Result<()> {
         let raw = self.filled("raw.img", self.bytes)?;
-        self.measure(RAW, READS, &Target::Direct(raw.clone()), results)?;
-        let peer = self.nbdkit(&raw)?;
-        self.measure(peer.name, READS, &peer.target(), results)?;
+        self.measure(RAW, READS, &Target::Direct(raw.clone()), results);
+        let peer = self.nbdkit()?;
+        self.measure(peer.name, READS, &peer.target(), results);
         drop(peer);
         let dir = self.dir.join("box");
         let mut appliance = Appliance::start(self.bins, &dir)?;
@@ -153,11 +169,10 @@ impl Bench<'_> {
         )?;
         let view = appliance.view(GROUP, &At::Latest)?;
         let target = Target::Nbd { uri: view.only()?.uri(), home: None };
-        self.measure(HOLDFAST, READS, &target, results)?;
+        self.measure(HOLDFAST, READS, &target, results);
         view.close()?;
         appliance.stop()?;
         fs::remove_dir_all(&dir)?;
-        fs::remove_file(&raw)?;
         Ok(())
     }
 
@@ -201,20 +216,27 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Runs the jobs.
-    fn measure(&self, system: &str, jobs: &[Job], target: &Target, results: &mut Results) -> Result<()> {
+    /// Runs the jobs; one that fails is said in the table, and the others go on.
+    fn measure(&self, system: &str, jobs: &[Job], target: &Target, results: &mut Results) {
         for job in jobs {
-            let outcome = fio::run(job, target, self.bytes, self.seconds, false, &self.dir.join("fio.json"))
-                .with_context(|| format!("{system}: {}", job.name))?;
-            println!("  {system}: {}: {:.0}/s, 99 % within {:.0} us", job.name, outcome.per_second, outcome.p99_us);
-            results.rates.entry((system.to_owned(), job.name.to_owned())).or_default().push(outcome.per_second);
+            match fio::run(job, target, self.bytes, self.seconds, false, &self.dir.join("fio.json")) {
+                Ok(outcome) => {
+                    let rate = outcome.per_second;
+                    println!("  {system}: {}: {rate:.0}/s, 99 % within {:.0} us", job.name, outcome.p99_us);
+                    results.rates.entry((system.to_owned(), job.name.to_owned())).or_default().push(rate);
+                }
+                Err(e) => results.failed(&format!("{system}: {}", job.name), &e),
+            }
         }
-        Ok(())
     }
 
-    /// A file with every byte written: holes and unwritten extents would cost at the first write.
+    /// A file with every byte written: holes and unwritten extents would cost at the first write. Made once for all rounds, one for each
+    /// system: what goes around the page cache would throw out what another keeps in it.
     fn filled(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.dir.join(name);
+        if fs::metadata(&path).is_ok_and(|m| m.len() == bytes) {
+            return Ok(path);
+        }
         let mut file = fs::File::create(&path)?;
         let (mut block, mut draw) = (vec![0; 1 << 20], hw_tests::Draw::new(7));
         for _ in 0..bytes >> 20 {
@@ -225,20 +247,23 @@ impl Bench<'_> {
         Ok(path)
     }
 
-    fn qemu_nbd_raw(&self, raw: &Path) -> Result<Peer> {
-        self.qemu_nbd("qemu-nbd, raw", "raw", raw)
+    fn qemu_nbd_raw(&self) -> Result<Peer> {
+        let raw = self.filled("qemu.img", self.bytes)?;
+        self.qemu_nbd("qemu-nbd, raw", "raw", &raw)
     }
-    fn qemu_nbd_qcow2(&self, raw: &Path) -> Result<Peer> {
-        let path = self.dir.join("disk.qcow2");
-        process::call(
-            "qemu-img",
-            &["convert", "-f", "raw", "-O", "qcow2", &raw.to_string_lossy(), &path.to_string_lossy()],
-            FILL_MAX,
-        )?;
+    fn qemu_nbd_qcow2(&self) -> Result<Peer> {
+        let (raw, path) = (self.filled("raw.img", self.bytes)?, self.dir.join("disk.qcow2"));
+        if !path.exists() {
+            process::call(
+                "qemu-img",
+                &["convert", "-f", "raw", "-O", "qcow2", &raw.to_string_lossy(), &path.to_string_lossy()],
+                FILL_MAX,
+            )?;
+        }
         self.qemu_nbd("qemu-nbd, qcow2", "qcow2", &path)
     }
     fn qemu_nbd(&self, name: &'static str, format: &str, image: &Path) -> Result<Peer> {
-        let socket = self.dir.join("peer.sock");
+        let socket = self.dir.join(format!("qemu-{format}.sock"));
         let mut command = Command::new(tools::need("qemu-nbd")?);
         // Its best for this machine: around the page cache, the kernel's own queue, as many clients as we have writers.
         command.args([
@@ -253,10 +278,11 @@ impl Bench<'_> {
         command.arg("--socket").arg(&socket).arg(image);
         Peer::start(name, command, &socket, self.dir)
     }
-    fn nbdkit(&self, raw: &Path) -> Result<Peer> {
-        let socket = self.dir.join("peer.sock");
+    fn nbdkit(&self) -> Result<Peer> {
+        let raw = self.filled("nbdkit.img", self.bytes)?;
+        let socket = self.dir.join("nbdkit.sock");
         let mut command = Command::new(tools::need("nbdkit")?);
-        command.args(["--foreground", "--unix"]).arg(&socket).arg("file").arg(raw);
+        command.args(["--foreground", "--unix"]).arg(&socket).arg("file").arg(&raw);
         Peer::start("nbdkit file", command, &socket, self.dir)
     }
 
