@@ -255,7 +255,13 @@ impl Store for JournalStore {
                 Err(OpenFailed { what, .. }) => return Err(what),
                 Ok(()) => {
                     let reopened = self.neighbour.reopen(&self.disk, now);
-                    return reopened.map_err(|what| format!("the neighbour: {what}"));
+                    reopened.map_err(|what| format!("the neighbour: {what}"))?;
+                    if self.disk.is_powered() {
+                        return Ok(());
+                    }
+                    // It went while the other group was opened: for both of them.
+                    self.journal = None;
+                    self.disk = self.disk.power_cut();
                 }
             }
         }
