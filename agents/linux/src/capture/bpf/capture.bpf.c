@@ -230,7 +230,7 @@ struct {
 	__type(value, struct counters);
 } counters SEC(".maps");
 
-/* The agent reads it with each poll, by a mapping: see `mod.rs` for why it may not call the kernel for that. */
+/* The agent reads it with each poll, by a mapping and not by a call. */
 struct {
 	__uint(type, 2); /* ARRAY: [0] losses so far */
 	__uint(map_flags, 1 << 10); /* MMAPABLE */

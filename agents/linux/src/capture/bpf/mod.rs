@@ -20,12 +20,11 @@
 //! handed bios, into the same ring and so in the same order. It is loaded and pinned where the kernel has what it needs
 //! ([`bio_capture`]), and attached only while such a disk is captured: it looks at every bio of the host.
 //!
-//! **Unseen completions.** On a busy 6.18 a burst of completions now and then (some tens of 7,000) reaches no BPF program: the kernel's own
-//! trace has them, every program misses the same ones, and none is counted as a recursion miss. That fits what the kernel does
-//! while a process is inside a `bpf` call on a map: it runs no tracing program on that CPU, in interrupts neither. So polling makes no such
-//! call (what it needs is mapped), but other processes may. The write's data is there all the same, and that it is over is found out by
+//! **Unseen completions.** With its CPUs overloaded, a 6.18 kernel now and then runs no BPF program for a burst of completions (some
+//! tens of 7,000): its own trace has them, every program misses the same ones, and none is counted as a recursion miss. The cause is not
+//! found; calls of `bpf` by other processes are not it (tried). The write's data is there all the same, and that it is over is found out by
 //! [`super::assemble`]. A write whose issue went unseen shows as a completion of nothing and is read again; one of which both went
-//! unseen would not show. None was ever found missing.
+//! unseen would not show. None was ever found missing: every test compares all of the disk.
 //!
 //! **Long bios.** A request is kept at 1 MiB by the disk's own limit, a bio is not: of one longer than 384 pieces of memory (1.5 MiB in
 //! single pages) the rest is marked and copied.
