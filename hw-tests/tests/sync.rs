@@ -248,6 +248,9 @@ fn mirrored_live(kernel: &Kernel) -> Result<()> {
     let refused = host.sh(&format!("! {AGENT} protect --sync /dev/vda --group no"))?;
     ensure!(refused.contains("not a volume of the device mapper"), "{refused}");
 
+    host.stalls_during(3)?;
+    let alone = host.stalls()?;
+
     // In, under a file system with a writer.
     host.start_writer()?;
     host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
@@ -265,6 +268,10 @@ fn mirrored_live(kernel: &Kernel) -> Result<()> {
     view.only()?.connect()?.copy_to(&image)?;
     view.close()?;
     check_ext4(&image, true).context("a moment while the guest wrote")?;
+
+    host.stalls_during(3)?;
+    let waiting = host.stalls()?;
+    println!("one write and flush after the other: alone {alone}, waiting for the box {waiting}");
 
     // The agent is killed: no error, a short stall, and the host goes on; the next agent puts a new leg in.
     host.stalls_during(6)?;

@@ -580,14 +580,9 @@ impl Engine {
 
     /// Once a second: what the kernel says of the mirrors, and groups that wait to start again.
     pub(super) fn watch_mirrors(&mut self, now: MonoTime) {
-        let Some(dm) = self.ctx.sync.dm.clone() else { return };
-        let looks: Vec<(TargetId, GroupId, String, Result<Seen, MirrorError>)> = self
-            .ctx
-            .sync
-            .mirrors
-            .iter()
-            .map(|m| (m.target, m.group, m.mirror.name.clone(), m.mirror.look(&dm)))
-            .collect();
+        let dm = self.ctx.sync.dm.clone();
+        let look = |m: &Mirrored| Some((m.target, m.group, m.mirror.name.clone(), m.mirror.look(dm.as_ref()?)));
+        let looks: Vec<_> = self.ctx.sync.mirrors.iter().filter_map(look).collect();
         for (target, group, name, seen) in looks {
             match seen {
                 Ok(Seen::Whole) => {}
