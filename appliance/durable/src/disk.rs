@@ -161,6 +161,18 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     fn len(&self) -> Result<ByteLen, DiskError>;
     /// Fills `buf` or fails with [`DiskErrorKind::ShortRead`].
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError>;
+    /// [`DiskFile::read_at`] of what lies behind each other into two buffers.
+    fn read_two_at(&self, offset: u64, first: &mut [u8], second: &mut [u8]) -> Result<(), DiskError> {
+        self.read_at(offset, first)?;
+        self.read_at(offset.saturating_add(first.len() as u64), second)
+    }
+    /// Fills `buf` if memory holds all of it, without waiting for the device. False: it was not filled, or only in part, and
+    /// [`DiskFile::read_at`] does it or says why not.
+    fn read_cached_at(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
+    /// The range will be read soon: the device may begin. Does not wait, and changes nothing but time.
+    fn will_read(&self, _offset: u64, _len: u64) {}
     /// Writes without promising durability; [`DiskFile::flush`] does. May extend the file.
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError>;
     /// After `Ok`, everything written before survives power loss. A failed flush poisons the handle.

@@ -36,7 +36,8 @@ use std::{
     collections::VecDeque,
     fmt,
     fs::{DirBuilder, File, OpenOptions},
-    io::{self, IoSlice, Read},
+    io::{self, IoSlice, IoSliceMut, Read},
+    num::NonZeroU64,
     os::{
         fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
@@ -381,6 +382,30 @@ impl DiskFile for OsFile {
             }
         }
         Ok(())
+    }
+
+    fn read_two_at(&self, offset: u64, first: &mut [u8], second: &mut [u8]) -> Result<(), DiskError> {
+        let mut bufs = [IoSliceMut::new(first), IoSliceMut::new(second)];
+        // Whatever came, nothing at all included, the plain way goes on from there and says what is wrong.
+        let had = rustix::io::preadv(&self.file, &mut bufs, offset).unwrap_or(0);
+        let later = had.saturating_sub(first.len());
+        if had < first.len() {
+            self.read_at(offset.saturating_add(had as u64), &mut first[had..])?;
+        }
+        let at = offset.saturating_add((first.len() + later) as u64);
+        if later < second.len() { self.read_at(at, &mut second[later..]) } else { Ok(()) }
+    }
+
+    fn read_cached_at(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let len = buf.len();
+        // A file system that does not know the flag refuses it, and so does one whose pages are not there.
+        let read = rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
+        read.is_ok_and(|had| had == len)
+    }
+
+    fn will_read(&self, offset: u64, len: u64) {
+        // Advice: refused, it costs time and nothing else.
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(len), Advice::WillNeed);
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {

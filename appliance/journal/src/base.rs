@@ -65,6 +65,9 @@ const CHUNK_STRETCHES: usize = 4096;
 /// Blocks read at once.
 const READ_BLOCKS: usize = 256;
 
+/// Blocks of a read that does not wait (128 KiB): their checksums fit the stack.
+const AT_ONCE_BLOCKS_MAX: usize = 32;
+
 /// Checksums read at once (64 KiB), when a stretch is looked through.
 const SUMS_AT_ONCE: u64 = 16 * 1024;
 
@@ -155,6 +158,11 @@ pub trait Base: Send + Sync + fmt::Debug {
     fn ensure_volume(&self, volume: VolumeId, sectors: Sectors, must_exist: bool) -> Result<(), BaseError>;
     /// Fills `buf` (whole sectors) from sector `lba` on. What no fold wrote reads as zeroes.
     fn read(&self, volume: VolumeId, lba: u64, buf: &mut [u8]) -> Result<(), BaseError>;
+    /// The same from what memory holds, without waiting for anything; false when that cannot be, or when anything is not as
+    /// it should be: [`Base::read`] says what.
+    fn read_at_once(&self, _volume: VolumeId, _lba: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
     /// The parts of `extent` that may hold something else than zeroes, in order, disjoint, in whole blocks but for the ends.
     fn written(&self, volume: VolumeId, extent: Extent) -> Result<Vec<Extent>, BaseError>;
     /// Writes sorted, disjoint pieces and makes them durable. Reads go on meanwhile. An item that is an error ends it; what
@@ -753,6 +761,29 @@ fn grow(file: &dyn DiskFile, len: u64) -> Result<(), DiskError> {
 }
 
 impl Base for ImageBase {
+    fn read_at_once(&self, volume: VolumeId, lba: u64, buf: &mut [u8]) -> bool {
+        let (blocks, odd) = buf.as_chunks_mut::<BASE_BLOCK>();
+        if !odd.is_empty() || !lba.is_multiple_of(SECTORS_PER_BLOCK) || blocks.len() > AT_ONCE_BLOCKS_MAX {
+            return false;
+        }
+        let Ok(found) = self.volume(volume) else { return false };
+        // A fold that is writing is not waited for.
+        let Ok(files) = found.files.try_read() else { return false };
+        let first = lba / SECTORS_PER_BLOCK;
+        let inside = Extent::new(lba, blocks.len() as u64 * SECTORS_PER_BLOCK).fits(files.sectors);
+        let Some((image, sums)) = files.open.as_ref().filter(|_| inside && files.overlay.is_empty()) else {
+            return false;
+        };
+        let mut bytes = [0; AT_ONCE_BLOCKS_MAX * SUM_BYTES as usize];
+        let bytes = &mut bytes[..blocks.len() * SUM_BYTES as usize];
+        if !sums.read_cached_at(SUM_HEADER + first * SUM_BYTES, bytes)
+            || !image.read_cached_at(first * BLOCK, blocks.as_flattened_mut())
+        {
+            return false;
+        }
+        blocks.iter().zip(bytes.as_chunks::<4>().0).all(|(block, sum)| sum_of(block) == u32::from_le_bytes(*sum))
+    }
+
     fn ensure_volume(&self, volume: VolumeId, sectors: Sectors, must_exist: bool) -> Result<(), BaseError> {
         let known = self.volumes.read().unwrap_or_else(PoisonError::into_inner).get(&volume).cloned();
         if let Some(known) = known {

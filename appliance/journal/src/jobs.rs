@@ -26,13 +26,13 @@ use crate::{
         merge, pieces_from_versions,
     },
     load,
+    payload::{Payloads, Place},
     points::History,
     retention::{self, Facts, Pin, Plan, SegmentFact, TimelineFact},
     segment::{self, Segment},
     shared::Shared,
     stats::RetentionStatus,
     types::{IndexChoice, JournalOptions},
-    view::{RecordCache, fetch},
     writer::{Journal, carry_at, forget_unneeded, note_durable},
 };
 use durable::DiskError;
@@ -844,7 +844,7 @@ fn fold(shared: &Arc<Shared>, plan: &Plan) -> Result<(), JobError> {
     }
     let pieces: Result<Vec<Piece>, ReadError> = merge(runs, 0).collect();
     let pieces = pieces.map_err(read_error(RETAIN))?;
-    let cache = RecordCache::new(16 << 20);
+    let payloads = Payloads::new(16 << 20);
     for volume in &map.spec.volumes {
         shared.base.ensure_volume(volume.id, volume.sectors, false).map_err(base)?;
     }
@@ -854,13 +854,14 @@ fn fold(shared: &Arc<Shared>, plan: &Plan) -> Result<(), JobError> {
             let data = match piece.kind {
                 PieceKind::Zero => FoldData::Zero(piece.sectors.into()),
                 PieceKind::Data => {
-                    let segment = &segments[piece.ordinal as usize].0;
+                    let segment = Arc::clone(&segments[piece.ordinal as usize].0);
+                    let place = Place { segment, offset: piece.offset, skip: piece.skip.into() };
                     let extent = piece.extent();
-                    let skip = u64::from(piece.skip);
-                    let data = fetch(shared, &cache, segment, piece.offset, volume, extent, skip)
+                    let mut data = vec![0; extent.bytes() as usize];
+                    payloads
+                        .read(shared, &place, volume, extent, &mut data)
                         .map_err(|e| BaseError::Source(Box::new(e)))?;
-                    let at = (skip * model::SECTOR) as usize;
-                    FoldData::Data(data[at..at + extent.bytes() as usize].to_vec())
+                    FoldData::Data(data)
                 }
             };
             Ok(FoldPiece { lba: piece.lba, data })

@@ -51,6 +51,8 @@ pub mod format;
 mod index;
 mod jobs;
 mod load;
+mod payload;
+mod plans;
 mod points;
 mod reader;
 mod recover;

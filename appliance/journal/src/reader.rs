@@ -4,7 +4,6 @@
 use crate::{
     Corruption, GapState, OpenError, OpenViewError, ReadError, ResolveError,
     base::ImageBase,
-    cache::Lru,
     control::Control,
     format::{self, RECORD_HEADER, TableEntry},
     index::Shape,
@@ -15,20 +14,17 @@ use crate::{
     stats::{self, JournalStats},
     types::{Points, RateBucket, ResolvedPoint, TimelineInfo, VerifyProgress, VerifyReport},
     verify,
-    view::{Moment, RecordCache, View},
+    view::{Caches, Moment, Remember, View},
 };
 use durable::Disk;
 use model::{GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, RecoveryPoint, TimelineId};
 use std::{path::Path, sync::Arc};
 
-/// Decoded payloads kept by one reader, for reads that need a part of a record at a time.
-const CACHE_BYTES_MAX: usize = 16 << 20;
-
-/// A handle for reading; clones share their cache.
+/// A handle for reading; clones share their caches.
 #[derive(Clone)]
 pub struct JournalReader {
     pub(crate) shared: Arc<Shared>,
-    cache: Arc<RecordCache>,
+    caches: Arc<Caches>,
     damage: Arc<Vec<Corruption>>,
 }
 
@@ -40,7 +36,7 @@ impl std::fmt::Debug for JournalReader {
 
 impl JournalReader {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, cache: Arc::new(Lru::new(CACHE_BYTES_MAX)), damage: Arc::default() }
+        Self { shared, caches: Arc::default(), damage: Arc::default() }
     }
 
     /// Opens a journal that no daemon has open, changes nothing, needs no index, and goes on in spite of damage: what is
@@ -132,7 +128,7 @@ impl JournalReader {
             LeaseError::BelowCutoff(floor) => OpenViewError::BeforeFloor { lsn: at.lsn, floor },
             LeaseError::TooMany(open) => OpenViewError::TooMany { open, max: crate::shared::VIEWS_MAX },
         })?;
-        Ok(View::new(self.moment(at), at, Arc::clone(&map.spec), lease))
+        Ok(View::new(self.moment(at, Remember::Plans), at, Arc::clone(&map.spec), lease))
     }
     /// The newest state that is written, whether or not it is a recovery point: for those who read back what they wrote.
     pub fn head_view(&self) -> View {
@@ -144,12 +140,12 @@ impl JournalReader {
             // No record was read: the time is that of the segment's end, for showing.
             let time = map.segment_of(timeline, lsn).map_or(map.floor.time, |s| s.summary().last_time);
             let at = ResolvedPoint { timeline, lsn, time };
-            return View::new(self.moment(at), at, Arc::clone(&map.spec), lease);
+            return View::new(self.moment(at, Remember::Nothing), at, Arc::clone(&map.spec), lease);
         }
     }
-    fn moment(&self, at: ResolvedPoint) -> Moment {
-        let (shared, cache) = (Arc::clone(&self.shared), Arc::clone(&self.cache));
-        Moment { shared, cache, timeline: at.timeline, lsn: at.lsn }
+    fn moment(&self, at: ResolvedPoint, remember: Remember) -> Moment {
+        let (shared, caches) = (Arc::clone(&self.shared), Arc::clone(&self.caches));
+        Moment { shared, caches, remember, timeline: at.timeline, lsn: at.lsn }
     }
 
     /// Bytes and writes over time, in at most `buckets` steps of equal length: for pictures. Inside a sealed segment the curve

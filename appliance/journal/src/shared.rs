@@ -248,6 +248,10 @@ impl Shared {
         self.files.put(key, Arc::clone(&file), 1);
         Ok(file)
     }
+    /// The handle of a segment's file, if it is open already.
+    pub fn open_file(&self, segment: &Segment) -> Option<Arc<dyn DiskFile>> {
+        self.files.get(&(segment.header.timeline, segment.header.ordinal))
+    }
     /// Forgets what is kept of a segment that is deleted or renamed.
     pub fn forget(&self, segment: &Segment) {
         let key = (segment.header.timeline, segment.header.ordinal);

@@ -40,6 +40,8 @@ pub struct RetentionStatus {
 pub struct JournalStats {
     /// Of segment files, the room prepared ahead not included.
     pub segment_bytes: ByteLen,
+    /// Of these, what holds records and footers; the rest is room made ahead in segments that are not sealed.
+    pub used_bytes: ByteLen,
     pub prepared_bytes: ByteLen,
     pub index_bytes: ByteLen,
     pub base_bytes: ByteLen,
@@ -73,6 +75,10 @@ pub struct JournalStats {
 }
 
 impl JournalStats {
+    /// Room on the disk that is taken and holds nothing yet.
+    pub fn reserved_bytes(&self) -> ByteLen {
+        ByteLen(self.segment_bytes.0.saturating_sub(self.used_bytes.0).saturating_add(self.prepared_bytes.0))
+    }
     pub fn pressure(&self) -> Pressure {
         self.retention.as_ref().map_or(Pressure::Ok, |r| r.pressure)
     }
@@ -94,6 +100,7 @@ pub fn stats(shared: &Shared) -> JournalStats {
     let first_lsn = if floor > Lsn::ZERO { floor } else { Lsn(1).min(last_lsn) };
     JournalStats {
         segment_bytes: ByteLen(sum(|s| s.file_bytes)),
+        used_bytes: ByteLen(sum(|s| s.used_bytes)),
         prepared_bytes: numbers.prepared_bytes,
         index_bytes: numbers.index_bytes,
         base_bytes: numbers.base_bytes,

@@ -12,21 +12,26 @@
 //! Opening a view touches no file. What a read costs does not depend on the length of the history but by a logarithm, as long
 //! as the index is there; without it each segment's fences are asked in memory and at most some of its pages are read.
 //!
+//! What was found is remembered ([`crate::plans`]), and so are checksums of records read in parts ([`crate::payload`]): a read of
+//! a place asked for before looks nothing up, reads just its bytes, and still checks them. Records that lie behind each other are
+//! read together; of many that do not, the disk is told before the first is waited for.
+//!
 //! Damage is met only by a read that needs the damaged bytes, and named. A doubt about the index is no damage: the read is
 //! done again from footers, which always say the same.
 
 use crate::{
     Corruption, Damage, ReadError, ReadViewError,
     base::BaseError,
-    cache::Lru,
-    format::{self, ExtentEntry},
+    format::{self, ExtentEntry, RECORD_HEADER},
     index::{IndexStore, Piece, PieceKind, Source, take_missing},
-    segment::{self, Segment},
+    payload::{self, Payloads, Place},
+    plans::{self, From, Of, Part, Plans},
+    segment::Segment,
     shared::{Lease, Line, Link, Map, Shared},
     types::{Allocation, ResolvedPoint},
 };
 use model::{
-    ByteLen, Codec, Extent, ExtentSet, GroupSpec, Lsn, RecordKind, SECTOR, Sectors, TimelineId, VolumeId, VolumeSpec,
+    ByteLen, Extent, ExtentSet, GroupSpec, Lsn, RecordKind, SECTOR, Sectors, TimelineId, VolumeId, VolumeSpec,
 };
 use std::sync::Arc;
 
@@ -37,36 +42,26 @@ const HOLES_MAX: usize = 8;
 /// A read that loses its segments to a fold starts again; folds are seconds apart, so this never ends a healthy read.
 const RETRIES_MAX: usize = 32;
 
-/// Decoded payloads, shared by the views of one reader: segment (tag and ordinal; a tag alone is a hash), offset.
-pub type RecordCache = Lru<(u64, u32, u32), Kept>;
+/// A read of more parts than this is left to a thread that may wait.
+const AT_ONCE_PARTS_MAX: usize = 64;
+/// From so many records on the disk is asked whether it must fetch them, to let it fetch them beside each other.
+const PROBED_FROM: usize = 4;
+/// Records looked at for that.
+const PROBES: usize = 4;
 
-/// A record's data, and what it stands for.
-#[derive(Clone)]
-pub struct Kept {
-    volume: VolumeId,
-    extent: Extent,
-    data: Arc<Vec<u8>>,
+/// Decoded payloads kept by one reader, for reads that need a part of a record at a time.
+const DECODED_BYTES_MAX: usize = 16 << 20;
+
+/// What the views of one reader remember.
+pub struct Caches {
+    payloads: Payloads,
+    plans: Plans,
 }
 
-impl Kept {
-    fn holds(&self, volume: VolumeId, want: Extent, skip: u64) -> bool {
-        self.volume == volume
-            && self.extent.start().checked_add(skip) == Some(want.start())
-            && self.extent.end() >= want.end()
-            && self.data.len() as u64 == self.extent.bytes()
+impl Default for Caches {
+    fn default() -> Self {
+        Self { payloads: Payloads::new(DECODED_BYTES_MAX), plans: Plans::new(plans::PLANS_BYTES_MAX) }
     }
-}
-
-/// Where the data of a stretch comes from.
-enum From {
-    Record { segment: Arc<Segment>, offset: u32, skip: u64 },
-    Zero,
-    Base,
-}
-
-struct Part {
-    extent: Extent,
-    from: From,
 }
 
 /// Why a plan has to be made again.
@@ -82,12 +77,30 @@ impl<E: Into<ReadError>> std::convert::From<E> for PlanError {
     }
 }
 
-/// What a view is, without its lease; [`View`] and the fold use it.
+/// Whether what was found is worth remembering.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Remember {
+    /// A view that is read from many times.
+    Plans,
+    /// The newest state, which is another one at the next read.
+    Nothing,
+}
+
+/// What a view is, without its lease.
 pub struct Moment {
     pub shared: Arc<Shared>,
-    pub cache: Arc<RecordCache>,
+    pub caches: Arc<Caches>,
+    pub remember: Remember,
     pub timeline: TimelineId,
     pub lsn: Lsn,
+}
+
+/// Where a plan may come from; each is asked when the one before it was wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Trust {
+    Remembered,
+    Index,
+    Footers,
 }
 
 impl Moment {
@@ -202,7 +215,7 @@ impl Moment {
             PieceKind::Data => {
                 let segment = line.by_ordinal(piece.ordinal).ok_or(PlanError::Index)?;
                 let (offset, skip) = (piece.offset, piece.skip.into());
-                Ok(From::Record { segment: Arc::clone(segment), offset, skip })
+                Ok(From::Record(Place { segment: Arc::clone(segment), offset, skip }))
             }
         }
     }
@@ -223,11 +236,11 @@ impl Moment {
         for entry in found {
             for hole in missing.overlap(&entry.extent) {
                 let from = match entry.kind {
-                    RecordKind::Write => From::Record {
+                    RecordKind::Write => From::Record(Place {
                         segment: Arc::clone(segment),
                         offset: entry.offset,
                         skip: hole.start() - entry.extent.start(),
-                    },
+                    }),
                     _ => From::Zero,
                 };
                 parts.push(Part { extent: hole, from });
@@ -240,6 +253,37 @@ impl Moment {
         Ok(())
     }
 
+    fn of(&self, volume: VolumeId) -> Of {
+        Of { timeline: self.timeline, lsn: self.lsn, volume }
+    }
+    fn remembered(&self, map: &Map, volume: VolumeId, extent: Extent) -> Option<Vec<Part>> {
+        match self.remember {
+            Remember::Plans => self.caches.plans.get(self.of(volume), map.floor.lsn, &extent),
+            Remember::Nothing => None,
+        }
+    }
+    /// Makes a plan and remembers it.
+    fn plan_anew(
+        &self,
+        map: &Map,
+        index: Option<&dyn IndexStore>,
+        volume: VolumeId,
+        extent: Extent,
+    ) -> Result<Vec<Part>, PlanError> {
+        if self.remember == Remember::Nothing {
+            return self.plan(map, index, volume, extent);
+        }
+        let whole = plans::whole_chunks(&extent);
+        let parts = match self.plan(map, index, volume, whole) {
+            Ok(parts) => parts,
+            // Something around the extent cannot be found; that is no matter of the extent's own.
+            Err(PlanError::Read(_)) if whole != extent => return self.plan(map, index, volume, extent),
+            Err(e) => return Err(e),
+        };
+        self.caches.plans.put(self.of(volume), map.floor.lsn, &whole, &parts);
+        Ok(plans::clip(&parts, &extent))
+    }
+
     /// Runs `act` on a plan; plans again without the index when that is in doubt, and with a newer map when a fold has taken
     /// segments away.
     fn with_plan<T>(
@@ -248,16 +292,24 @@ impl Moment {
         extent: Extent,
         mut act: impl FnMut(bool, &[Part]) -> Result<T, PlanError>,
     ) -> Result<T, ReadError> {
-        let mut use_index = true;
+        let mut trust = Trust::Remembered;
         let mut tries = 0;
         loop {
             let map = self.shared.map();
-            let index = if use_index { self.shared.index() } else { None };
-            let result =
-                self.plan(&map, index.as_deref(), volume, extent).and_then(|parts| act(index.is_some(), &parts));
+            let known = if trust == Trust::Remembered { self.remembered(&map, volume, extent) } else { None };
+            let was_known = known.is_some();
+            let index = if trust == Trust::Footers { None } else { self.shared.index() };
+            let doubtful = was_known || index.is_some();
+            let result = known
+                .map_or_else(|| self.plan_anew(&map, index.as_deref(), volume, extent), Ok)
+                .and_then(|parts| act(doubtful, &parts));
+            if let Err(PlanError::Index | PlanError::Read(ReadError::Disk(_))) = result {
+                self.caches.plans.forget(self.of(volume), &extent);
+            }
             match result {
                 Ok(out) => return Ok(out),
-                Err(PlanError::Index) if use_index => use_index = false,
+                Err(PlanError::Index) if was_known => trust = Trust::Index,
+                Err(PlanError::Index) if trust != Trust::Footers => trust = Trust::Footers,
                 // Without an index nothing can be in doubt but a segment that is gone since the map was taken.
                 Err(PlanError::Index) if tries < RETRIES_MAX => tries += 1,
                 Err(PlanError::Index) => {
@@ -267,7 +319,7 @@ impl Moment {
                     );
                 }
                 Err(PlanError::Read(ReadError::Disk(e))) if e.is_not_found() && tries < RETRIES_MAX => {
-                    if Arc::ptr_eq(&map, &self.shared.map()) {
+                    if !was_known && Arc::ptr_eq(&map, &self.shared.map()) {
                         return Err(e.into()); // nothing was folded: the file is really gone
                     }
                     tries += 1;
@@ -293,27 +345,117 @@ impl Moment {
 
     /// Fills `buf` from whole sectors.
     fn read_sectors(&self, volume: VolumeId, extent: Extent, buf: &mut [u8]) -> Result<(), ReadError> {
-        self.with_plan(volume, extent, |indexed, parts| {
-            for part in parts {
-                let start = ((part.extent.start() - extent.start()) * SECTOR) as usize;
-                let out = &mut buf[start..start + part.extent.bytes() as usize];
-                match &part.from {
-                    From::Zero => out.fill(0),
-                    From::Base => self.read_base(volume, part.extent.start(), out)?,
-                    From::Record { segment, offset, skip } => {
-                        let data = fetch(&self.shared, &self.cache, segment, *offset, volume, part.extent, *skip);
-                        let data = data.map_err(|e| match e {
-                            // The record is whole, what pointed at it is wrong; when that was the index, ask the footers.
-                            ReadError::Corrupt(Corruption { what: Damage::FooterDisagrees { .. }, .. }) if indexed => {
-                                PlanError::Index
-                            }
-                            e => e.into(),
-                        })?;
-                        let at = (skip * SECTOR) as usize;
-                        out.copy_from_slice(&data[at..at + out.len()]);
+        self.with_plan(volume, extent, |doubtful, parts| self.fill(doubtful, volume, parts, buf))
+    }
+
+    /// Fills `buf` from a plan that covers just it.
+    fn fill(&self, doubtful: bool, volume: VolumeId, parts: &[Part], buf: &mut [u8]) -> Result<(), PlanError> {
+        self.let_the_disk_begin(parts, false);
+        let mut rest = buf;
+        let mut take = |part: &Part| {
+            let (out, later) = std::mem::take(&mut rest).split_at_mut(part.extent.bytes() as usize);
+            rest = later;
+            out
+        };
+        let mut at = 0;
+        while let Some(part) = parts.get(at) {
+            match &part.from {
+                From::Zero => take(part).fill(0),
+                From::Base => self.read_base(volume, part.extent.start(), take(part))?,
+                From::Record(_) => {
+                    let run = payload::run_length(parts[at..].iter().map_while(|p| match &p.from {
+                        From::Record(place) => Some((place, p.extent)),
+                        From::Zero | From::Base => None,
+                    }));
+                    let mut pieces: Vec<payload::Piece<'_>> = Vec::with_capacity(run);
+                    for part in &parts[at..at + run] {
+                        let From::Record(place) = &part.from else { continue };
+                        pieces.push(payload::Piece { place, extent: part.extent, out: take(part) });
                     }
+                    self.fill_run(doubtful, volume, &mut pieces)?;
+                    at += run;
+                    continue;
                 }
             }
+            at += 1;
+        }
+        Ok(())
+    }
+
+    fn fill_run(&self, doubtful: bool, volume: VolumeId, pieces: &mut [payload::Piece<'_>]) -> Result<(), PlanError> {
+        let payloads = &self.caches.payloads;
+        let mut done = 0;
+        while done < pieces.len() {
+            if pieces.len() - done > 1 {
+                done += payloads.read_run(&self.shared, volume, &mut pieces[done..]);
+            }
+            let Some(piece) = pieces.get_mut(done) else { break };
+            payloads.read(&self.shared, piece.place, volume, piece.extent, piece.out).map_err(|e| match e {
+                // The record is whole, what pointed at it is wrong; when that was the index, ask the footers.
+                ReadError::Corrupt(Corruption { what: Damage::FooterDisagrees { .. }, .. }) if doubtful => {
+                    PlanError::Index
+                }
+                e => e.into(),
+            })?;
+            done += 1;
+        }
+        Ok(())
+    }
+
+    /// Tells the disk of all records of a plan when it would have to fetch them one after the other otherwise. `surely`:
+    /// without looking first whether they are in memory.
+    fn let_the_disk_begin(&self, parts: &[Part], surely: bool) {
+        let places = || {
+            parts.iter().filter_map(|part| match &part.from {
+                From::Record(place) => Some((place, part.extent)),
+                From::Zero | From::Base => None,
+            })
+        };
+        let count = places().count();
+        if count < PROBED_FROM && !surely {
+            return;
+        }
+        let cold = |(place, _): (&Place, Extent)| {
+            let file = self.shared.file(&place.segment);
+            file.is_ok_and(|file| !file.read_cached_at(place.offset.into(), &mut [0; RECORD_HEADER]))
+        };
+        if !surely && !places().step_by(count.div_ceil(PROBES)).any(cold) {
+            return;
+        }
+        for (place, extent) in places() {
+            if let Ok(file) = self.shared.file(&place.segment) {
+                file.will_read(place.offset.into(), RECORD_HEADER as u64 + (place.skip + extent.sectors.0) * SECTOR);
+            }
+        }
+    }
+
+    /// Fills `buf` (whole sectors) without waiting for anything; false when that cannot be.
+    fn read_at_once(&self, volume: VolumeId, extent: Extent, buf: &mut [u8]) -> bool {
+        let map = self.shared.map();
+        let Some(parts) = self.remembered(&map, volume, extent) else { return false };
+        if parts.len() > AT_ONCE_PARTS_MAX {
+            return false;
+        }
+        let mut rest = buf;
+        parts.iter().all(|part| {
+            let (out, later) = std::mem::take(&mut rest).split_at_mut(part.extent.bytes() as usize);
+            rest = later;
+            match &part.from {
+                From::Zero => out.fill(0),
+                From::Base if self.no_base() => out.fill(0),
+                From::Base => return self.shared.base.read_at_once(volume, part.extent.start(), out),
+                From::Record(place) => {
+                    return self.caches.payloads.read_at_once(&self.shared, place, volume, part.extent, out);
+                }
+            }
+            true
+        })
+    }
+
+    /// Has the disk bring the extent into memory, without waiting for it.
+    fn prefetch(&self, volume: VolumeId, extent: Extent) -> Result<(), ReadError> {
+        self.with_plan(volume, extent, |_, parts| {
+            self.let_the_disk_begin(parts, true);
             Ok(())
         })
     }
@@ -358,7 +500,7 @@ impl Moment {
                 let mut found: Vec<(Extent, Allocation)> = Vec::new();
                 for part in parts {
                     match part.from {
-                        From::Record { .. } => found.push((part.extent, Allocation::Data)),
+                        From::Record(_) => found.push((part.extent, Allocation::Data)),
                         From::Zero => found.push((part.extent, Allocation::Zero)),
                         From::Base if self.no_base() => found.push((part.extent, Allocation::Zero)),
                         From::Base => {
@@ -380,43 +522,6 @@ impl Moment {
         }
         Ok(out)
     }
-}
-
-/// The decoded data of the record at `offset`, which must hold sectors `want` of the volume from its sector `skip` on.
-pub fn fetch(
-    shared: &Shared,
-    cache: &RecordCache,
-    segment: &Segment,
-    offset: u32,
-    volume: VolumeId,
-    want: Extent,
-    skip: u64,
-) -> Result<Arc<Vec<u8>>, ReadError> {
-    let key = (segment.tag, segment.header.ordinal, offset);
-    let end = (skip + want.sectors.0) * SECTOR;
-    if let Some(kept) = cache.get(&key)
-        && kept.holds(volume, want, skip)
-    {
-        return Ok(kept.data);
-    }
-    let file = shared.file(segment)?;
-    let path = segment.path(&shared.dir);
-    let (record, payload) = segment::read_record(&*file, &path, segment.tag, offset.into(), end as usize)?;
-    let data = match record.codec {
-        _ if record.kind != RecordKind::Write => Vec::new(),
-        Codec::Raw if payload.len() as u64 == record.extent.bytes() => payload,
-        _ => format::decode_payload(&record, &payload, &path, offset.into())?,
-    };
-    let kept = Kept { volume: record.volume, extent: record.extent, data: Arc::new(data) };
-    if !kept.holds(volume, want, skip) {
-        let what = Damage::FooterDisagrees { lsn: record.lsn };
-        return Err(Corruption { file: path, offset: offset.into(), what }.into());
-    }
-    // Used up by this read: keeping it would only push others out.
-    if want.sectors < record.extent.sectors {
-        cache.put(key, kept.clone(), kept.data.len());
-    }
-    Ok(kept.data)
 }
 
 /// The base's errors, as a reader tells them.
@@ -468,6 +573,28 @@ impl View {
             return Err(ReadViewError::Outside { volume, offset: offset_bytes, len, size });
         }
         Ok(self.moment.read(volume, offset_bytes, buf).inspect_err(|e| self.moment.shared.note_damage(e))?)
+    }
+    /// The same from what memory holds, without waiting for a disk or a lock held for long: may be called from where nothing may
+    /// block. False: it was not filled (or only in part); [`View::read`] does it, or says why not. Never true with wrong bytes.
+    pub fn read_at_once(&self, volume: VolumeId, offset_bytes: u64, buf: &mut [u8]) -> bool {
+        let len = buf.len() as u64;
+        if !offset_bytes.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) || len == 0 {
+            return false;
+        }
+        let Ok(size) = self.size(volume) else { return false };
+        let extent = Extent::new(offset_bytes / SECTOR, len / SECTOR);
+        extent.fits(size) && self.moment.read_at_once(volume, extent, buf)
+    }
+    /// Has the disk bring the range into memory for a read that is sure to come; does not wait for it. What lies behind the
+    /// volume's end is left out.
+    pub fn prefetch(&self, volume: VolumeId, offset_bytes: u64, len: u64) -> Result<(), ReadViewError> {
+        let size = self.size(volume)?;
+        let end = offset_bytes.saturating_add(len).div_ceil(SECTOR).min(size.0);
+        let start = offset_bytes / SECTOR;
+        if start < end {
+            self.moment.prefetch(volume, Extent::between(start, end.min(start + WINDOW_SECTORS)))?;
+        }
+        Ok(())
     }
     /// What the extent is made of: in order, without holes, neighbours of a kind joined.
     pub fn allocation(&self, volume: VolumeId, extent: Extent) -> Result<Vec<(Extent, Allocation)>, ReadViewError> {
