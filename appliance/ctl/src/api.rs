@@ -22,6 +22,16 @@ pub struct Status {
     pub groups: Vec<Group>,
     pub views: Vec<View>,
     pub disk: Disk,
+    pub journal_device: Option<JournalDevice>,
+    pub alerts: Vec<String>,
+}
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default)]
+pub struct JournalDevice {
+    pub name: String,
+    pub write_cache: String,
+    pub durable_writes: String,
 }
 
 #[derive(Deserialize, Debug, Default)]
@@ -59,6 +69,7 @@ pub struct Group {
     pub sync: Option<Sync>,
     pub lag_ms: Option<u64>,
     pub lag_since_us: Option<u64>,
+    pub lag_proven_us: Option<u64>,
     pub appended_lsn: u64,
     pub durable_lsn: u64,
     pub first_time_us: Option<u64>,
@@ -66,6 +77,8 @@ pub struct Group {
     pub write_rate_bytes_s: f64,
     pub write_rate_ops_s: f64,
     pub journal_bytes: u64,
+    pub reserved_bytes: u64,
+    pub alerts: Vec<String>,
     pub index_bytes: u64,
     pub base_bytes: u64,
     pub segments: u64,
@@ -102,6 +115,10 @@ pub struct View {
     pub lsn: u64,
     pub time_us: u64,
     pub open_ms: Option<f64>,
+    pub opened_by: Option<String>,
+    pub clients: Vec<String>,
+    pub idle_limit_s: Option<u64>,
+    pub closes_in_s: Option<u64>,
     pub exports: Vec<Export>,
 }
 

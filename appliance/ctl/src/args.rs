@@ -213,6 +213,9 @@ pub enum ViewCommand {
         /// Over TLS for other machines too
         #[arg(long)]
         tcp: bool,
+        /// Close it once nobody has had it open for so long; 0: never [default: what the box is set to, 60]
+        #[arg(long, value_name = "N")]
+        idle_minutes: Option<u64>,
         #[arg(long)]
         json: bool,
     },

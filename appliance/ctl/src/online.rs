@@ -11,7 +11,7 @@ use crate::{
     picture::{Canvas, Table, count},
     points, restore,
     status::{LagHistory, hosts_table, policy_lines, render},
-    times::Clock,
+    times::{Clock, show_span_us},
     watch,
 };
 use anyhow::Context as _;
@@ -138,10 +138,28 @@ pub fn open_view(
     client: &Client,
     group: &api::Group,
     point: &RecoveryPoint,
-    tcp: bool,
+    wish: &ViewWish,
 ) -> Result<api::View, crate::client::ApiError> {
-    let body = json!({ "at": point, "tcp": tcp });
-    client.call(Method::POST, &Route::new(&["groups", id_of(group), "views"]), Some(&body))
+    client.call(Method::POST, &Route::new(&["groups", id_of(group), "views"]), Some(&wish.body(point)))
+}
+
+/// How a view is to be opened, beside the moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ViewWish {
+    pub tcp: bool,
+    /// None: what the box is set to.
+    pub idle_minutes: Option<u64>,
+}
+
+impl ViewWish {
+    fn body(&self, point: &RecoveryPoint) -> Value {
+        let me = format!("holdfast (process {})", std::process::id());
+        let mut body = json!({ "at": point, "tcp": self.tcp, "opened_by": me });
+        if let Some(minutes) = self.idle_minutes {
+            body["idle_minutes"] = minutes.into();
+        }
+        body
+    }
 }
 
 /// The id where there is one: a name may have changed since it was listed.
@@ -418,17 +436,18 @@ fn bookmark(client: &Client, command: BookmarkCommand) -> anyhow::Result<()> {
 
 fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
     match command {
-        ViewCommand::Open { at, group, tcp, json } => {
+        ViewCommand::Open { at, group, tcp, idle_minutes, json } => {
             let clock = Clock::local();
             let point = clock.point(&at)?;
             let groups = groups(client)?;
             let group = pick_group(&groups, group.as_deref())?;
+            let wish = ViewWish { tcp, idle_minutes };
             if json {
-                let body = json!({ "at": point, "tcp": tcp });
+                let body = wish.body(&point);
                 let route = Route::new(&["groups", id_of(group), "views"]);
                 return print_json(&client.call(Method::POST, &route, Some(&body))?);
             }
-            let view = open_view(client, group, &point, tcp)?;
+            let view = open_view(client, group, &point, &wish)?;
             let took = view.open_ms.map_or_else(String::new, |ms| format!(", opened in {ms:.0} ms"));
             let time = clock.show(view.time_us);
             let mut text =
@@ -441,8 +460,17 @@ fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
                 text +=
                     &format!("    nbd-client -unix {} -name {} /dev/nbd0\n", export.unix_socket, export.export_name);
             }
+            let limit = match view.idle_limit_s {
+                Some(seconds) => {
+                    format!(
+                        "; it closes by itself when nobody has had it open for {}",
+                        show_span_us(seconds.saturating_mul(1_000_000))
+                    )
+                }
+                None => String::new(),
+            };
             text += &format!(
-                "\nread-only; `holdfast view close {}` when done: an open view holds history back\n",
+                "\nread-only; `holdfast view close {}` when done: an open view holds history back{limit}\n",
                 plain(&view.id)
             );
             print(&text)
@@ -454,7 +482,7 @@ fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
             }
             let views: Vec<api::View> = list(answer, "views")?;
             let clock = Clock::local();
-            let mut table = Table::new(&["VIEW", "GROUP", "MOMENT", "LSN", "VOLUMES", "SOCKETS"]);
+            let mut table = Table::new(&["VIEW", "GROUP", "MOMENT", "LSN", "HELD BY", "CLOSES", "SOCKETS"]);
             for view in &views {
                 let sockets: Vec<&str> = view.exports.iter().map(|e| e.unix_socket.as_str()).collect();
                 table.row([
@@ -462,7 +490,8 @@ fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
                     view.group.clone(),
                     clock.show(view.time_us),
                     view.lsn.to_string(),
-                    view.exports.len().to_string(),
+                    held_by(view),
+                    closes(view),
                     sockets.join(" "),
                 ]);
             }
@@ -472,6 +501,23 @@ fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {
             let _: Value = client.call(Method::DELETE, &Route::new(&["views", &id]), None)?;
             print(&format!("view {id} is closed\n"))
         }
+    }
+}
+
+/// Who has a view open, or who opened it when nobody has.
+pub fn held_by(view: &api::View) -> String {
+    match (&view.clients[..], &view.opened_by) {
+        ([], None) => "nobody".to_owned(),
+        ([], Some(by)) => format!("nobody; opened by {by}"),
+        (clients, _) => clients.join("; "),
+    }
+}
+
+pub fn closes(view: &api::View) -> String {
+    match (view.closes_in_s, view.idle_limit_s) {
+        (Some(seconds), _) => format!("in {}", show_span_us(seconds.saturating_mul(1_000_000))),
+        (None, Some(_)) => "not while held".to_owned(),
+        (None, None) => "by hand".to_owned(),
     }
 }
 

@@ -5,7 +5,7 @@ use crate::{
     args::{Format, RestoreArgs},
     client::{Client, Route},
     copy::{self, Copied},
-    online::{self, open_view},
+    online::{self, ViewWish, open_view},
     target::{Allowed, Protected, Target},
     times::Clock,
 };
@@ -13,6 +13,9 @@ use anyhow::Context as _;
 use http::Method;
 use model::ByteLen;
 use std::{os::unix::net::UnixStream, process::Command, time::Instant};
+
+/// We connect to the view at once and close it at the end: one that nobody has open is left by a restore that was killed.
+const IDLE_MINUTES: u64 = 5;
 
 pub fn run(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
     let clock = Clock::local();
@@ -27,7 +30,7 @@ pub fn run(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
     }
     copy::catch_interrupts();
     let started = Instant::now();
-    let view = open_view(client, group, &point, false)?;
+    let view = open_view(client, group, &point, &ViewWish { tcp: false, idle_minutes: Some(IDLE_MINUTES) })?;
     let opened = OpenView { client, view: &view };
     let moment = clock.show(view.time_us);
     eprintln!("restoring {} of group {} as of {moment} (LSN {})", volume.name, group.name, view.lsn);

@@ -2,12 +2,15 @@
 
 use crate::{
     api::{Group, Host, Status},
+    online::{closes, held_by, plain},
     picture::{Canvas, Table, count, grouped},
     times::{Clock, show_span_us},
 };
 use model::{ByteLen, GroupPolicy, SyncMode};
 use std::collections::{BTreeMap, VecDeque};
 
+/// Views listed on the page; a script that forgets them opens more.
+const VIEWS_SHOWN: usize = 8;
 /// Samples of lag kept per group: one a second, a minute of them fits a line.
 const LAG_SAMPLES: usize = 60;
 
@@ -41,6 +44,13 @@ pub fn render(status: &Status, lag: &LagHistory, clock: &Clock, canvas: Canvas) 
     if let Some(listen) = &status.listen {
         lines.push(format!("  agents connect to {listen}"));
     }
+    if let Some(device) = &status.journal_device {
+        lines.push(format!(
+            "  journals on {}, write cache: {}, durable writes: {}",
+            device.name, device.write_cache, device.durable_writes
+        ));
+    }
+    lines.extend(status.alerts.iter().map(|alert| format!("  ! {alert}")));
     hosts(&mut lines, &status.hosts, status.now_us);
     if status.groups.is_empty() {
         lines.push(String::new());
@@ -56,7 +66,17 @@ pub fn render(status: &Status, lag: &LagHistory, clock: &Clock, canvas: Canvas) 
     }
     if !status.views.is_empty() {
         lines.push(String::new());
-        lines.push(format!("{} open (`holdfast view list`)", count(status.views.len(), "view")));
+        lines.push(format!("{} open, holding history back (`holdfast view list`)", count(status.views.len(), "view")));
+        for view in status.views.iter().take(VIEWS_SHOWN) {
+            let moment = clock.show(view.time_us);
+            lines.push(format!(
+                "  {} of {} at {moment}: {}; closes {}",
+                plain(&view.id),
+                view.group,
+                held_by(view),
+                closes(view)
+            ));
+        }
     }
     lines.push(String::new());
     lines.join("\n")
@@ -136,8 +156,9 @@ fn group_lines(group: &Group, now_us: u64, lag: &LagHistory, clock: &Clock, canv
         lines.push(format!("  moments   {} to {}", clock.show(first), clock.show(last)));
     }
     lines.push(format!(
-        "  journal   {} in {}, index {}, base {}",
+        "  journal   {} used and {} reserved in {}, index {}, base {}",
         ByteLen(group.journal_bytes),
+        ByteLen(group.reserved_bytes),
         count(group.segments as usize, "segment"),
         ByteLen(group.index_bytes),
         ByteLen(group.base_bytes),
@@ -154,12 +175,16 @@ fn group_lines(group: &Group, now_us: u64, lag: &LagHistory, clock: &Clock, canv
     if let Some(pressure) = group.pressure.as_deref().filter(|p| !p.eq_ignore_ascii_case("ok")) {
         lines.push(format!("  ! room    {pressure}"));
     }
-    lines.extend(group.risks.iter().map(|risk| format!("  ! {risk}")));
+    lines.extend(group.risks.iter().chain(&group.alerts).map(|what| format!("  ! {what}")));
     lines
 }
 
 fn lag_text(group: &Group, now_us: u64, lag: &LagHistory, canvas: Canvas) -> String {
     let now = match (group.lag_ms, group.lag_since_us) {
+        (Some(0), _) => match group.lag_proven_us {
+            Some(proven) => format!("none, proven {} ago", show_span_us(now_us.saturating_sub(proven))),
+            None => "none".to_owned(),
+        },
         (Some(ms), _) => show_span_us(ms.saturating_mul(1000)),
         (None, Some(since)) => format!("unknown for {}", show_span_us(now_us.saturating_sub(since))),
         (None, None) => "unknown".to_owned(),
@@ -182,11 +207,17 @@ fn history_text(group: &Group, canvas: Canvas) -> String {
     format!("{hours:.1} h{wanted}{forecast}")
 }
 
-/// `window 12, bookmark 3`: how many files are kept for which reason.
+/// `bookmark 3 segments, window 12 segments`: how many files are kept for which reason.
 fn kept_text(retention: &serde_json::Value) -> Option<String> {
     let kept = retention.get("kept").unwrap_or(retention).as_object()?;
-    let reasons: Vec<String> =
-        kept.iter().filter_map(|(reason, n)| n.as_u64().filter(|n| *n > 0).map(|n| format!("{reason} {n}"))).collect();
+    let reasons: Vec<String> = kept
+        .iter()
+        .filter_map(|(reason, kept)| {
+            // A number in older boxes.
+            let n = kept.get("segments").unwrap_or(kept).as_u64().filter(|n| *n > 0)?;
+            Some(format!("{reason} {}", count(n as usize, "segment")))
+        })
+        .collect();
     (!reasons.is_empty()).then(|| reasons.join(", "))
 }
 
@@ -243,7 +274,7 @@ mod tests {
                 "write_rate_ops_s":310.4,"hours_of_history":36.0,"hours_forecast":50,"first_time_us":0,"last_time_us":1500000,
                 "policy":{"mode":"async","window_hours":72,"window_hours_floor":4,"journal_bytes_max":null,
                 "alarm_below_hours":12,"priority":100,"lag_ms_alarm":10000},"segments":3,"records":12345,"pressure":"alarm",
-                "retention":{"kept":{"window":2,"bookmark":1,"view":0}},"risks":[{"kind":"journal-full"}],
+                "retention":{"kept":{"window":{"segments":2,"bytes":9},"bookmark":1,"view":{"segments":0}}},"alerts":["job x fails"],"risks":[{"kind":"journal-full"}],
                 "volumes":[{"id":0,"name":"/dev/sdb","sectors":2048,"identity":"x"}]}"#,
         );
         let page = page(&status, &LagHistory::default());
@@ -255,11 +286,12 @@ mod tests {
             "writes    2.0 MiB/s in 310 writes/s",
             "history   36.0 h of 72 h wanted [##########----------], 50 h will fit",
             "moments   1970-01-01 00:00:00.000 to 1970-01-01 00:00:01.500",
-            "in 3 segments, index",
+            "0 B used and 0 B reserved in 3 segments, index",
             "records   12,345; LSN",
-            "kept for  bookmark 1, window 2",
+            "kept for  bookmark 1 segment, window 2 segments",
             "! room    alarm",
             "! the journal is full",
+            "! job x fails",
         ] {
             assert!(page.contains(want), "{want:?} is missing in\n{page}");
         }

@@ -94,6 +94,12 @@ impl Session {
         }
     }
 
+    /// Whether the whole answer to a READ with this data is [`Session::read_head`] and the data: nothing of it is worth
+    /// sending as a hole.
+    pub fn sends_whole(&self, data: &[u8]) -> bool {
+        self.replies() == ReplyMode::Simple || next_piece(data) == (data.len(), false)
+    }
+
     /// The answer to BLOCK_STATUS. `extents` follow each other from the request's offset and must cover at least its
     /// beginning; what lies beyond the request is cut, neighbours of the same kind are merged, and the answer ends after
     /// [`MAX_STATUS_EXTENTS`] (one with REQ_ONE). No extents at all is answered as an input/output error.

@@ -10,6 +10,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// Holdfast, the box: journals what its hosts write and opens any moment of it.
@@ -117,12 +118,13 @@ struct File {
     nbd_listen: Option<SocketAddr>,
     metrics_listen: Option<String>,
     heartbeat_timeout_ms: Option<u64>,
+    view_idle_minutes: Option<u64>,
     log: LogConfig,
     journal: JournalConfig,
 }
 
 /// The configuration in force, complete and checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
     /// Absolute.
     pub data: PathBuf,
@@ -137,10 +139,14 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// A connection that says nothing for so long is taken for dead (half-open).
     pub heartbeat_timeout_ms: u64,
+    /// A view that nobody has had open for so long is closed; 0: never.
+    pub view_idle_minutes: u64,
     pub log: LogConfig,
     pub journal: JournalConfig,
 }
 
+/// A year: more is a typing error.
+pub const VIEW_IDLE_MINUTES_MAX: u64 = 365 * 24 * 60;
 /// `sun_path` holds 108 bytes with the final zero.
 const SOCKET_PATH_MAX: usize = 107;
 /// The longest file name made inside `run/nbd`: see `exports::socket_name`.
@@ -220,6 +226,10 @@ impl Config {
             let value = heartbeat_timeout_ms.to_string();
             return Err(bad("heartbeat_timeout_ms", &value, "200 to 600000 is expected"));
         }
+        let view_idle_minutes = file.view_idle_minutes.unwrap_or(60);
+        if view_idle_minutes > VIEW_IDLE_MINUTES_MAX {
+            return Err(bad("view_idle_minutes", &view_idle_minutes.to_string(), "0 (never) to 525600 is expected"));
+        }
         check_journal(&file.journal)?;
         if tracing_subscriber::EnvFilter::try_new(&file.log.level).is_err() {
             return Err(bad("log.level", &file.log.level, "a level like \"info\" or \"debug\" is expected"));
@@ -233,11 +243,15 @@ impl Config {
             nbd_listen: line.nbd_listen.or(file.nbd_listen),
             metrics_listen,
             heartbeat_timeout_ms,
+            view_idle_minutes,
             log: file.log,
             journal: file.journal,
         })
     }
 
+    pub fn view_idle(&self) -> Option<Duration> {
+        (self.view_idle_minutes > 0).then(|| Duration::from_secs(self.view_idle_minutes * 60))
+    }
     pub fn control_socket(&self) -> PathBuf {
         self.run.join("control.sock")
     }
@@ -297,6 +311,48 @@ mod tests {
         assert_eq!((c.journal.segment_mib, c.journal.prepared_ahead), (128, 2));
     }
 
+    /// The packaged file says "every key is here with its default": it must be true.
+    #[test]
+    fn the_packaged_file_has_every_key_with_its_default() {
+        let text = include_str!("../packaging/holdfast.toml");
+        // Keys are commented out with `#key`, prose with `# text`.
+        let shown: String = text
+            .lines()
+            .map(|line| {
+                let key = line.strip_prefix('#').filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()));
+                format!("{}\n", key.unwrap_or(line))
+            })
+            .collect();
+        let table: toml::Table = shown.parse().expect("the file is TOML with every key written out");
+        // Examples: they have no default, or one that is this machine's.
+        let examples = ["nbd_listen", "box_name"];
+        let without = |skip: &[&str]| {
+            let mut table = table.clone();
+            skip.iter().for_each(|key| drop(table.remove(*key).expect("the example is there")));
+            table.to_string()
+        };
+        let default = from("").unwrap();
+        let plain = from(text).expect("the file as it is packaged");
+        assert_eq!(plain, default, "the file as it is packaged changes something");
+        let c = from(&without(&examples)).expect("the file with every key written out");
+        assert_eq!(c, default, "a default in the file is not the one in the code");
+        let all = from(&without(&[])).expect("with the examples too");
+        assert!(all.nbd_listen.is_some());
+        // Every key there is: taken from what an unknown one is refused with.
+        for (section, have) in [
+            ("", &table),
+            ("[log]\n", table["log"].as_table().unwrap()),
+            ("[journal]\n", table["journal"].as_table().unwrap()),
+        ] {
+            let refused = from(&format!("{section}no_such_key = 1")).unwrap_err().report();
+            let known: Vec<&str> = refused.split('`').skip(3).step_by(2).collect();
+            assert!(known.len() > 1, "no keys in {refused:?}");
+            for key in known {
+                assert!(have.contains_key(key), "{section}{key} is not in the packaged file");
+            }
+        }
+    }
+
     #[test]
     fn the_command_line_wins_over_the_file() {
         let line = CommandLine {
@@ -323,6 +379,7 @@ mod tests {
             ("listen = \"7440\"", "line 1"),
             ("names = [\"a b\"]", "names = a b"),
             ("heartbeat_timeout_ms = 1", "heartbeat_timeout_ms = 1"),
+            ("view_idle_minutes = 525601", "view_idle_minutes = 525601"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[log]\nlevel = \"a=b=c\"", "log.level"),
             ("[log]\nlevle = \"info\"", "levle"),

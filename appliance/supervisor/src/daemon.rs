@@ -5,6 +5,7 @@ use crate::{
     catalog::{Catalog, CatalogError},
     clock::Clock,
     config::Config,
+    device::{self, Device},
     events::{Event, Events},
     exports::{Exports, pool::ReadPool},
     files::{self, FileError, Lock, LockError},
@@ -32,6 +33,8 @@ use tokio::{
 const BALANCE_EVERY: Duration = Duration::from_secs(2);
 /// Between two of them at least, when a group asks for one.
 const BALANCE_PAUSE: Duration = Duration::from_millis(100);
+/// How often views are looked at that nobody has open; they are given minutes.
+const EXPIRE_EVERY: Duration = Duration::from_secs(2);
 /// How often ingest groups that have come up are looked for.
 const EXPORT_EVERY: Duration = Duration::from_millis(20);
 
@@ -66,6 +69,9 @@ pub struct App {
     pub(crate) vault: Arc<Vault>,
     pub(crate) exports: Arc<Exports>,
     pub(crate) views: Views,
+    pub(crate) device: Device,
+    /// What was amiss at start and is put right.
+    pub(crate) start_alerts: Vec<String>,
     pub(crate) links: Arc<Links>,
     pub(crate) box_name: String,
     pub(crate) data_dir: PathBuf,
@@ -79,6 +85,10 @@ impl App {
     /// How often an event has happened; for tests and monitors inside the process.
     pub fn event_count(&self, event: Event) -> u64 {
         self.events.count(event)
+    }
+    /// What an administrator should look at and is no group's.
+    pub(crate) fn alerts(&self) -> Vec<String> {
+        self.device.doubt.iter().chain(&self.start_alerts).cloned().collect()
     }
 }
 
@@ -115,10 +125,10 @@ impl Daemon {
             move || open(&config, clock, &events)
         });
         let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
-        let Opened { lock, catalog, pki, reads, vault, token } = opened;
+        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts } = opened;
 
         let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
-        let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock);
+        let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock, config.view_idle());
         let links = Links::new(LinkParts {
             catalog: Arc::clone(&catalog),
             pki: Arc::clone(&pki),
@@ -149,6 +159,8 @@ impl Daemon {
             vault,
             exports: Arc::clone(&exports),
             views,
+            device,
+            start_alerts,
             links: Arc::clone(&links),
             box_name: config.box_name,
             data_dir: config.data,
@@ -161,6 +173,7 @@ impl Daemon {
             tokio::spawn(api::serve_control(Arc::clone(&app), control_listener)),
             tokio::spawn(export_ingest_groups(Arc::clone(&app))),
             tokio::spawn(balance(Arc::clone(&app))),
+            tokio::spawn(close_idle_views(Arc::clone(&app))),
         ];
         if let Some((listener, _)) = nbd {
             tasks.push(tokio::spawn(exports.serve_tls(listener, nbd_tls)));
@@ -207,6 +220,8 @@ struct Opened {
     reads: Arc<ReadPool>,
     vault: Arc<Vault>,
     token: String,
+    device: Device,
+    start_alerts: Vec<String>,
 }
 
 /// Everything that touches the disk. Blocking.
@@ -219,9 +234,15 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
     disk.cleanup(Path::new("")).map_err(StartError::Disk)?;
     let catalog_error = |source| StartError::Catalog { data: config.data.clone(), source };
     let (catalog, fault) = Catalog::open(Arc::clone(&disk)).map_err(catalog_error)?;
+    let mut start_alerts = Vec::new();
     if let Some(fault) = fault {
-        events.note(Event::Stray, "catalog", format!("one of its two copies was not used: {fault}"));
+        events.note(Event::CopyDamaged, "catalog", &fault);
+        start_alerts.push(format!(
+            "one of the two copies of the box's catalogue was damaged at start ({fault}); the other one was used, and the next change \
+             writes both anew: check the disk"
+        ));
     }
+    let device = device::look(&config.data, &*disk, events);
     let catalog = Arc::new(catalog);
     let hosts = catalog.data().hosts.len();
     let pki = Arc::new(Pki::open(&config.data.join("ca"), &config.names, hosts, clock.wall_us())?);
@@ -237,7 +258,7 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
         catalog: Arc::clone(&catalog),
         reads: Arc::clone(&reads),
     })?;
-    Ok(Opened { lock, catalog, pki, reads, vault, token })
+    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts })
 }
 
 fn metrics_token(data: &Path) -> Result<String, StartError> {
@@ -304,6 +325,17 @@ async fn export_ingest_groups(app: Arc<App>) {
         let pause = if waiting { EXPORT_EVERY } else { Duration::from_secs(1) };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            () = crate::raised(&mut stop) => return,
+        }
+    }
+}
+
+/// Closes views that nobody has had open for longer than they were given.
+async fn close_idle_views(app: Arc<App>) {
+    let mut stop = app.stop.subscribe();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(EXPIRE_EVERY) => app.views.close_idle(),
             () = crate::raised(&mut stop) => return,
         }
     }

@@ -85,6 +85,8 @@ events! {
     BookmarkDeleted = "bookmark-deleted" Info,
     ViewOpened = "view-opened" Info,
     ViewClosed = "view-closed" Info,
+    /// Nobody had it open for longer than it was given.
+    ViewExpired = "view-expired" Warn,
     ViewDamaged = "view-damaged" Error,
     NbdConnected = "nbd-connected" Info,
     NbdClosed = "nbd-closed" Info,
@@ -92,6 +94,12 @@ events! {
     NbdRefused = "nbd-refused" Warn,
     /// Something in the data folder that the catalogue does not know; left alone.
     Stray = "stray" Warn,
+    /// How the journals' device makes writes durable.
+    JournalDevice = "journal-device" Info,
+    /// Something about it that may cost acknowledged writes.
+    DeviceDoubtful = "device-doubtful" Warn,
+    /// One of two copies of a control file was damaged; the other one was used.
+    CopyDamaged = "copy-damaged" Error,
     /// What an agent reported about itself.
     AgentAlarm = "agent-alarm" Warn,
 }

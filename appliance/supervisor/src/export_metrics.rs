@@ -15,7 +15,7 @@ pub fn page(app: &App) -> String {
     box_metrics(app, &mut page);
     let groups: Vec<(Arc<Group>, GroupReport)> =
         app.vault.groups().into_iter().map(|g| (Arc::clone(&g), status::group_report(app, &g))).collect();
-    group_metrics(&groups, &mut page);
+    group_metrics(&groups, app.clock.wall_us(), &mut page);
     host_metrics(app, &mut page);
     page.family("holdfast_events_total", "Events by name since the daemon started.", Kind::Counter);
     for event in Event::ALL {
@@ -39,6 +39,18 @@ fn box_metrics(app: &App, page: &mut Page) {
         app.links.connected() as u64,
     );
     one("holdfast_views", "Open views.", Kind::Gauge, app.views.list().len() as u64);
+    one(
+        "holdfast_views_held",
+        "Open views that a client has open.",
+        Kind::Gauge,
+        app.views.list().iter().filter(|v| v.idle().is_none()).count() as u64,
+    );
+    one(
+        "holdfast_journal_device_doubtful",
+        "Whether something about the journals' device may cost acknowledged writes.",
+        Kind::Gauge,
+        app.device.doubt.is_some().into(),
+    );
     if let Ok(space) = app.vault.space() {
         one("holdfast_disk_total_bytes", "Size of the data disk.", Kind::Gauge, space.total.0);
         one("holdfast_disk_available_bytes", "Free room on the data disk.", Kind::Gauge, space.available.0);
@@ -47,7 +59,7 @@ fn box_metrics(app: &App, page: &mut Page) {
 
 type Row = (Arc<Group>, GroupReport);
 
-fn group_metrics(groups: &[Row], page: &mut Page) {
+fn group_metrics(groups: &[Row], now_us: u64, page: &mut Page) {
     let mut each = |name, help, kind, value: &dyn Fn(&Row) -> Option<f64>| {
         page.family(name, help, kind);
         for row in groups {
@@ -60,9 +72,15 @@ fn group_metrics(groups: &[Row], page: &mut Page) {
     let stat = |f: fn(&journal::JournalStats) -> u64| move |r: &Row| r.1.stats.as_ref().map(|s| f(s) as f64);
     each(
         "holdfast_group_lag_seconds",
-        "Age of the newest moment known to be safe; absent while unknown.",
+        "Age of the oldest write not known to be durable, 0 when all is proven to be in; absent while unknown.",
         Kind::Gauge,
         &|r| r.1.verdict.lag_ms.map(|ms| ms as f64 / 1000.0),
+    );
+    each(
+        "holdfast_group_lag_proof_age_seconds",
+        "Time since the host's writes were last proven to be durable up to a moment; absent before the first proof.",
+        Kind::Gauge,
+        &|r| r.1.verdict.lag_proven_us.map(|us| now_us.saturating_sub(us) as f64 / 1e6),
     );
     each("holdfast_group_up", "Whether the group takes writes.", Kind::Gauge, &|r| {
         let up = matches!(
@@ -86,7 +104,33 @@ fn group_metrics(groups: &[Row], page: &mut Page) {
     each("holdfast_group_write_rate_bytes_per_second", "Data written by the host of late.", Kind::Gauge, &|r| {
         Some(r.1.live.write_rate_bytes)
     });
-    each("holdfast_journal_bytes", "Size of the journal's segments.", Kind::Gauge, &stat(|s| s.segment_bytes.0));
+    each(
+        "holdfast_journal_bytes",
+        "Size of what the journal's segments hold, room made ahead left out.",
+        Kind::Gauge,
+        &stat(|s| s.used_bytes.0),
+    );
+    each(
+        "holdfast_journal_reserved_bytes",
+        "Room taken on the disk that holds nothing yet: in open segments and prepared ones.",
+        Kind::Gauge,
+        &stat(|s| s.reserved_bytes().0),
+    );
+    each(
+        "holdfast_journal_index_damaged",
+        "Parts of the index found damaged since the group was opened; each is rebuilt.",
+        Kind::Gauge,
+        &stat(|s| s.index_damaged.into()),
+    );
+    each(
+        "holdfast_group_jobs_failing",
+        "Kinds of background jobs whose last run failed.",
+        Kind::Gauge,
+        &stat(|s| s.failing.len() as u64),
+    );
+    each("holdfast_group_alerts", "Things an administrator should look at, as in the status.", Kind::Gauge, &|r| {
+        Some(r.1.alerts().len() as f64)
+    });
     each("holdfast_journal_prepared_bytes", "Room prepared ahead.", Kind::Gauge, &stat(|s| s.prepared_bytes.0));
     each("holdfast_journal_index_bytes", "Size of the index.", Kind::Gauge, &stat(|s| s.index_bytes.0));
     each("holdfast_journal_base_bytes", "Size of the base.", Kind::Gauge, &stat(|s| s.base_bytes.0));

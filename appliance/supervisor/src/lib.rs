@@ -23,6 +23,7 @@ mod catalog;
 mod clock;
 pub mod config;
 mod daemon;
+mod device;
 mod events;
 mod export_metrics;
 mod exports;

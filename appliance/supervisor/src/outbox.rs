@@ -10,6 +10,7 @@
 //! than a peer may leave unfetched.
 
 use std::{
+    collections::VecDeque,
     io,
     sync::{Arc, Mutex},
     task::Waker,
@@ -34,6 +35,8 @@ pub struct Outbox {
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
+    /// Whole answers too large to be copied once more.
+    large: VecDeque<Vec<u8>>,
     owed: usize,
     closing: bool,
     /// The task has bytes that must go out before any other.
@@ -83,6 +86,12 @@ impl Outbox {
         encode(&mut state.bytes);
         state.owed = state.owed.saturating_sub(cost);
     }
+    /// The same with an answer that is encoded already and is sent from where it lies.
+    pub fn put_large(&self, cost: usize, answer: Vec<u8>) {
+        let mut state = crate::lock(&self.state);
+        state.large.push_back(answer);
+        state.owed = state.owed.saturating_sub(cost);
+    }
     /// The connection is closed after what is in here has been sent.
     pub fn close(&self) {
         crate::lock(&self.state).closing = true;
@@ -109,6 +118,11 @@ impl Outbox {
         }
         let mut state = crate::lock(&self.state);
         std::mem::swap(&mut state.bytes, out);
+        if out.is_empty()
+            && let Some(large) = state.large.pop_front()
+        {
+            *out = large;
+        }
         state.task_sends = !out.is_empty();
         state.task_starves = starves;
         if !state.task.as_ref().is_some_and(|t| t.will_wake(task)) {
@@ -126,12 +140,13 @@ impl Outbox {
 
 impl State {
     fn standing(&self) -> Standing {
-        Standing { owed: self.owed, waiting: self.bytes.len() }
+        let large: usize = self.large.iter().map(Vec::len).sum();
+        Standing { owed: self.owed, waiting: self.bytes.len() + large }
     }
     /// Whether everything is sent.
     fn send_directly(&mut self) -> bool {
         if self.bytes.is_empty() {
-            return !self.task_sends;
+            return self.large.is_empty() && !self.task_sends;
         }
         let Some(direct) = self.direct.as_ref().filter(|_| !self.task_sends && self.bytes.len() <= DIRECT_BYTES_MAX)
         else {
@@ -140,6 +155,6 @@ impl State {
         // Whatever it is, the task meets it too and ends the connection.
         let Ok(sent) = direct.try_send(&self.bytes) else { return false };
         self.bytes.drain(..sent);
-        self.bytes.is_empty()
+        self.bytes.is_empty() && self.large.is_empty()
     }
 }

@@ -75,8 +75,10 @@ pub struct Verdict {
     pub reason: Option<String>,
     /// None: not known.
     pub lag_ms: Option<u64>,
-    /// Since when nothing newer is known to be safe.
+    /// While it is not known: since when.
     pub lag_since_us: Option<u64>,
+    /// The newest moment of which it is proven that all before it is durable here.
+    pub lag_proven_us: Option<u64>,
     pub risks: Vec<RiskReason>,
 }
 
@@ -106,7 +108,7 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         },
     };
     let mut lag_ms = None;
-    let mut lag_since_us = None;
+    let (mut lag_since_us, mut lag_proven_us) = (None, None);
     if f.is_ingest {
         // The client itself waits for what it wants durable: nothing is on its way anywhere else.
         lag_ms = (f.phase == PhaseFact::Running).then_some(0);
@@ -116,14 +118,16 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         } else if let Some(reason) = gap {
             risks.push(RiskReason::Resyncing { reason });
         }
-        let since = f.live.proven.map(|t| t.0);
-        lag_since_us = since;
+        let lag = Lag::of(f);
+        let since = lag.proven_us;
+        lag_proven_us = since;
         if linked && f.phase == PhaseFact::Running {
-            lag_ms = if gap.is_none() { lag(f, since) } else { None };
+            lag_ms = lag.ms.filter(|_| gap.is_none());
         } else if f.phase == PhaseFact::Running {
             let since_us = f.live.link_lost_us.or(since).unwrap_or(0);
             risks.push(RiskReason::HostSilent { since_us });
         }
+        lag_since_us = since.filter(|_| lag_ms.is_none());
         if let Some(lag) = lag_ms
             && lag > f.policy.lag_ms_alarm
         {
@@ -148,15 +152,41 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
     if let Some(hours_left) = short {
         risks.push(RiskReason::HistoryShort { hours_left, alarm_hours: f.policy.alarm_below_hours.into() });
     }
-    Verdict { state, reason, lag_ms, lag_since_us, risks }
+    Verdict { state, reason, lag_ms, lag_since_us, lag_proven_us, risks }
 }
 
-/// How much of the host's work would be lost now. Two proofs, the better one counts: the newest moment of which the box knows that all
-/// before it is durable here, and what the agent says of its oldest write that is not, aged by how long ago it said so.
-fn lag(f: &Facts<'_>, proven_us: Option<u64>) -> Option<u64> {
-    let proven = proven_us.map(|t| f.now_us.saturating_sub(t) / 1000);
-    let said = f.agent.and_then(|(a, at_us)| Some(a.lag_ms?.saturating_add(f.now_us.saturating_sub(at_us) / 1000)));
-    proven.into_iter().chain(said).min()
+/// An agent says how far it is at least once a second. When nothing was heard for this long, on a link that still stands, nothing
+/// is known: its machine may be too busy to speak, and writes all the more.
+const PROOF_AGE_MS_MAX: u64 = 5_000;
+
+/// How much of the host's work would be lost now: the age of its oldest write that is not durable here.
+///
+/// Two sources of proof. A *watermark* that became durable: all the host wrote before it is here. And what the *agent says* of its
+/// oldest write that is not acknowledged as durable, none being 0; the box hears it some time later, and the write is older by then.
+/// The newer of the two counts. "All is in" is 0 until [`PROOF_AGE_MS_MAX`] after it was proven, whether or not the host writes: the
+/// proof's own age is no lag, and is shown beside it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Lag {
+    ms: Option<u64>,
+    proven_us: Option<u64>,
+}
+
+impl Lag {
+    fn of(f: &Facts<'_>) -> Self {
+        let mark_us = f.live.proven.map(|t| t.0);
+        let said = f.agent.and_then(|(agent, at_us)| Some((at_us, agent.lag_ms?)));
+        // All before the oldest write that waits is durable.
+        let said_us = said.map(|(at_us, ms)| at_us.saturating_sub(ms.saturating_mul(1000)));
+        let Some(proven_us) = mark_us.max(said_us) else { return Self { ms: None, proven_us: None } };
+        let ms_since = |us: u64| f.now_us.saturating_sub(us) / 1000;
+        let waits = said.is_some_and(|(at_us, ms)| ms > 0 && mark_us < Some(at_us));
+        let ms = match ms_since(proven_us) {
+            age if waits => Some(age),
+            age if age <= PROOF_AGE_MS_MAX => Some(0),
+            _ => None,
+        };
+        Self { ms, proven_us: Some(proven_us) }
+    }
 }
 
 /// One group, with everything about it.
@@ -168,6 +198,30 @@ pub struct GroupReport {
     pub verdict: Verdict,
     pub host_name: Option<String>,
     pub agent: Option<GroupAgentStatus>,
+}
+
+impl GroupReport {
+    /// What an administrator should look at beside the risks: nothing is lost by it yet.
+    pub fn alerts(&self) -> Vec<String> {
+        let mut alerts = Vec::new();
+        if let Some(stats) = &self.stats {
+            alerts.extend(stats.failing.iter().map(|(what, why)| format!("could not {what}, trying again: {why}")));
+            if stats.index_damaged > 0 {
+                let behind = if stats.index_behind { "it is being rebuilt" } else { "it has been rebuilt" };
+                alerts.push(format!(
+                    "the index was found damaged {} since the group was opened; {behind}, no history is lost: check the disk",
+                    if stats.index_damaged == 1 { "once".to_owned() } else { format!("{} times", stats.index_damaged) },
+                ));
+            }
+        }
+        if let Some(fault) = self.live.recovery.as_ref().and_then(|r| r.control_fault.as_ref()) {
+            alerts.push(format!(
+                "one of the two copies of the journal's control file was damaged when the group was opened ({fault}); the other \
+                 one was used and the copy written anew: check the disk"
+            ));
+        }
+        alerts
+    }
 }
 
 /// Gathers a group's report. Cheap; locks, but no disk.
@@ -233,6 +287,7 @@ pub fn group_json(report: &GroupReport) -> Value {
         "sync": sync,
         "lag_ms": verdict.lag_ms,
         "lag_since_us": verdict.lag_since_us,
+        "lag_proven_us": verdict.lag_proven_us,
         "appended_lsn": live.progress.appended,
         "written_lsn": live.progress.written,
         "durable_lsn": live.progress.durable,
@@ -240,7 +295,8 @@ pub fn group_json(report: &GroupReport) -> Value {
         "last_time_us": time(|s| s.last_time.0),
         "write_rate_bytes_s": live.write_rate_bytes,
         "write_rate_ops_s": live.write_rate_ops,
-        "journal_bytes": stat(|s| s.segment_bytes.0),
+        "journal_bytes": stat(|s| s.used_bytes.0),
+        "reserved_bytes": stat(|s| s.reserved_bytes().0),
         "prepared_bytes": stat(|s| s.prepared_bytes.0),
         "payload_bytes": stat(|s| s.payload_bytes.0),
         "index_bytes": stat(|s| s.index_bytes.0),
@@ -251,6 +307,9 @@ pub fn group_json(report: &GroupReport) -> Value {
         "hours_forecast": stats.as_ref().and_then(|s| s.hours_left),
         "pressure": stats.as_ref().and_then(|s| s.retention.as_ref()).map(|r| pressure_text(r.pressure)),
         "risks": verdict.risks,
+        "alerts": report.alerts(),
+        "index_damaged": stats.as_ref().map_or(0, |s| s.index_damaged),
+        "failing": stats.as_ref().map(|s| &s.failing),
         "retention": stats.as_ref().map(retention_json),
         "spool_bytes": agent.as_ref().map(|a| a.spool_bytes.0),
         "dirty_bytes": agent.as_ref().map(|a| a.dirty_bytes.0),
@@ -349,6 +408,10 @@ pub fn view_json(app: &App, view: &OpenView) -> Value {
         "time_us": view.point.time,
         "opened_us": view.opened_us,
         "open_ms": view.open_ms,
+        "opened_by": view.opened_by,
+        "clients": view.clients(),
+        "idle_limit_s": view.idle_limit.map(|limit| limit.as_secs()),
+        "closes_in_s": view.closes_in().map(|left| left.as_secs()),
         "exports": view.exports.iter().map(|e| export_json(app, e)).collect::<Vec<_>>(),
     })
 }
@@ -370,6 +433,12 @@ pub fn status_json(app: &App) -> Value {
         "groups": groups,
         "views": app.views.list().iter().map(|v| view_json(app, v)).collect::<Vec<_>>(),
         "ingest_targets": app.exports.ingest_targets().iter().map(|e| export_json(app, e)).collect::<Vec<_>>(),
+        "journal_device": {
+            "name": app.device.name,
+            "write_cache": app.device.write_cache,
+            "durable_writes": app.device.durable_writes,
+        },
+        "alerts": app.alerts(),
         "disk": { "total": space.map(|s| s.total), "available": space.map(|s| s.available) },
         "events": app.events.recent(),
     })
@@ -408,6 +477,23 @@ mod tests {
             now_us: NOW,
         }
     }
+    fn agent_status() -> GroupAgentStatus {
+        GroupAgentStatus {
+            group: model::GroupId([1; 16]),
+            state: wire::GroupAgentState::Replicating,
+            text: String::new(),
+            lag_ms: None,
+            spool_bytes: ByteLen(0),
+            spool_bytes_max: ByteLen(0),
+            dirty_bytes: ByteLen(0),
+            sync_done: ByteLen(0),
+            sync_total: ByteLen(0),
+            durable: model::SourceSeq(0),
+            gate: "async".into(),
+            captured_bytes: ByteLen(0),
+            captured_records: 0,
+        }
+    }
     fn linked() -> Live {
         let link = Some(LinkInfo { id: 1, since_us: 0 });
         Live { link, proven: Some(HistoryTime(NOW - 2_000_000)), ..Live::default() }
@@ -419,7 +505,8 @@ mod tests {
         let gap = Some((Lsn(5), GapReason::Overflow));
         let well = linked();
         let v = judge(&facts(&well, &policy));
-        assert_eq!((v.state, v.lag_ms, v.risks.len()), (GroupState::Replicating, Some(2000), 0));
+        assert_eq!((v.state, v.lag_ms, v.risks.len()), (GroupState::Replicating, Some(0), 0));
+        assert_eq!((v.lag_since_us, v.lag_proven_us), (None, Some(NOW - 2_000_000)));
         let in_gap = Live { gap, ..linked() };
         let v = judge(&facts(&in_gap, &policy));
         assert_eq!((v.state, v.lag_ms), (GroupState::Resyncing, None));
@@ -443,10 +530,48 @@ mod tests {
     }
 
     #[test]
+    fn lag_is_the_age_of_the_oldest_write_that_waits_and_nothing_else() {
+        let policy = GroupPolicy::default();
+        let s = |ago_ms: u64| NOW - ago_ms * 1000;
+        let said = |lag_ms| GroupAgentStatus { lag_ms, ..agent_status() };
+        // (watermark durable, what the agent said, when, lag, proven)
+        for (mark, lag_said, at, want, proven) in [
+            // Idle: nothing waits, however old the watermark is, as long as the agent is heard.
+            (None, Some(0), s(550), Some(0), Some(s(550))),
+            (Some(s(9_000)), Some(0), s(990), Some(0), Some(s(990))),
+            (Some(s(400)), Some(0), s(990), Some(0), Some(s(400))),
+            // A write waits: it is older by now than when it was said.
+            (Some(s(9_000)), Some(200), s(500), Some(700), Some(s(700))),
+            (None, Some(200), s(500), Some(700), Some(s(700))),
+            // A watermark that came between the write and the saying: what waits was written behind it.
+            (Some(s(600)), Some(200), s(500), Some(600), Some(s(600))),
+            // One that came after: all was in.
+            (Some(s(300)), Some(200), s(500), Some(0), Some(s(300))),
+            // It waits for a long time: it is said for as long as it is.
+            (None, Some(60_000), s(1000), Some(61_000), Some(s(61_000))),
+            (None, Some(60_000), s(20_000), Some(80_000), Some(s(80_000))),
+            // Nothing was heard for too long.
+            (Some(s(7_000)), Some(0), s(6_000), None, Some(s(6_000))),
+            (Some(s(6_000)), None, s(10), None, Some(s(6_000))),
+            (Some(s(5_000)), None, s(10), Some(0), Some(s(5_000))),
+            (None, None, s(10), None, None),
+        ] {
+            let live = Live { proven: mark.map(HistoryTime), ..linked() };
+            let agent = said(lag_said);
+            let v = judge(&Facts { agent: Some((&agent, at)), ..facts(&live, &policy) });
+            let what = format!("watermark {mark:?}, {lag_said:?} said at {at}");
+            assert_eq!((v.lag_ms, v.lag_proven_us), (want, proven), "{what}");
+            assert_eq!(v.lag_since_us, if want.is_none() { proven } else { None }, "{what}");
+        }
+    }
+
+    #[test]
     fn what_is_tight_is_said() {
         let policy = GroupPolicy { lag_ms_alarm: 1000, alarm_below_hours: 12, ..GroupPolicy::default() };
         let full = Live { full: Some("no room".into()), ..linked() };
-        let v = judge(&Facts { hours_left: Some(3), ..facts(&full, &policy) });
+        let waiting = GroupAgentStatus { lag_ms: Some(1500), ..agent_status() };
+        let agent = Some((&waiting, NOW - 500_000));
+        let v = judge(&Facts { hours_left: Some(3), agent, ..facts(&full, &policy) });
         assert_eq!(
             v.risks,
             [

@@ -3,6 +3,10 @@
 //! A view holds a lease of its journal, so that nothing it needs is folded or deleted; it lasts until it is closed, its group is
 //! deleted, or the daemon ends. Views are read-only.
 //!
+//! A view that is forgotten would hold history back for ever, so each closes by itself when no client has had any of its exports
+//! open for as long as it was given (`view_idle_minutes` of the configuration, or what its maker asked for; 0 is for ever). One
+//! that a client has open is never closed so, however long the client says nothing.
+//!
 //! **Limit.** [`VIEWS_MAX`] at once.
 
 use crate::{
@@ -18,7 +22,7 @@ use model::{GroupId, RecoveryPoint};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Each holds back the folding of its group; more than this is a forgotten script.
@@ -49,22 +53,64 @@ pub struct OpenView {
     pub opened_us: u64,
     /// From the request to the last export being there.
     pub open_ms: f64,
+    /// As its maker calls itself.
+    pub opened_by: Option<String>,
+    /// How long nobody may have it open; none: for ever.
+    pub idle_limit: Option<Duration>,
+}
+
+/// What is asked of a view beside its moment.
+#[derive(Clone, Debug, Default)]
+pub struct Wish {
+    pub tcp: bool,
+    pub opened_by: Option<String>,
+    pub idle: Idle,
+}
+
+/// How long a view stays without anybody having it open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Idle {
+    /// As the box is set.
+    #[default]
+    Default,
+    Never,
+    After(Duration),
+}
+
+impl OpenView {
+    /// Who has it open.
+    pub fn clients(&self) -> Vec<String> {
+        let mut clients: Vec<String> = self.exports.iter().flat_map(|e| e.clients()).collect();
+        clients.sort_unstable();
+        clients.dedup();
+        clients
+    }
+    /// For how long nobody has had it open; none while somebody has.
+    pub fn idle(&self) -> Option<Duration> {
+        self.exports.iter().map(|export| export.idle()).try_fold(Duration::MAX, |least, idle| Some(least.min(idle?)))
+    }
+    /// None while somebody has it open, and when it stays for ever.
+    pub fn closes_in(&self) -> Option<Duration> {
+        Some(self.idle_limit?.saturating_sub(self.idle()?))
+    }
 }
 
 pub struct Views {
     exports: Arc<Exports>,
     events: Arc<Events>,
     clock: Clock,
+    /// None: views stay until they are closed.
+    idle_limit: Option<Duration>,
     open: Mutex<BTreeMap<String, Arc<OpenView>>>,
 }
 
 impl Views {
-    pub fn new(exports: Arc<Exports>, events: Arc<Events>, clock: Clock) -> Self {
-        Self { exports, events, clock, open: Mutex::default() }
+    pub fn new(exports: Arc<Exports>, events: Arc<Events>, clock: Clock, idle_limit: Option<Duration>) -> Self {
+        Self { exports, events, clock, idle_limit, open: Mutex::default() }
     }
 
     /// Finds the point, opens it and exports its volumes. Blocking: the search may read a segment's index. Within a runtime.
-    pub fn open(&self, group: &Group, at: &RecoveryPoint, tcp: bool) -> Result<Arc<OpenView>, ViewError> {
+    pub fn open(&self, group: &Group, at: &RecoveryPoint, wish: Wish) -> Result<Arc<OpenView>, ViewError> {
         let started = Instant::now();
         let reader = group.reader()?;
         let point = reader.resolve(at)?;
@@ -75,7 +121,7 @@ impl Views {
         let id = HEXLOWER.encode(&pki::random_128().ok_or(ViewError::Random)?[..4]);
         let mut exports: Vec<Arc<Export>> = Vec::new();
         for volume in view.volumes() {
-            match self.exports.add_view(format!("view-{id}-{}", volume.id), group.id(), volume, tcp, &view) {
+            match self.exports.add_view(format!("view-{id}-{}", volume.id), group.id(), volume, wish.tcp, &view) {
                 Ok(export) => exports.push(export),
                 Err(e) => {
                     exports.iter().for_each(|e| self.exports.remove(&e.name));
@@ -91,6 +137,12 @@ impl Views {
             exports,
             opened_us: self.clock.wall_us(),
             open_ms: started.elapsed().as_secs_f64() * 1000.0,
+            opened_by: wish.opened_by,
+            idle_limit: match wish.idle {
+                Idle::Default => self.idle_limit,
+                Idle::Never => None,
+                Idle::After(limit) => Some(limit),
+            },
         });
         crate::lock(&self.open).insert(id, Arc::clone(&open));
         // Deleted meanwhile: who deleted it has closed its views before this one was among them.
@@ -107,6 +159,16 @@ impl Views {
         let Some(view) = crate::lock(&self.open).remove(id) else { return false };
         self.take_down(&view);
         true
+    }
+    /// Closes what nobody has had open for longer than it was given.
+    pub fn close_idle(&self) {
+        for view in self.list() {
+            if view.closes_in() == Some(Duration::ZERO) && self.close(&view.id) {
+                let limit = view.idle_limit.unwrap_or_default().as_secs();
+                let text = format!("{}: nobody had it open for {} min {:02} s", view.id, limit / 60, limit % 60);
+                self.events.note(Event::ViewExpired, &view.group_name, text);
+            }
+        }
     }
     pub fn close_group(&self, group: GroupId) {
         let of_group: Vec<_> = self.list().into_iter().filter(|v| v.group == group).collect();

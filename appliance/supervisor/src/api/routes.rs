@@ -4,10 +4,11 @@ use super::{Answer, ApiError, BODY_MAX, Lines, json_answer, plain};
 use crate::{
     App,
     catalog::{CatalogRefusal, ChangeError, TokenEntry},
+    config::VIEW_IDLE_MINUTES_MAX,
     events::Event,
     pki, status,
     vault::{CreateGroupError, Group, GroupError, Phase, VOLUME_BYTES_MAX},
-    views::ViewError,
+    views::{Idle, ViewError, Wish},
 };
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -427,6 +428,12 @@ struct ViewWish {
     at: RecoveryPoint,
     #[serde(default)]
     tcp: bool,
+    /// Closed when nobody has had it open for so long; 0: never. Left out: as the box is set.
+    #[serde(default)]
+    idle_minutes: Option<u64>,
+    /// As whoever asks calls itself, for people.
+    #[serde(default)]
+    opened_by: Option<String>,
 }
 
 async fn open_view(app: &Arc<App>, group: Arc<Group>, wish: ViewWish) -> Result {
@@ -439,10 +446,21 @@ async fn open_view(app: &Arc<App>, group: Arc<Group>, wish: ViewWish) -> Result 
             "set nbd_listen in the configuration",
         ));
     }
+    let idle = match wish.idle_minutes {
+        None => Idle::Default,
+        Some(0) => Idle::Never,
+        Some(minutes @ 1..=VIEW_IDLE_MINUTES_MAX) => Idle::After(Duration::from_secs(minutes * 60)),
+        Some(minutes) => {
+            let text = format!("{minutes} minutes are not possible: 0 (never) to {VIEW_IDLE_MINUTES_MAX}");
+            return Err(bad_request("idle_minutes", text));
+        }
+    };
+    let opened_by = wish.opened_by.map(|by| crate::catalog::clean_name(&by, "")).filter(|by| !by.is_empty());
+    let (at, wish) = (wish.at, Wish { tcp: wish.tcp, opened_by, idle });
     // What a client was told is written must be in the newest moment.
     group.barrier().await.map_err(group_error)?;
     blocking(app, move |app| {
-        let view = app.views.open(&group, &wish.at, wish.tcp).map_err(view_error)?;
+        let view = app.views.open(&group, &at, wish).map_err(view_error)?;
         Ok(json_answer(StatusCode::CREATED, &status::view_json(app, &view)))
     })
     .await?

@@ -40,6 +40,10 @@ impl Lane {
     pub fn answer(&self, request: &Request, encode: impl FnOnce(&Session, &mut Vec<u8>)) {
         self.outbox.put(cost(request), |out| encode(&self.session, out));
     }
+    /// [`Lane::answer`] with an answer that is encoded already and too large to be copied.
+    pub fn answer_large(&self, request: &Request, answer: Vec<u8>) {
+        self.outbox.put_large(cost(request), answer);
+    }
     pub fn done(&self, request: &Request) {
         self.answer(request, |session, out| session.push_done(out, request.cookie));
     }

@@ -5,8 +5,16 @@
 //!
 //! Connections of an ingest target are served by its journal's own thread ([`Group::here`]), those of a view by the daemon's runtime.
 //!
+//! # Reading a view
+//!
+//! What memory holds is answered by the connection's own task, there and then ([`View::read_at_once`]): no other thread is woken for
+//! it. Everything else goes to the [`pool`], several requests of a connection at a time. Who reads from front to back has the
+//! next megabytes brought into memory before they are asked for ([`ahead`]).
+//!
 //! **Limits.** [`CONNECTIONS_MAX`] connections in all, and [`HANDSHAKES_MAX`] that nobody knows yet; each is bounded by [`lane::BUDGET_BYTES`].
 
+mod ahead;
+mod clients;
 pub mod driver;
 pub mod lane;
 pub mod pool;
@@ -19,14 +27,17 @@ use crate::{
     pki::{self, Peer},
     vault::{Command, Group},
 };
+use ahead::Streak;
+use clients::{Client, Clients};
 use driver::{Agreed, Backend, ConnectionError, HANDSHAKE_SECONDS_MAX, Op};
 use journal::View;
 use lane::Lane;
 use model::{ByteLen, GroupId, VolumeId, VolumeSpec};
 use nbd::{
-    Command as Nbd, Errno, ExportEntry, ExportFlags, ExportInfo, HandshakeConfig, ServerHandshake, Session, TlsPolicy,
+    Command as Nbd, Errno, ExportEntry, ExportFlags, ExportInfo, HandshakeConfig, Request, ServerHandshake, Session,
+    TlsPolicy,
 };
-use pool::{ReadJob, ReadPool, Source};
+use pool::{Ahead, ReadJob, ReadPool, Source};
 use rustls::ServerConfig;
 use shared::Movable;
 use std::{
@@ -49,6 +60,8 @@ use tokio_rustls::TlsAcceptor;
 pub const CONNECTIONS_MAX: usize = 128;
 /// TLS connections that have not shown a certificate: strangers must not take the places of clients, local ones least of all.
 const HANDSHAKES_MAX: usize = 64;
+/// Read for a batch of requests by the connection's own task (some 50 us of copying); the rest is the pool's, beside it.
+const AT_ONCE_BYTES_MAX: usize = 256 << 10;
 /// An accept that failed (no file descriptor left) is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -80,6 +93,8 @@ pub struct Export {
     pub tcp: bool,
     behind: Behind,
     reads: Arc<ReadPool>,
+    streak: Mutex<Streak>,
+    clients: Clients,
     /// True once the export is being taken down.
     down: watch::Sender<bool>,
 }
@@ -114,9 +129,14 @@ impl Backend for Export {
                 }
             }
             Behind::View(view) => {
+                let mut at_once = AtOnce::default();
                 for op in ops {
                     match op.request.command {
                         Nbd::Read { .. } | Nbd::BlockStatus { .. } => {
+                            self.look_ahead(view, &op.request);
+                            if at_once.answer(view, lane, &op.request) {
+                                continue;
+                            }
                             let source = Source::View(Arc::clone(view));
                             self.reads.push(ReadJob { lane: Arc::clone(lane), request: op.request, source });
                         }
@@ -129,6 +149,50 @@ impl Backend for Export {
                 }
                 lane.wake();
             }
+        }
+    }
+}
+
+/// Answers reads of what is in memory, in the connection's own task.
+#[derive(Default)]
+struct AtOnce {
+    buf: Vec<u8>,
+    /// Of this batch of requests.
+    bytes: usize,
+}
+
+impl AtOnce {
+    fn answer(&mut self, view: &View, lane: &Lane, request: &Request) -> bool {
+        let len = request.len as usize;
+        if !matches!(request.command, Nbd::Read { .. }) || self.bytes + len > AT_ONCE_BYTES_MAX {
+            return false;
+        }
+        self.buf.resize(len, 0);
+        if !view.read_at_once(lane.volume, request.offset, &mut self.buf) {
+            return false;
+        }
+        self.bytes += len;
+        lane.answer(request, |session, out| session.push_read(out, request, &self.buf));
+        true
+    }
+}
+
+impl Export {
+    /// Who has it open.
+    pub fn clients(&self) -> Vec<String> {
+        self.clients.list()
+    }
+    /// For how long nobody has had it open; none while somebody has.
+    pub fn idle(&self) -> Option<Duration> {
+        self.clients.idle()
+    }
+    fn look_ahead(&self, view: &Arc<View>, request: &Request) {
+        if !matches!(request.command, Nbd::Read { .. }) {
+            return;
+        }
+        let wanted = crate::lock(&self.streak).note(request.offset, request.len.into(), self.size.0);
+        if let Some((offset, len)) = wanted {
+            self.reads.push_ahead(Ahead { view: Arc::clone(view), volume: self.volume, offset, len });
         }
     }
 }
@@ -245,6 +309,8 @@ impl Exports {
             tcp,
             behind,
             reads: Arc::clone(&self.reads),
+            streak: Mutex::default(),
+            clients: Clients::default(),
             down: watch::Sender::new(false),
         });
         table.insert(name, Arc::clone(&export));
@@ -343,7 +409,7 @@ impl Exports {
             Shown { exports: crate::lock(&self.table).values().filter(|e| e.tcp).cloned().collect(), default: None };
         let from = format!("{name} at {from}");
         let Some((export, session)) = self.agree(&mut tls, &mut handshake, &shown, &from).await? else { return Ok(()) };
-        let serving = |tls| self.serve(tls, None, Arc::clone(&export), session);
+        let serving = |tls| self.serve(tls, None, Arc::clone(&export), session, from.clone());
         match &export.behind {
             Behind::View(_) => serving(tls).await,
             Behind::Ingest(group) => {
@@ -379,6 +445,7 @@ impl Exports {
         direct: Option<Arc<dyn Direct>>,
         export: Arc<Export>,
         session: Session,
+        from: String,
     ) -> impl Future<Output = Result<(), ConnectionError>> + Send + 'static {
         let lane = Lane::new(session, export.volume);
         if let Some(direct) = direct {
@@ -388,6 +455,7 @@ impl Exports {
         let mut down = export.down.subscribe();
         let mut stop = self.stop.clone();
         async move {
+            let _client: Client<'_> = export.clients.enter(&from);
             tokio::select! {
                 ended = driver::serve(&mut stream, lane, &*export) => ended,
                 () = crate::raised(&mut down) => Ok(()),
@@ -447,9 +515,10 @@ async fn accept_unix(exports: Arc<Exports>, export: Arc<Export>, listener: UnixL
             let _slot = slot;
             let shown = Shown { exports: vec![Arc::clone(&export)], default: Some(Arc::clone(&export)) };
             let mut handshake = ServerHandshake::new(HandshakeConfig { tls: TlsPolicy::None });
+            let from = clients::process_behind(&stream);
             let (mut stream, direct) = shared::split(stream);
-            let ended = match exports.agree(&mut stream, &mut handshake, &shown, "local").await {
-                Ok(Some((export, session))) => exports.serve(stream, Some(direct), export, session).await,
+            let ended = match exports.agree(&mut stream, &mut handshake, &shown, &from).await {
+                Ok(Some((export, session))) => exports.serve(stream, Some(direct), export, session, from).await,
                 Ok(None) => Ok(()),
                 Err(e) => Err(e),
             };

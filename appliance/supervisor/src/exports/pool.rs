@@ -1,6 +1,7 @@
 //! The threads that read views: a read may wait for a disk, which no runtime worker may.
 //!
-//! The queue is bounded by what the connections may have unanswered ([`super::lane::BUDGET_BYTES`] each).
+//! The queue is bounded by what the connections may have unanswered ([`super::lane::BUDGET_BYTES`] each), and one reading ahead per
+//! export.
 
 use super::lane::Lane;
 use crate::{
@@ -8,7 +9,7 @@ use crate::{
     vault::inbox::Inbox,
 };
 use journal::{JournalReader, ReadViewError, View};
-use model::{Extent, SECTOR};
+use model::{Extent, SECTOR, VolumeId};
 use nbd::{Command, Errno, Request, StatusExtent};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -30,8 +31,24 @@ pub struct ReadJob {
     pub source: Source,
 }
 
+/// From here on an answer is not copied into the outbox: it would cost more than a buffer of its own.
+const LARGE_BYTES: u32 = 64 << 10;
+
+/// A stretch of a view that will be read soon.
+pub struct Ahead {
+    pub view: Arc<View>,
+    pub volume: VolumeId,
+    pub offset: u64,
+    pub len: u64,
+}
+
+enum Work {
+    Read(ReadJob),
+    Ahead(Ahead),
+}
+
 pub struct ReadPool {
-    queue: Arc<Inbox<ReadJob>>,
+    queue: Arc<Inbox<Work>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -50,11 +67,17 @@ impl ReadPool {
     }
 
     pub fn push(&self, job: ReadJob) {
-        if let Err(closed) = self.queue.push(job) {
-            let job = closed.0;
+        if let Err(closed) = self.queue.push(Work::Read(job))
+            && let Work::Read(job) = closed.0
+        {
             job.lane.fail(&job.request, Errno::Shutdown, "the box is shutting down");
             job.lane.wake();
         }
+    }
+
+    /// Has a stretch brought into memory; nobody waits for it, and when the pool is closed nobody misses it.
+    pub fn push_ahead(&self, ahead: Ahead) {
+        drop(self.queue.push(Work::Ahead(ahead)));
     }
 
     /// Answers what is queued and ends the threads. Blocking.
@@ -66,9 +89,17 @@ impl ReadPool {
     }
 }
 
-fn work(queue: &Inbox<ReadJob>, events: &Events) {
+fn work(queue: &Inbox<Work>, events: &Events) {
     let mut buf = Vec::new();
-    while let Some(ReadJob { lane, request, source }) = queue.next() {
+    while let Some(work) = queue.next() {
+        let ReadJob { lane, request, source } = match work {
+            Work::Read(job) => job,
+            Work::Ahead(ahead) => {
+                // What is wrong is said to the one who reads it.
+                let _ = catch_unwind(AssertUnwindSafe(|| ahead.view.prefetch(ahead.volume, ahead.offset, ahead.len)));
+                continue;
+            }
+        };
         // A panic here is a defect, but one client's read must not take a thread from all the others.
         let outcome = catch_unwind(AssertUnwindSafe(|| run(&lane, &request, &source, &mut buf)));
         let failure = match outcome {
@@ -97,6 +128,19 @@ fn run(lane: &Lane, request: &Request, source: &Source, buf: &mut Vec<u8>) -> Re
         }
     };
     match request.command {
+        Command::Read { .. } if request.len >= LARGE_BYTES => {
+            let head = lane.session.read_head(request);
+            let head = head.as_slice();
+            let mut answer = Vec::with_capacity(head.len() + request.len as usize);
+            answer.extend_from_slice(head);
+            answer.resize(head.len() + request.len as usize, 0);
+            view.read(lane.volume, request.offset, &mut answer[head.len()..])?;
+            if lane.session.sends_whole(&answer[head.len()..]) {
+                lane.answer_large(request, answer);
+            } else {
+                lane.answer(request, |session, out| session.push_read(out, request, &answer[head.len()..]));
+            }
+        }
         Command::Read { .. } => {
             buf.resize(request.len as usize, 0);
             view.read(lane.volume, request.offset, buf)?;

@@ -167,6 +167,9 @@ fn note_opened(context: &Context, shared: &Shared, report: &RecoveryReport, fail
     let event = if failures > 0 { Event::GroupReopened } else { Event::GroupOpened };
     let text = format!("LSN {} to {} in {} segments", report.first_lsn, report.last_lsn, report.segments);
     context.events.note(event, &shared.name, text);
+    if let Some(fault) = &report.control_fault {
+        context.events.note(Event::CopyDamaged, &shared.name, format!("the journal's control file: {fault}"));
+    }
     for cut in &report.cut {
         let text = format!(
             "{}: {} records in {} after LSN {} were not acknowledged and are cut",
