@@ -311,7 +311,9 @@ fn a_view_is_opened_at_what_was_meant() {
         for want in ["nbd+unix:///v1-0?socket=/r/v1.sock", "nbds://box/v1-0", "opened in 3 ms", "view close v1"] {
             assert!(page.contains(want), "{want:?} is missing in\n{page}");
         }
-        assert_eq!(fake.body_of(line), json!({ "at": want, "tcp": true }), "{at}");
+        let body = fake.body_of(line);
+        assert_eq!((&body["at"], &body["tcp"], &body["idle_minutes"]), (&want, &json!(true), &Value::Null), "{at}");
+        assert!(body["opened_by"].as_str().is_some_and(|by| by.starts_with("holdfast (process ")), "{body}");
     }
     let unclear = bad(fake.run(&["view", "open", "--at", "2025-13-01"]), 1);
     assert!(unclear.contains("looks like a time but is none") && unclear.contains("what to do"), "{unclear}");

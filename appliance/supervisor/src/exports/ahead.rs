@@ -28,12 +28,10 @@ impl Streak {
             *self = Self { end, length: 0, fetched: end };
             return None;
         }
-        // Only what goes forward counts: random reads of a small disk are near each other too.
+        // Only what goes forward counts: what comes late belongs to the same copy.
         if end > self.end {
             self.length = self.length.saturating_add(1);
             self.end = end;
-        } else {
-            self.length = self.length.saturating_sub(1);
         }
         let start = self.fetched.max(self.end);
         let to = self.end.saturating_add(AHEAD_BYTES).min(size);
