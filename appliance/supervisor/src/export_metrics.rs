@@ -16,6 +16,7 @@ pub fn page(app: &App) -> String {
     let groups: Vec<(Arc<Group>, GroupReport)> =
         app.vault.groups().into_iter().map(|g| (Arc::clone(&g), status::group_report(app, &g))).collect();
     group_metrics(&groups, app.clock.wall_us(), &mut page);
+    journal_metrics(&groups, &mut page);
     host_metrics(app, &mut page);
     page.family("holdfast_events_total", "Events by name since the daemon started.", Kind::Counter);
     for event in Event::ALL {
@@ -59,51 +60,23 @@ fn box_metrics(app: &App, page: &mut Page) {
 
 type Row = (Arc<Group>, GroupReport);
 
-fn group_metrics(groups: &[Row], now_us: u64, page: &mut Page) {
-    let mut each = |name, help, kind, value: &dyn Fn(&Row) -> Option<f64>| {
-        page.family(name, help, kind);
-        for row in groups {
-            // What is not known has no sample: a zero would be a promise.
-            if let Some(value) = value(row) {
-                page.sample(&[("group", &row.1.spec.name)], value);
-            }
+/// A figure of one group; none when it is not known.
+type Of<'a> = &'a dyn Fn(&Row) -> Option<f64>;
+
+/// A family with a sample for each group.
+fn each(groups: &[Row], page: &mut Page, name: &'static str, help: &str, kind: Kind, value: Of<'_>) {
+    page.family(name, help, kind);
+    for row in groups {
+        // What is not known has no sample: a zero would be a promise.
+        if let Some(value) = value(row) {
+            page.sample(&[("group", &row.1.spec.name)], value);
         }
-    };
+    }
+}
+
+fn journal_metrics(groups: &[Row], page: &mut Page) {
+    let mut each = |name, help, kind, value: Of<'_>| each(groups, page, name, help, kind, value);
     let stat = |f: fn(&journal::JournalStats) -> u64| move |r: &Row| r.1.stats.as_ref().map(|s| f(s) as f64);
-    each(
-        "holdfast_group_lag_seconds",
-        "Age of the oldest write not known to be durable, 0 when all is proven to be in; absent while unknown.",
-        Kind::Gauge,
-        &|r| r.1.verdict.lag_ms.map(|ms| ms as f64 / 1000.0),
-    );
-    each(
-        "holdfast_group_lag_proof_age_seconds",
-        "Time since the host's writes were last proven to be durable up to a moment; absent before the first proof.",
-        Kind::Gauge,
-        &|r| r.1.verdict.lag_proven_us.map(|us| now_us.saturating_sub(us) as f64 / 1e6),
-    );
-    each("holdfast_group_up", "Whether the group takes writes.", Kind::Gauge, &|r| {
-        let up = matches!(
-            r.1.verdict.state,
-            GroupState::Ingest | GroupState::Replicating | GroupState::Syncing | GroupState::Resyncing
-        );
-        Some(f64::from(u8::from(up)))
-    });
-    each("holdfast_group_risks", "Reasons why the group is not as safe as it should be.", Kind::Gauge, &|r| {
-        Some(r.1.verdict.risks.len() as f64)
-    });
-    each("holdfast_group_journal_full", "Whether new writes are refused for lack of room.", Kind::Gauge, &|r| {
-        Some(f64::from(u8::from(r.1.live.full.is_some())))
-    });
-    each("holdfast_group_appended_lsn", "Position of the last record.", Kind::Gauge, &|r| {
-        Some(r.1.live.progress.appended.0 as f64)
-    });
-    each("holdfast_group_durable_lsn", "Position of the last durable record.", Kind::Gauge, &|r| {
-        Some(r.1.live.progress.durable.0 as f64)
-    });
-    each("holdfast_group_write_rate_bytes_per_second", "Data written by the host of late.", Kind::Gauge, &|r| {
-        Some(r.1.live.write_rate_bytes)
-    });
     each(
         "holdfast_journal_bytes",
         "Size of what the journal's segments hold, room made ahead left out.",
@@ -145,6 +118,44 @@ fn group_metrics(groups: &[Row], now_us: u64, page: &mut Page) {
         Kind::Gauge,
         &|r| r.1.stats.as_ref().and_then(|s| s.hours_left).map(|h| h as f64),
     );
+}
+
+fn group_metrics(groups: &[Row], now_us: u64, page: &mut Page) {
+    let mut each = |name, help, kind, value: Of<'_>| each(groups, page, name, help, kind, value);
+    each(
+        "holdfast_group_lag_seconds",
+        "Age of the oldest write not known to be durable, 0 when all is proven to be in; absent while unknown.",
+        Kind::Gauge,
+        &|r| r.1.verdict.lag_ms.map(|ms| ms as f64 / 1000.0),
+    );
+    each(
+        "holdfast_group_lag_proof_age_seconds",
+        "Time since the host's writes were last proven to be durable up to a moment; absent before the first proof.",
+        Kind::Gauge,
+        &|r| r.1.verdict.lag_proven_us.map(|us| now_us.saturating_sub(us) as f64 / 1e6),
+    );
+    each("holdfast_group_up", "Whether the group takes writes.", Kind::Gauge, &|r| {
+        let up = matches!(
+            r.1.verdict.state,
+            GroupState::Ingest | GroupState::Replicating | GroupState::Syncing | GroupState::Resyncing
+        );
+        Some(f64::from(u8::from(up)))
+    });
+    each("holdfast_group_risks", "Reasons why the group is not as safe as it should be.", Kind::Gauge, &|r| {
+        Some(r.1.verdict.risks.len() as f64)
+    });
+    each("holdfast_group_journal_full", "Whether new writes are refused for lack of room.", Kind::Gauge, &|r| {
+        Some(f64::from(u8::from(r.1.live.full.is_some())))
+    });
+    each("holdfast_group_appended_lsn", "Position of the last record.", Kind::Gauge, &|r| {
+        Some(r.1.live.progress.appended.0 as f64)
+    });
+    each("holdfast_group_durable_lsn", "Position of the last durable record.", Kind::Gauge, &|r| {
+        Some(r.1.live.progress.durable.0 as f64)
+    });
+    each("holdfast_group_write_rate_bytes_per_second", "Data written by the host of late.", Kind::Gauge, &|r| {
+        Some(r.1.live.write_rate_bytes)
+    });
     let counter = |f: fn(&Counters) -> u64| move |r: &Row| Some(f(&r.0.shared.counters) as f64);
     each(
         "holdfast_group_written_bytes_total",
