@@ -142,6 +142,43 @@ inspect holdfast "$box"
 [[ $(query --scripts "$work/a/holdfast-agent-$version-1.x86_64.rpm") == *"/usr/bin/holdfast-agent remove"* ]] ||
     fail "removing the rpm leaves capture in the kernel"
 
+# --- Hooks
+
+if has shellcheck; then
+    for hook in "$here"/hooks/system-shutdown "$here"/hooks/early.sh "$here"/hooks/*/*; do
+        shellcheck "$hook" || fail "${hook#"$here"/}"
+    done
+else
+    skip "shellcheck is missing: the hooks were not checked"
+fi
+# They must never keep a host from going down or coming up.
+hooks=$work/hooks
+mkdir -p "$hooks/root/var/lib/holdfast-agent"
+touch "$hooks/root/var/lib/holdfast-agent/identity.json"
+cat >"$hooks/agent" <<END
+#!/bin/sh
+echo "\$*" >>"$hooks/calls"
+exit 7
+END
+chmod +x "$hooks/agent"
+for hook in system-shutdown early.sh; do
+    sed "s|^agent=.*|agent=$hooks/agent|" "$here/hooks/$hook" >"$hooks/$hook"
+done
+# Nothing is mounted for a test.
+mkdir "$hooks/bin"
+printf '#!/bin/sh\nexit 0\n' >"$hooks/bin/mount"
+chmod +x "$hooks/bin/mount"
+PATH=$hooks/bin:$PATH
+sh "$hooks/system-shutdown" reboot || fail "the shutdown hook fails when the agent does"
+sh "$hooks/early.sh" "$hooks/root" || fail "the boot hook fails when the agent does"
+sh "$hooks/early.sh" "$hooks/none" || fail "the boot hook fails without state"
+same "calls of the hooks" "carry-out;early --sysroot $hooks/root" "$(paste -sd';' "$hooks/calls")"
+rm "$hooks/agent"
+sh "$hooks/system-shutdown" reboot || fail "the shutdown hook fails without the agent"
+sh "$hooks/early.sh" "$hooks/root" || fail "the boot hook fails without the agent"
+PATH=${PATH#"$hooks/bin:"}
+ok "hooks: checked, call the agent, never fail"
+
 # --- The examples of configurations are what the programs accept
 
 # Every key, with the `#` before it removed.

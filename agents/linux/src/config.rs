@@ -1,5 +1,6 @@
 //! The agent's configuration: a TOML file that refuses what it does not know.
 
+use crate::schedule::TimeLimit;
 use model::ByteLen;
 use serde::Deserialize;
 use std::{
@@ -28,10 +29,16 @@ pub struct Config {
     pub spool_mib: u32,
     /// Initial sync and resync read at most this much from the disks each second. 0: no limit.
     pub copy_mib_s: u32,
+    /// Times of day with another limit than `copy_mib_s`; the first that fits counts.
+    pub copy_schedule: Vec<TimeLimit>,
+    /// Percent of one processor that the agent may take before it holds itself back. 0: no limit.
+    pub cpu_percent_max: u32,
     /// Slow copying down, and at worst only mark writes, when the host is short of memory, I/O or processor time.
     pub heed_pressure: bool,
     /// Sync mode with the policy to hold: even so the host waits for the box no longer than this.
     pub sync_hold_s: u32,
+    /// Carry the dirty maps over a clean reboot; needs the hooks of the package.
+    pub carry_over: bool,
     pub log: Log,
 }
 
@@ -62,13 +69,16 @@ impl Default for Config {
             state_dir: "/var/lib/holdfast-agent".into(),
             run_dir: "/run/holdfast-agent".into(),
             pin_dir: crate::capture::bpf::PIN_ROOT.into(),
-            ring_mib: 128,
-            memory_mib: 512,
-            spool_memory_mib: 64,
+            ring_mib: 16,
+            memory_mib: 48,
+            spool_memory_mib: 8,
             spool_mib: 512,
             copy_mib_s: 0,
+            copy_schedule: Vec::new(),
+            cpu_percent_max: 100,
             heed_pressure: true,
             sync_hold_s: 300,
+            carry_over: true,
             log: Log::default(),
         }
     }
@@ -84,7 +94,7 @@ pub enum ConfigError {
         source: io::Error,
     },
     #[error(
-        "{} is empty: it may have been cut off by a crash; write at least `ring_mib = 128`, or remove the file to use the defaults",
+        "{} is empty: it may have been cut off by a crash; write at least `ring_mib = 16`, or remove the file to use the defaults",
         path.display()
     )]
     Empty { path: PathBuf },
@@ -140,8 +150,8 @@ impl Config {
         if !self.ring_mib.is_power_of_two() || self.ring_mib > 1024 {
             return value("ring_mib", self.ring_mib.to_string(), "a power of two from 1 to 1024");
         }
-        if self.spool_memory_mib < 8 {
-            return value("spool_memory_mib", self.spool_memory_mib.to_string(), "8 or more");
+        if self.spool_memory_mib < 4 {
+            return value("spool_memory_mib", self.spool_memory_mib.to_string(), "4 or more");
         }
         if self.ring_mib.saturating_add(self.spool_memory_mib) > self.memory_mib {
             return Err(ConfigError::Memory {
@@ -158,6 +168,11 @@ impl Config {
             return value("log.level", format!("{:?}", self.log.level), "error, warn, info, debug or trace");
         }
         Ok(())
+    }
+
+    /// MiB per second that copying may read at a time of the week; 0: no limit.
+    pub fn copy_mib_s_at(&self, day: u8, minute: u16) -> u32 {
+        self.copy_schedule.iter().find(|limit| limit.covers(day, minute)).map_or(self.copy_mib_s, |limit| limit.mib_s)
     }
 
     /// How many groups fit under the memory ceiling.
@@ -198,16 +213,16 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_a_default() {
-        let config = Config::parse("ring_mib = 64\n[log]\nformat = \"json\"", Path::new("x")).unwrap();
-        assert_eq!(config.ring_mib, 64);
+        let config = Config::parse("ring_mib = 32\n[log]\nformat = \"json\"", Path::new("x")).unwrap();
+        assert_eq!(config.ring_mib, 32);
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.state_dir, Path::new("/var/lib/holdfast-agent"));
-        assert_eq!(config.groups_max(), 7);
+        assert_eq!(config.groups_max(), 2);
     }
 
     #[test]
     fn errors_name_file_line_and_remedy() {
-        let unknown = refused("ring_mib = 64\n\nrnig = 3");
+        let unknown = refused("ring_mib = 16\n\nrnig = 3");
         assert!(
             unknown.contains("/etc/x.toml, line 3") && unknown.contains("rnig") && unknown.contains("ring_mib"),
             "{unknown}"
@@ -216,12 +231,47 @@ mod tests {
         assert!(kind.contains("line 1") && kind.contains("correct the line"), "{kind}");
         let empty = refused(" \n");
         assert!(empty.contains("is empty") && empty.contains("remove the file"), "{empty}");
-        let syntax = refused("ring_mib = 64\n]]");
+        let syntax = refused("ring_mib = 16\n]]");
         assert!(syntax.contains("line 2"), "{syntax}");
         assert!(refused("ring_mib = 100").contains("a power of two"));
         assert!(refused("state_dir = \"here\"").contains("absolute"));
-        assert!(refused("memory_mib = 150").contains("raise memory_mib"));
+        assert!(refused("memory_mib = 20").contains("raise memory_mib"));
         assert!(refused("[log]\nlevel = \"a=b=c\"").contains("log.level"));
+    }
+
+    /// The packaged file shows every key with its default, behind a `#`: what it says must be what happens.
+    #[test]
+    fn the_packaged_example_is_the_default() {
+        let example = include_str!("../packaging/config.toml");
+        let told = Config::parse(example, Path::new("config.toml")).unwrap();
+        assert_eq!(told, Config::default(), "as packaged");
+        let mut keys = 0;
+        let all: String = example
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                // A remark has a space behind its `#`, a key has not.
+                Some(key) if key.contains(" = ") && !key.starts_with(' ') => {
+                    keys += 1;
+                    format!("{key}\n")
+                }
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let every = Config::parse(&all, Path::new("config.toml")).unwrap();
+        assert_eq!(every, Config::default(), "with every key");
+        // `deny_unknown_fields` finds a key too many; this finds one too few.
+        let fields = format!("{:?}", Config::default()).matches(": ").count() - "log: ".matches(": ").count();
+        assert_eq!(keys, fields, "the example leaves out a key");
+    }
+
+    #[test]
+    fn the_schedule_comes_before_the_limit() {
+        let text = "copy_mib_s = 50\ncopy_schedule = [\"mon-fri 08:00-18:00 20\", \"22:00-06:00 0\"]";
+        let config = Config::parse(text, Path::new("x")).unwrap();
+        let at = |day, hour: u16| config.copy_mib_s_at(day, hour * 60);
+        assert_eq!((at(0, 9), at(5, 9), at(0, 19), at(6, 23), at(0, 5)), (20, 50, 50, 0, 0));
+        let bad = refused("\ncopy_schedule = [\"mon-fri 8-18 20\"]");
+        assert!(bad.contains("line 2") && bad.contains("HH:MM"), "{bad}");
     }
 
     #[test]

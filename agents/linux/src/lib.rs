@@ -1,8 +1,10 @@
 //! The Holdfast agent: captures what a Linux host writes and sends it to the box.
 
 pub mod capture;
+pub mod carry;
 pub mod clock;
 pub mod config;
+pub mod cost;
 pub mod disks;
 pub mod engine;
 pub mod enrol;
@@ -13,6 +15,7 @@ pub mod local;
 pub mod net;
 pub mod psi;
 pub mod reader;
+pub mod schedule;
 pub mod spool;
 pub mod state;
 pub mod tls;

@@ -288,8 +288,8 @@ impl Conn {
         }
     }
 
-    /// Says hello; answers the box's name.
-    pub fn hello(&mut self, who: &Who, purpose: Purpose, deadline: Instant) -> Result<String, LinkError> {
+    /// Says hello; answers the box's name and the version it picked.
+    pub fn hello(&mut self, who: &Who, purpose: Purpose, deadline: Instant) -> Result<(String, u16), LinkError> {
         let hello = Message::Hello {
             versions: PROTOCOL_VERSIONS.to_vec(),
             agent_version: crate::VERSION.to_owned(),
@@ -301,7 +301,7 @@ impl Conn {
         match self.ask(&hello, deadline)? {
             Message::HelloAck { version, box_name, .. } => {
                 if PROTOCOL_VERSIONS.contains(&version) {
-                    Ok(box_name)
+                    Ok((box_name, version))
                 } else {
                     Err(LinkError::Version { picked: version })
                 }
@@ -355,6 +355,7 @@ pub enum FromLink {
     /// `HelloAck` came.
     Up {
         box_name: String,
+        version: u16,
     },
     Message(Box<Message>),
     Ack(Ack),
@@ -509,8 +510,8 @@ impl Worker {
             LinkId::Control => Purpose::Control,
             LinkId::Stream(group) => Purpose::Stream { group },
         };
-        let box_name = conn.hello(&self.peer.who, purpose, deadline)?;
-        self.say(FromLink::Up { box_name });
+        let (box_name, version) = conn.hello(&self.peer.who, purpose, deadline)?;
+        self.say(FromLink::Up { box_name, version });
         let mut packer = Packer::new().map_err(LinkError::Io)?;
         let mut waiting: std::collections::VecDeque<(Numbered, Body)> = std::collections::VecDeque::new();
         let (mut staged, mut scratch) = (Vec::new(), Vec::new());

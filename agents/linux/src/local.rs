@@ -66,6 +66,9 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Nothing was asked of the box yet: the same can be asked again.
+    pub const NO_BOX: &str = "no-box";
+
     pub fn new(code: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { code: code.to_owned(), message: message.into(), remedy: remedy.into() }
     }

@@ -8,11 +8,13 @@ use agent_linux::{
         bpf::{BpfCapture, Options, Pins},
         dm::{ioctl::DeviceMapper, mirror},
     },
+    carry,
     config::{Config, LogFormat},
     disks::{Backend, Cost, Disks},
     engine::Engine,
-    enrol, freeze, local,
-    state::StateDir,
+    enrol, freeze,
+    local::{self, Failure},
+    state::{StateDir, boot_id},
 };
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -21,6 +23,9 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
+
+/// From dialling over a refusal's pause to the second try.
+const CONNECT_WAIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 #[derive(Parser)]
 #[command(name = "holdfast-agent", version, about = "Sends every write of this host's disks to a Holdfast box")]
@@ -99,6 +104,20 @@ enum Command {
         #[arg(long)]
         purge: bool,
     },
+    /// Carries what is known of the disks over a reboot; run by systemd's shutdown hook
+    #[command(hide = true)]
+    CarryOut {
+        /// What to call the boot that ends [default: as the kernel does]; for tests, which cannot boot
+        #[arg(long)]
+        call_boot: Option<String>,
+    },
+    /// Begins capture before the host's first write; run by the initramfs
+    #[command(hide = true)]
+    Early {
+        /// Where the root file system is mounted
+        #[arg(long, default_value = "/")]
+        sysroot: PathBuf,
+    },
     /// Ends a freeze; started by the agent itself
     #[command(name = freeze::GUARD_COMMAND, hide = true)]
     ThawGuard { mounts: Vec<PathBuf> },
@@ -144,10 +163,14 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
     if let Command::ThawGuard { mounts } = &cli.command {
         return Ok(freeze::guard(mounts)?);
     }
+    if let Command::Early { sysroot } = &cli.command {
+        return early(cli.config.as_deref(), sysroot);
+    }
     let config = Config::load(cli.config.as_deref())?;
     let ask = |request| local::ask(&config.socket(), &request);
     match cli.command {
-        Command::ThawGuard { .. } => Ok(()),
+        Command::ThawGuard { .. } | Command::Early { .. } => Ok(()),
+        Command::CarryOut { call_boot } => carry_out(&config, call_boot),
         Command::Enrol { box_address, token, name } => {
             let state = StateDir::open(&config.state_dir, &config.run_dir)?;
             let _lock = state.lock()?;
@@ -162,12 +185,13 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Disks { choice, json } => show_disks(&config, &choice, json),
         Command::Protect { devices, group, whole_image, sync, wait_ms } => {
             let mode = sync.map_or(model::SyncMode::Async, |policy| policy.mode(wait_ms));
-            let value = ask(local::Request::Protect { devices, group, whole_image, mode })?;
+            let request = local::Request::Protect { devices, group, whole_image, mode };
+            let value = when_connected(|| ask(request.clone()))?;
             show::protected(&value);
             Ok(())
         }
         Command::Unprotect { group } => {
-            ask(local::Request::Unprotect { group: group.clone() })?;
+            when_connected(|| ask(local::Request::Unprotect { group: group.clone() }))?;
             println!("{group} is not protected any more; its history stays on the box");
             Ok(())
         }
@@ -246,6 +270,69 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
     Ok(())
 }
 
+fn carry_out(config: &Config, call_boot: Option<String>) -> anyhow::Result<()> {
+    if !config.carry_over || !BpfCapture::is_pinned(&config.pin_dir) {
+        return Ok(());
+    }
+    let mut state = StateDir::open_read_only(&config.state_dir, &config.run_dir)?;
+    let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
+    let mut capture = BpfCapture::start(&options, None)?;
+    let boot = boot_id();
+    let called = call_boot.unwrap_or_else(|| boot.clone());
+    for (group, done) in carry::write_out(&mut state, &config.run_dir, &boot, &called, &mut capture)? {
+        match done {
+            Ok(()) => carry::tell(&format!("group {group} is carried over the reboot")),
+            Err(why) => carry::tell(&format!("group {group} is not carried over the reboot: {why}")),
+        }
+    }
+    Ok(())
+}
+
+fn early(config: Option<&Path>, sysroot: &Path) -> anyhow::Result<()> {
+    let inside = |path: &Path| sysroot.join(path.strip_prefix("/").unwrap_or(path));
+    let default = inside(Path::new(agent_linux::config::DEFAULT_PATH));
+    let config = match config {
+        Some(path) => Config::load(Some(path))?,
+        None if default.exists() => Config::load(Some(&default))?,
+        None => Config::default(),
+    };
+    if !config.carry_over {
+        return Ok(());
+    }
+    let mut state = StateDir::open_read_only(&inside(&config.state_dir), &config.run_dir)?;
+    let targets = carry::targets(&Disks::here()?, &state.load_groups()?);
+    let Some((node, first)) = targets.first().map(|(node, t)| (node.clone(), t.disk)) else { return Ok(()) };
+    let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
+    let mut capture = BpfCapture::start(&options, Some((&node, first)))?;
+    capture.set_targets(&targets.into_iter().map(|(_, t)| t).collect::<Vec<_>>())?;
+    std::fs::create_dir_all(&config.run_dir)?;
+    let early = carry::check_early(&mut state, &config.run_dir, &boot_id(), Path::new("/sys"))?;
+    carry::tell(&format!("capture begins; {} groups go on over the reboot", early.groups.len()));
+    Ok(())
+}
+
+/// An agent that was started a moment ago is still on its way to the box: what needs the box waits for that, for a while, and says so.
+fn when_connected(ask: impl Fn() -> Result<serde_json::Value, local::AskError>) -> anyhow::Result<serde_json::Value> {
+    let begun = std::time::Instant::now();
+    let mut said = 0;
+    loop {
+        let refused = match ask() {
+            Err(local::AskError::Failed(failure)) if failure.code == Failure::NO_BOX => failure,
+            other => return Ok(other?),
+        };
+        let waited = begun.elapsed();
+        if waited >= CONNECT_WAIT {
+            return Err(local::AskError::Failed(refused).into());
+        }
+        if waited.as_secs() >= said {
+            said = waited.as_secs() + 5;
+            let left = (CONNECT_WAIT - waited).as_secs();
+            eprintln!("waiting up to {left} s more: {}", refused.message);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+}
+
 fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
@@ -298,8 +385,19 @@ fn lower_oom_score() {
     }
 }
 
+/// The allocator gives back what a burst took: without this each thread keeps a heap of its own, and a heap keeps its largest size.
+fn keep_memory_small() {
+    // SAFETY: plain numbers, before any other thread is made. A refusal changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
+    }
+}
+
 fn run(config: Config) -> anyhow::Result<()> {
     use nix::sys::signal::{SigSet, Signal};
+    keep_memory_small();
     log(&config);
     lower_oom_score();
     rustls::crypto::ring::default_provider()

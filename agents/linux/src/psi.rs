@@ -3,10 +3,6 @@
 use replication::PressureInput;
 use std::path::Path;
 
-/// At this and above the pressure function would stop copying altogether. A host whose disks are always busy must become protected some
-/// day: for I/O alone, copying slows to a crawl and goes on.
-const IO_MAX: u8 = 59;
-
 /// The three averages over 10 s, in percent: tasks stalled on memory and processor at all, and all tasks stalled on I/O (on a busy
 /// database host some task always waits for a disk: that alone is no reason to hold back).
 /// A kernel without PSI has zeroes: nothing is held back for a reason that is not known.
@@ -17,7 +13,7 @@ pub fn read(proc: &Path, input: &mut PressureInput) {
     };
     input.psi_mem = value("memory", "some");
     input.psi_cpu = value("cpu", "some");
-    input.psi_io = value("io", "full").min(IO_MAX);
+    input.psi_io = value("io", "full");
 }
 
 fn parse(text: &str, line: &str) -> Option<u8> {

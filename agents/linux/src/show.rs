@@ -87,6 +87,9 @@ pub fn status(value: &Value) -> String {
         if let Some(gate) = group["gate"].as_str() {
             let _ = writeln!(out, "         writes of the host: {gate}");
         }
+        if let Some(held) = group["pressure"].as_str().filter(|p| *p != "none") {
+            let _ = writeln!(out, "         {held}");
+        }
         if let Some(note) = group["spool_note"].as_str().filter(|n| !n.is_empty()) {
             let _ = writeln!(out, "         {note}");
         }

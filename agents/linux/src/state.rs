@@ -8,11 +8,13 @@
 //! | `groups.a` `groups.b` | what is protected (twin record of JSON) |
 //! | `source-<group>.a` `.b` | the source machine's state, now and then; for the time after a reboot |
 //! | `spool-<group>.bin` | spool file; its content is of no use to the next agent |
+//! | `carry.bin` | what is known of the disks, carried over a clean reboot ([`crate::carry`]) |
 //! | `agent.sock`, `lock` | control socket, and that only one agent runs |
 //!
 //! `run_dir` (tmpfs: survives the agent, not the host): `source-<group>.run`, the source machine's state as of its last `Persist`. Writing
 //! it costs no disk write of the host and so nothing that would be captured again. Replaced by rename: a killed agent leaves the old or the
-//! new one. After a reboot it is gone, and everything is compared again, because nobody saw the writes at boot.
+//! new one. After a reboot it is gone. Unless the hooks have carried it over ([`crate::carry`]), everything is compared then, because nobody saw
+//! the writes at boot.
 
 use crate::disks::Identity;
 use durable::{Disk, OsDisk, Twin};
@@ -155,13 +157,25 @@ impl StateDir {
         Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: None })
     }
 
+    /// For the hooks of shutdown and boot: nothing is made or changed, both may be read-only.
+    pub fn open_read_only(root: &Path, run: &Path) -> Result<Self, StateError> {
+        let disk = OsDisk::new(root).map_err(StateError::Disk)?;
+        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: None })
+    }
+
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Holds the directory for one agent.
+    /// Holds the directory for one agent. What one before it left half made is removed: a twin record must not be acted on while a rename
+    /// before it may still be undone (see [`durable::Twin`]).
     pub fn lock(&self) -> Result<durable::DirLock, StateError> {
-        self.disk.lock(Path::new("lock")).map_err(|source| StateError::Running { path: self.root.clone(), source })
+        let lock = self
+            .disk
+            .lock(Path::new("lock"))
+            .map_err(|source| StateError::Running { path: self.root.clone(), source })?;
+        self.disk.cleanup(Path::new("")).map_err(StateError::Disk)?;
+        Ok(lock)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

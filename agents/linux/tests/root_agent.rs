@@ -153,6 +153,133 @@ fn root_a_killed_agent_goes_on_and_does_not_copy_everything() {
 }
 
 #[test]
+fn root_after_a_host_crash_only_what_differs_is_sent() {
+    if !root("host crash") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let disk = Loop::new(192);
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mut agent = Agent::enrolled("crash", &fake, SMALL);
+    agent.start();
+    let mount = Mount::new(&disk.device).unwrap();
+    fio(&mount.at, &["--name=old", "--rw=write", "--bs=256k", "--size=60m", "--end_fsync=1"]);
+    agent.protect(&disk);
+    agent.settled();
+    drop(mount);
+    identical(&agent, &fake, &disk);
+    for version in [2, 1] {
+        agent.stop();
+        // As after a power cut: what lived in the kernel and on tmpfs is gone, and the disk is not what was captured last.
+        agent.forget_boot();
+        fake.knobs.version.store(version, Ordering::Release);
+        let before = disk.image();
+        let seed = 40 + version;
+        let mut rng = Rng::new(seed);
+        let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+        for _ in 0..60 {
+            let at = rng.below(before.len() as u64 - 20_000);
+            file.write_all_at(&vec![rng.below(256) as u8; 1 + rng.below(10_000) as usize], at).unwrap();
+        }
+        file.sync_all().unwrap();
+        drop(file);
+        let after = disk.image();
+        let differ = before.chunks(4096).zip(after.chunks(4096)).filter(|(a, b)| a != b).count() as u64 * 4096;
+        let sent = || fake.group(|g| (g.sync_bytes + g.zero_bytes, g.wire_bytes + g.compare_bytes));
+        let (copied, wire) = sent();
+        let consistent = consistents(&fake);
+        agent.start();
+        // The disk goes on being written to while it is looked through.
+        let load = writer(&disk, seed);
+        wait("the comparison has ended", || consistents(&fake) > consistent);
+        let (copied_now, wire_now) = sent();
+        let live = finish(load);
+        identical(&agent, &fake, &disk);
+        let reason = fake.group(|g| g.gaps.last().copied());
+        assert_eq!(reason, Some(GapReason::Verify), "seed {seed}\n{}", agent.log());
+        let (copied, wire) = (copied_now - copied, wire_now - wire);
+        println!("version {version}: {differ} bytes differ, {copied} copied, {wire} on the wire, {live} live");
+        if version == 1 {
+            // Less what was written meanwhile and sent as it is.
+            assert!(copied > before.len() as u64 / 2, "a box that cannot compare gets everything: {copied}");
+            continue;
+        }
+        // Live writes may make more of the disk differ than did at the crash.
+        assert!(copied <= differ + live, "seed {seed}: {copied} copied, {differ} differ, {live} written meanwhile");
+        let hashes = before.len() as u64 / 4096;
+        let bound = (differ + live) * 12 / 10 + hashes;
+        assert!(wire <= bound, "seed {seed}: {wire} bytes on the wire, {bound} allowed");
+        assert!(agent.group()["found_same_bytes"].as_u64() > Some(before.len() as u64 / 2));
+    }
+}
+
+/// Shutdown hook, "reboot" (everything that lives in memory is taken away, the loop device is a new one), initramfs hook, agent.
+#[test]
+fn root_a_clean_reboot_copies_only_what_was_written_on_the_way() {
+    if !root("clean reboot") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let (disk, home) = (Loop::new(128), Loop::new(96));
+    run("mkfs.ext4", &["-q", "-F", home.dev()]);
+    let mut mount = Some(Mount::new(&home.device).unwrap());
+    let state = mount.as_ref().unwrap().at.join("state");
+    let mut agent = Agent::new("reboot", Some(state), SMALL);
+    let token = fake.token().to_string();
+    agent.ok(&["enrol", "--box", &fake.address, "--token", &token]);
+    agent.start();
+    let write = |at: u64, len: usize, byte: u8| {
+        let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+        file.write_all_at(&vec![byte; len], at).unwrap();
+        file.sync_all().unwrap();
+    };
+    write(0, 64 << 20, 3);
+    agent.protect(&disk);
+    agent.settled();
+    for round in 0..3u8 {
+        agent.stop();
+        // After the agent, before the root file system is read-only.
+        if round > 0 {
+            write(u64::from(round) << 23, 300 << 10, round + 10);
+        }
+        let said = text(&agent.cli(&["carry-out", "--call-boot", "the boot before"]));
+        if said.contains("Operation not permitted") || said.contains("busy") {
+            println!("SKIPPED: clean reboot: this kernel lets nobody write to a disk that is mounted: {said}");
+            return;
+        }
+        assert!(said.contains("is carried over"), "round {round}: {said}\n{}", agent.log());
+        agent.forget_boot();
+        let at = mount.take().unwrap();
+        let path = at.at.clone();
+        run("umount", &[path.to_str().unwrap()]);
+        run("mount", &[home.dev(), path.to_str().unwrap()]);
+        mount = Some(at);
+        disk.replug();
+        // In the last round somebody writes before capture begins.
+        if round == 2 {
+            write(100 << 20, 4096, 99);
+        }
+        let early = text(&agent.cli(&["early"]));
+        let gaps = fake.group(|g| g.gaps.len());
+        let copied = fake.group(|g| g.sync_bytes + g.zero_bytes);
+        // Captured before the agent runs.
+        write(90 << 20, 8192, round + 50);
+        agent.start();
+        identical(&agent, &fake, &disk);
+        let new: Vec<GapReason> = fake.group(|g| g.gaps[gaps..].to_vec());
+        let copied = fake.group(|g| g.sync_bytes + g.zero_bytes) - copied;
+        match round {
+            0 => assert_eq!((new.as_slice(), copied), (&[][..], 0), "{early}\n{}", agent.log()),
+            1 => {
+                assert_eq!(new, [GapReason::AgentRestart], "{early}\n{}", agent.log());
+                assert!(copied <= 448 << 10, "{copied} bytes were copied");
+            }
+            _ => assert_eq!(new, [GapReason::Verify], "{early}\n{}", agent.log()),
+        }
+    }
+}
+
+#[test]
 fn root_a_stopped_agent_goes_on_without_a_gap() {
     if !root("clean stop") {
         return;
@@ -526,6 +653,55 @@ fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
     let copy = Loop::of_image(&fake.group(|g| g.images[0].clone()));
     let again = Mount::new(&copy.device).unwrap();
     assert!(std::fs::read(again.at.join("data")).unwrap() == data);
+}
+
+/// With the configuration as it is packaged, whatever the host does and however slow the box is.
+#[test]
+fn root_memory_stays_below_its_ceiling() {
+    if !root("memory ceiling") {
+        return;
+    }
+    const CEILING_KIB: u64 = 64 << 10;
+    let fake = FakeBox::start();
+    let disk = Loop::new(256);
+    let mut agent = Agent::enrolled("memory", &fake, "spool_mib = 96");
+    agent.start();
+    // Right after the start: `protect` waits for the connection by itself.
+    agent.ok(&["protect", disk.dev(), "--group", "g"]);
+    let mut highest = 0;
+    let mut look = |agent: &Agent, what: &str| {
+        let kib = agent.resident_kib();
+        highest = highest.max(kib);
+        assert!(kib <= CEILING_KIB, "{what}: {kib} KiB are resident\n{}", agent.log());
+    };
+    agent.wait("replicating", |a| {
+        look(a, "first copy");
+        a.group()["state"] == "replicating"
+    });
+    // More than ring, memory and file take, in large and in small writes, while the box takes nothing durably.
+    fake.set(|k| &k.hold_acks, true);
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    for i in 0..160u64 {
+        file.write_all_at(&vec![i as u8 | 1; 1 << 20], i << 20).unwrap();
+        file.sync_all().unwrap();
+        look(&agent, "large writes");
+    }
+    let mut rng = Rng::new(9);
+    for i in 0..3000u64 {
+        file.write_all_at(&vec![i as u8 | 1; 4096], rng.below(60_000) << 12).unwrap();
+        file.sync_all().unwrap();
+        if i % 100 == 0 {
+            look(&agent, "small writes");
+        }
+    }
+    fake.set(|k| &k.hold_acks, false);
+    agent.wait("settled", |a| {
+        look(a, "copying again");
+        let g = a.group();
+        g["state"] == "replicating" && g["spool_records"] == 0
+    });
+    identical(&agent, &fake, &disk);
+    println!("at most {highest} KiB resident; peak, the start included: {} KiB", agent.peak_kib());
 }
 
 #[test]

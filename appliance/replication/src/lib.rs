@@ -34,7 +34,7 @@ mod target;
 
 pub use clock::HistoryClock;
 pub use granules::{GRANULE_SECTORS, GranuleMap, StoredMap, StoredMapError};
-pub use pressure::{Pressure, PressureInput, pressure};
+pub use pressure::{DELAY_MS_MAX, Pressure, PressureCause, PressureInput, pressure, pressure_and_cause};
 pub use source::{
     Action, Alarm, BOOKMARKS_MAX, BookmarkRefusal, CaptureNo, Captured, CapturedKind, DisconnectReason, Event,
     GateState, Lag, Lost, Now, Numbered, Payload, ReadId, Source, SourceConfig, SourceStatus, StateError,

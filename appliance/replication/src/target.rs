@@ -35,7 +35,8 @@
 //!
 //! # Limits
 //!
-//! One entry of 24 bytes for each record between append and durable: at most the record grant.
+//! One entry of 24 bytes for each record between append and durable: at most the record grant. [`COMPARISONS_MAX`] comparisons that are not
+//! answered yet.
 
 use crate::clock::HistoryClock;
 use model::{
@@ -44,9 +45,12 @@ use model::{
 };
 use std::collections::VecDeque;
 use wire::{
-    Ack, AckFlags, Credit, FrameHeader, FrameKind, MAX_RECORD_BYTES, Message, Refusal, RefuseCode, Resume, claimed_len,
-    decode_mark,
+    Ack, AckFlags, Comparison, Credit, FrameHeader, FrameKind, MAX_RECORD_BYTES, Message, Refusal, RefuseCode, Resume,
+    claimed_len, decode_mark,
 };
+
+/// A source has as many under way as it has reads; each may make the box read 4 MiB.
+pub const COMPARISONS_MAX: usize = 64;
 
 /// What `OpenStream` says, as far as it decides where to go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -128,7 +132,7 @@ pub enum TargetState {
 }
 
 /// Something that happened on the box.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum TargetEvent<'a> {
     /// A record or mark. The payload stays with the caller until the actions are carried out.
     Frame {
@@ -145,6 +149,11 @@ pub enum TargetEvent<'a> {
     Progress {
         written: Lsn,
         durable: Lsn,
+    },
+    /// The answer to [`TargetAction::Compare`].
+    Compared {
+        id: u64,
+        differ: Vec<u8>,
     },
     /// Whether the journal has room; see the module's documentation.
     Room(bool),
@@ -165,6 +174,9 @@ pub enum TargetAction {
         time: HistoryTime,
         seq: SourceSeq,
     },
+    /// When everything appended so far is durable, compare with the newest state (later or earlier makes no difference to what
+    /// is right, only to how much is sent) and answer with [`TargetEvent::Compared`].
+    Compare(Comparison),
     SendAck(Ack),
     Send(Message),
     /// Send it and close the connection.
@@ -215,6 +227,8 @@ pub struct Target {
     acked: Option<Ack>,
     acked_at: MonoTime,
     heard_at: MonoTime,
+    /// Comparisons not answered yet.
+    comparing: usize,
 }
 
 /// Watermarks come once a second and are durable within milliseconds; older proofs than this many are superseded anyway.
@@ -254,6 +268,7 @@ impl Target {
             acked: None,
             acked_at: now,
             heard_at: now,
+            comparing: 0,
             config: TargetConfig { window: granted, ..config },
         };
         if let (Resume::Continue { next }, Some(had)) = (target.config.resume, target.config.had) {
@@ -297,6 +312,10 @@ impl Target {
             }
             TargetEvent::Appended { seq, lsn } => self.appended(seq, lsn, out),
             TargetEvent::Progress { written, durable } => self.progress(written, durable, now, out),
+            TargetEvent::Compared { id, differ } => {
+                self.comparing = self.comparing.saturating_sub(1);
+                out.push(TargetAction::Send(Message::Compared { id, differ }));
+            }
             TargetEvent::Room(room) => {
                 if self.room != room {
                     self.room = room;
@@ -477,11 +496,27 @@ impl Target {
                 self.clock.sample(MonoTime(*mono_ns), box_now, now);
                 out.push(TargetAction::Send(Message::HeartbeatAck { number: *number }));
             }
+            Message::Compare(ask) => match self.check_comparison(ask) {
+                Ok(()) => {
+                    self.comparing += 1;
+                    out.push(TargetAction::Compare(ask.clone()));
+                }
+                Err(refusal) => self.refuse(refusal, out),
+            },
             other => {
                 let text = format!("a {} on a stream connection", other.name());
                 self.refuse(refusal(RefuseCode::OutOfPlace, text), out);
             }
         }
+    }
+
+    fn check_comparison(&self, ask: &Comparison) -> Result<(), Refusal> {
+        if self.comparing >= COMPARISONS_MAX {
+            let text = format!("more than {COMPARISONS_MAX} comparisons at once");
+            return Err(refusal(RefuseCode::CreditOverrun, text));
+        }
+        let volume = self.volume(ask.volume)?;
+        ask.check(volume.sectors).map_err(|e| refusal(RefuseCode::BadExtent, format!("comparison {}: {e}", ask.id)))
     }
 
     fn appended(&mut self, seq: SourceSeq, lsn: Lsn, out: &mut Vec<TargetAction>) {

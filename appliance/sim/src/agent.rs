@@ -14,7 +14,7 @@ use replication::{
     SourceConfig,
 };
 use std::collections::{BTreeMap, VecDeque};
-use wire::{FrameHeader, FrameKind, Message, Packer, crc32};
+use wire::{BlockHash, Comparison, FrameHeader, FrameKind, Message, Packer, crc32};
 
 /// A record in the spool.
 #[derive(Debug)]
@@ -50,6 +50,8 @@ enum Stage {
     Half,
     /// All is read; everything in the ring before this position must be handed in first.
     Barrier(u64),
+    /// The machine knows.
+    Told,
 }
 
 #[derive(Debug)]
@@ -82,6 +84,10 @@ pub(crate) struct Agent {
 #[derive(Debug, Default)]
 pub(crate) struct Surviving {
     pub(crate) state: Option<Vec<u8>>,
+    /// Stored now and then for the time after a reboot.
+    pub(crate) boot: Option<Vec<u8>>,
+    /// The host crashed: what was written last is not known.
+    pub(crate) tail_lost: bool,
     pub(crate) streams: u64,
 }
 
@@ -98,6 +104,7 @@ pub(crate) struct AgentCounts {
     pub(crate) degraded: u64,
     pub(crate) clean_restarts: u64,
     pub(crate) unclean_restarts: u64,
+    pub(crate) same_bytes: u64,
 }
 
 /// What the agent needs of the rest of the world for one event.
@@ -192,7 +199,14 @@ impl Agent {
             counts: AgentCounts { clean_restarts: clean, unclean_restarts: unclean, ..AgentCounts::default() },
         };
         agent.carry_out(around)?;
+        if std::mem::take(&mut around.surviving.tail_lost) {
+            agent.on(Event::CaptureLost { id: 0, reason: GapReason::Verify, what: Lost::Everything }, around)?;
+        }
         Ok(agent)
+    }
+
+    pub(crate) fn counts(&self) -> AgentCounts {
+        AgentCounts { same_bytes: self.source.status().same.0, ..self.counts }
     }
 
     /// Dies. A store in progress happened or did not.
@@ -204,14 +218,14 @@ impl Agent {
                 surviving.state = Some(state);
             }
         }
-        self.counts
+        self.counts()
     }
 
     /// Stops in order, if it can be done without a gap.
     pub(crate) fn stop(self, surviving: &mut Surviving) -> (AgentCounts, bool) {
         let (state, clean) = self.source.final_state();
         surviving.state = Some(state);
-        (self.counts, clean)
+        (self.counts(), clean)
     }
 
     pub(crate) fn on(&mut self, event: Event, around: &mut Around<'_>) -> Result<(), Failure> {
@@ -237,6 +251,8 @@ impl Agent {
             *around.next_connection += 1;
             *around.connection = Some(Connection::new(number, self.rng.below(30)));
             self.connection = Some(number);
+            // A box of last year does not compare.
+            self.on(Event::BoxCompares(around.seed % 4 > 0), around)?;
             self.on(Event::Connected, around)?;
         }
         self.on(Event::Tick, around)
@@ -302,10 +318,11 @@ impl Agent {
                     read.tags.extend_from_slice(&around.host.disks[read.volume][half..end]);
                     read.stage = Stage::Barrier(around.host.ring_end());
                 }
-                Stage::Half => {}
+                Stage::Half | Stage::Told => {}
                 Stage::Barrier(position) => {
                     if self.position >= *position {
                         done.push(read.id);
+                        read.stage = Stage::Told;
                     }
                 }
             }
@@ -374,6 +391,9 @@ impl Agent {
                 ToAgent::Ack(ack) => self.on(Event::Ack(ack), around)?,
                 ToAgent::Message(Message::Refuse(refusal)) => {
                     return Err(around.trace.fail(FailureKind::Refused { refusal }));
+                }
+                ToAgent::Message(Message::Compared { id, differ }) => {
+                    self.on(Event::Compared { id, differ }, around)?;
                 }
                 ToAgent::Message(_) => self.on(Event::Heard, around)?,
             }
@@ -467,6 +487,10 @@ impl Agent {
                 let fails = self.rng.one_in(200);
                 self.reads.push(Reading { id: read, volume, extent, stage, tags: Vec::new(), fails });
             }
+            Action::Compare { id, read, volume, block_sectors, runs } => {
+                let ask = Comparison { id, volume, block_sectors, runs, hashes: Vec::new() };
+                self.compare(read, ask, around)?;
+            }
             Action::ReadFinished { read } => self.reads.retain(|reading| reading.id != read),
             Action::ReleaseFlush { id, durable } => self.flush_released(id, durable, around)?,
             Action::Persist { serial, state } => {
@@ -506,6 +530,23 @@ impl Agent {
             if self.gate == GateState::Sync {
                 return Err(around.trace.fail(FailureKind::FlushNotGated { flush: id }));
             }
+        }
+        Ok(())
+    }
+
+    /// Hashes what a read found and asks the box.
+    fn compare(&mut self, read: ReadId, mut ask: Comparison, around: &mut Around<'_>) -> Result<(), Failure> {
+        let Some(reading) = self.reads.iter().find(|reading| reading.id == read) else {
+            return Err(around.trace.fail(FailureKind::UnknownRead { id: read }));
+        };
+        let from = reading.extent.start();
+        let tags = |block: Extent| &reading.tags[(block.start() - from) as usize..(block.end() - from) as usize];
+        let hash = |block| BlockHash::of(&fill(tags(block)));
+        ask.hashes = wire::blocks(&ask.runs, ask.block_sectors).map(hash).collect();
+        if let Some(connection) = around.connection
+            && Some(connection.number) == self.connection
+        {
+            connection.send_to_box(around.now_ms, ToBox::Message(Message::Compare(ask)));
         }
         Ok(())
     }

@@ -63,6 +63,8 @@ pub(crate) struct Host {
     /// Flushes that wait for the agent.
     pub(crate) flushes: Vec<Request>,
     pub(crate) lost: u64,
+    /// Completed since the last flush of their disk: the next power cut may undo them.
+    unflushed: Vec<(Request, usize, Extent)>,
     /// The application works on a small part of the disk most of the time.
     hot: u64,
 }
@@ -91,6 +93,7 @@ impl Host {
             ring_first: 0,
             flushes: Vec::new(),
             lost: 0,
+            unflushed: Vec::new(),
             hot: rng.between(1, 100),
             rng,
         };
@@ -187,6 +190,7 @@ impl Host {
     /// The disks as time goes by.
     pub(crate) fn advance(&mut self, now_ms: u64) {
         let disks = &mut self.disks;
+        let unflushed = &mut self.unflushed;
         let mut reports = Vec::new();
         self.in_flight.retain(|write| {
             let half = write.extent.start() + write.extent.sectors.0 / 2;
@@ -199,12 +203,54 @@ impl Host {
                 disks[write.volume][sector as usize] =
                     if write.kind == CapturedKind::Write { tag(write.request, sector) } else { 0 };
             }
+            if now_ms >= write.done_at {
+                // One cache for all disks: a flush of one empties it.
+                match write.kind {
+                    CapturedKind::Flush => unflushed.clear(),
+                    _ => unflushed.push((write.request, write.volume, write.extent)),
+                }
+            }
             if now_ms >= write.done_at && write.lost {
                 reports.push(RingItem::Lost { request: write.request, volume: write.volume, extent: write.extent });
             }
             now_ms < write.done_at
         });
         self.ring.extend(reports);
+    }
+
+    /// Loses its power. Writes in flight have reached the disks in part; completed ones that were never flushed may be undone, in
+    /// any selection; the ring is gone. Whatever the disks hold then is what was written, by a request of its own, as far as the oracle goes.
+    pub(crate) fn crash(&mut self, now_ms: u64) {
+        self.advance(now_ms);
+        for (request, volume, extent) in std::mem::take(&mut self.unflushed).into_iter().rev() {
+            if self.rng.one_in(2) {
+                continue;
+            }
+            let tag_before = |sector| self.log.tag(volume, sector, request - 1);
+            let undone: Vec<u64> = (extent.start()..extent.end()).map(tag_before).collect();
+            let place = extent.start() as usize..extent.end() as usize;
+            self.disks[volume][place].copy_from_slice(&undone);
+        }
+        for write in std::mem::take(&mut self.in_flight) {
+            for sector in write.extent.start()..write.extent.end() {
+                if self.rng.one_in(2) {
+                    let tag = if write.kind == CapturedKind::Write { tag(write.request, sector) } else { 0 };
+                    self.disks[write.volume][sector as usize] = tag;
+                }
+            }
+        }
+        self.issued += 1;
+        for (volume, disk) in self.disks.iter().enumerate() {
+            for (sector, tag) in disk.iter().enumerate() {
+                if self.log.tag(volume, sector as u64, Request::MAX) != *tag {
+                    self.log.write(self.issued, volume, Extent::new(sector as u64, 1), |_| *tag);
+                }
+            }
+        }
+        self.ring_first = self.ring_end();
+        self.ring.clear();
+        self.ring_bytes = 0;
+        self.flushes.clear();
     }
 
     /// Requests handed in so far that touch the extent and have not completed.

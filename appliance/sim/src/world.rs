@@ -14,8 +14,9 @@ use replication::{
     CaptureNo, DisconnectReason, Event, Had, Pressure, ReadId, StateError, Target, TargetAction, TargetConfig,
     TargetEvent, resume,
 };
+use std::collections::VecDeque;
 use std::fmt;
-use wire::{Credit, FrameHeader, Message, Refusal};
+use wire::{Comparison, Credit, FrameHeader, Message, Refusal};
 
 /// Steps with faults, then as many as it takes to come to rest.
 const STEPS: u64 = 1200;
@@ -62,6 +63,9 @@ pub struct Summary {
     /// Flips that a read, a verification or the next start named; the others lay where nothing is.
     pub flips_named: u64,
     pub flips_refused_at_start: u64,
+    pub host_crashes: u64,
+    pub comparisons: u64,
+    pub kib_same: u64,
 }
 
 impl Summary {
@@ -108,6 +112,9 @@ impl Summary {
             ("flips", &mut self.flips),
             ("flips named", &mut self.flips_named),
             ("flips refused at start", &mut self.flips_refused_at_start),
+            ("host crashes", &mut self.host_crashes),
+            ("comparisons", &mut self.comparisons),
+            ("KiB found the same", &mut self.kib_same),
         ]
     }
 }
@@ -228,6 +235,7 @@ struct Luck {
     spool_lost: u64,
     mode: u64,
     betray: u64,
+    host_crash: u64,
     /// Requests per step, and items handed in per step, at most.
     load: u64,
     pace: u64,
@@ -254,6 +262,7 @@ impl Luck {
             spool_lost: chance(80, 600),
             mode: chance(150, 700),
             betray: if chance(1, 4) == 1 { 500 } else { 0 },
+            host_crash: chance(100, 700),
             load: rng.between(1, 4),
             pace: rng.between(2, 40),
         }
@@ -280,6 +289,8 @@ struct BoxSide {
     /// A frame the store had no room for.
     pending: Option<(Box<FrameHeader>, Vec<u8>, Request, TargetAction)>,
     actions: Vec<TargetAction>,
+    /// Comparisons, each with the LSN that must be durable before it is answered.
+    compares: VecDeque<(Lsn, Comparison)>,
     full_until: Option<u64>,
     /// The newest LSN of the log that is durable, as reported.
     durable: Lsn,
@@ -362,6 +373,7 @@ impl World {
                 log: Vec::new(),
                 pending: None,
                 actions: Vec::new(),
+                compares: VecDeque::new(),
                 full_until: None,
                 durable: Lsn::ZERO,
                 covered: 0,
@@ -483,6 +495,17 @@ impl World {
         self.agent_back_at = self.now_ms + self.rng.below(400);
     }
 
+    /// The host loses its power: agent, ring and what the disks had not made durable are gone. What the agent finds afterwards is what it had
+    /// stored for the next boot at some time, and nobody knows what was written since.
+    fn host_crashes(&mut self) {
+        self.summary.host_crashes += 1;
+        self.trace.line("host", "crash", "");
+        self.agent_ends(false);
+        self.host.crash(self.now_ms);
+        self.surviving.state = self.surviving.boot.clone();
+        self.surviving.tail_lost = true;
+    }
+
     fn count_agent(&mut self, counts: &AgentCounts) {
         self.summary.records_kept += counts.records;
         self.summary.reads += counts.reads;
@@ -493,6 +516,7 @@ impl World {
         self.summary.flushes_durable += counts.flushes_durable;
         self.summary.flushes_released += counts.flushes_released;
         self.summary.degraded += counts.degraded;
+        self.summary.kib_same += counts.same_bytes >> 10;
         self.summary.agent_clean_restarts += counts.clean_restarts;
         self.summary.agent_unclean_restarts += counts.unclean_restarts;
     }
@@ -516,6 +540,14 @@ impl World {
         }
         if self.rng.one_in(self.luck.agent_dies) || self.dies_at.is_some_and(|at| self.now_ms >= at) {
             self.agent_ends(false);
+        }
+        if self.rng.one_in(100)
+            && let Some(agent) = &self.agent
+        {
+            self.surviving.boot = Some(agent.source.boot_state());
+        }
+        if self.rng.one_in(self.luck.host_crash) {
+            self.host_crashes();
         }
         if self.rng.one_in(self.luck.agent_stops) && self.agent.is_some() && self.stopping_until.is_none() {
             self.stopping_until = Some(self.now_ms + 500);
@@ -591,6 +623,7 @@ impl World {
     }
 
     fn box_hears_end(&mut self) {
+        self.the_box.compares.clear();
         self.the_box.target = None;
         self.the_box.pending = None;
     }
@@ -663,6 +696,7 @@ impl World {
             let progress = self.the_box.store.progress();
             self.tell_target(TargetEvent::Progress { written: progress.written, durable: progress.durable })?;
         }
+        self.answer_comparisons()?;
         self.take_pending()?;
         while self.the_box.pending.is_none()
             && let Some((number, packet)) = self.packet_for_box()
@@ -734,6 +768,29 @@ impl World {
         }
     }
 
+    /// Each in its own time, from the newest state of that moment.
+    fn answer_comparisons(&mut self) -> Result<(), Failure> {
+        while let Some((lsn, _)) = self.the_box.compares.front()
+            && *lsn <= self.the_box.store.progress().durable
+            && !self.rng.one_in(3)
+            && let Some((_, ask)) = self.the_box.compares.pop_front()
+        {
+            let volume = self.host.specs.iter().position(|spec| spec.id == ask.volume).unwrap_or(usize::MAX);
+            let (rng, store) = (&mut self.rng, &mut self.the_box.store);
+            let differ = ask.answer(|block, buf| match store.read_head(volume, block) {
+                // Now and then a part of it cannot be read.
+                Ok(bytes) if !rng.one_in(2000) => {
+                    buf.copy_from_slice(&bytes);
+                    true
+                }
+                Ok(_) | Err(_) => false,
+            });
+            self.summary.comparisons += 1;
+            self.tell_target(TargetEvent::Compared { id: ask.id, differ })?;
+        }
+        Ok(())
+    }
+
     /// Appends the frame that waits, if the store takes it.
     fn take_pending(&mut self) -> Result<(), Failure> {
         let Some((header, payload, after, action)) = self.the_box.pending.take() else { return Ok(()) };
@@ -743,6 +800,7 @@ impl World {
             TargetAction::Append { time } => self.the_box.store.append(&header, &payload, *time, stream),
             TargetAction::SendAck(_)
             | TargetAction::Send(_)
+            | TargetAction::Compare(_)
             | TargetAction::Refuse(_)
             | TargetAction::Proven { .. }
             | TargetAction::State(_) => return Ok(()),
@@ -805,6 +863,10 @@ impl World {
             TargetAction::Refuse(refusal) => return Err(self.trace.fail(FailureKind::Refused { refusal })),
             TargetAction::Proven { .. } | TargetAction::State(_) => {}
             TargetAction::Append { .. } | TargetAction::AppendMark { .. } => {}
+            TargetAction::Compare(ask) => {
+                let lsn = self.the_box.store.progress().appended;
+                self.the_box.compares.push_back((lsn, ask));
+            }
         }
         Ok(())
     }
@@ -969,7 +1031,7 @@ impl World {
 
     fn sum_up(mut self) -> Summary {
         if let Some(agent) = self.agent.take() {
-            self.count_agent(&agent.counts);
+            self.count_agent(&agent.counts());
         }
         let StoreCounts { segments, cut_tails, folds } = self.the_box.store.counts();
         Summary { captures_lost: self.host.lost, segments, cut_tails, folds, ..self.summary }

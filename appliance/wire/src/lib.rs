@@ -43,6 +43,7 @@
 //! panic; packing is undone bit for bit.
 
 mod ack;
+mod compare;
 mod format;
 mod frame;
 mod message;
@@ -52,9 +53,13 @@ mod test_rng;
 mod token;
 
 pub use ack::{Ack, AckError, AckFlags, Credit};
+pub use compare::{
+    BlockHash, COMPARE_BLOCK_SECTORS, COMPARE_RUNS_MAX, COMPARE_SECTORS_MAX, Comparison, ComparisonError, blocks,
+    differs,
+};
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
-    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX,
+    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,

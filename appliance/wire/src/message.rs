@@ -5,9 +5,11 @@
 //!
 //! | version | what it brought |
 //! |---|---|
-//! | 1 | everything here |
+//! | 1 | everything but what follows |
+//! | 2 | `Compare` and `Compared`, on stream connections |
 
 use crate::ack::Credit;
+use crate::compare::Comparison;
 use crate::format::{MAX_MARK, PROTOCOL_VERSIONS};
 use crate::frame::{FrameError, FrameHeader, FrameKind, PayloadError};
 use model::{
@@ -318,6 +320,14 @@ pub enum Message {
         id: u64,
         data: Option<Vec<u8>>,
     },
+    /// Version 2, from an agent: which of these blocks differ from the newest state of the volume? Answered, in any order, once everything
+    /// the box had taken in before is durable: what was found equal must not be lost by a power cut that the agent does not hear of.
+    Compare(Comparison),
+    /// A bit for each block; see [`differs`](crate::differs).
+    Compared {
+        id: u64,
+        differ: Vec<u8>,
+    },
 }
 
 impl Message {
@@ -352,6 +362,8 @@ impl Message {
             Self::Renew { .. } => "Renew",
             Self::ReadBack { .. } => "ReadBack",
             Self::ReadBackDone { .. } => "ReadBackDone",
+            Self::Compare(_) => "Compare",
+            Self::Compared { .. } => "Compared",
         }
     }
     pub fn heartbeat(number: u64, now: MonoTime) -> Self {
@@ -418,6 +430,7 @@ pub fn negotiate(theirs: &[u16]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::BlockHash;
     use crate::format::{HEADER_LEN, MAX_MESSAGE};
     use crate::frame::{crc32, decode_header, encode_header, encode_mark, encode_message};
     use crate::test_rng::Rng;
@@ -516,6 +529,14 @@ mod tests {
             Message::Renew { csr_der: vec![3] },
             Message::ReadBack { id: 9, group, volume: VolumeId(2), extent: Extent::new(8, 64) },
             Message::ReadBackDone { id: 9, data: Some(vec![7; 3]) },
+            Message::Compare(Comparison {
+                id: 1,
+                volume: VolumeId(2),
+                block_sectors: 128,
+                runs: vec![Extent::new(256, 130)],
+                hashes: vec![BlockHash([9; 16]), BlockHash([8; 16])],
+            }),
+            Message::Compared { id: 1, differ: vec![2] },
         ]
     }
 
@@ -547,6 +568,11 @@ mod tests {
         assert_eq!(hex(&all[5]), "050264620100082f6465762f73646280100873657269616c3a3101882701");
         assert_eq!(hex(&all[11]), "0b010101010101010101010101010101010404040404040404040404040404040401010200000708");
         assert_eq!(hex(&all[16]), "100102");
+        assert_eq!(
+            hex(&all[22]),
+            concat!("1601028001018002820102", "09090909090909090909090909090909", "08080808080808080808080808080808")
+        );
+        assert_eq!(hex(&all[23]), "17010102");
     }
 
     #[test]
@@ -585,7 +611,7 @@ mod tests {
     fn damaged_and_random_messages_are_refused_without_panic() {
         for seed in 1..3000 {
             let mut rng = Rng::new(seed);
-            let (header, mut payload) = framed(&all()[rng.below(20) as usize]);
+            let (header, mut payload) = framed(&all()[rng.below(all().len() as u64) as usize]);
             if payload.len() > 1 && rng.below(2) == 0 {
                 payload.truncate(rng.below(payload.len() as u64) as usize);
             }
@@ -612,7 +638,8 @@ mod tests {
 
     #[test]
     fn the_best_common_version_is_taken() {
-        assert_eq!(negotiate(&[9, 1]), Some(1));
+        assert_eq!(negotiate(&[9, 1]), Some(1), "an agent of last year");
+        assert_eq!(negotiate(&[3, 2, 1]), Some(2), "an agent of next year");
         assert_eq!(negotiate(&[9]), None);
         assert_eq!(negotiate(&[]), None);
     }

@@ -120,7 +120,12 @@ impl Engine {
             return fail(&answer, "busy", "another change waits for the box", "try again in a moment");
         }
         if self.control_up.is_none() {
-            return fail(&answer, "no-box", format!("no connection to the box: {}", self.control_reason), OFFLINE);
+            return fail(
+                &answer,
+                Failure::NO_BOX,
+                format!("no connection to the box: {}", self.control_reason),
+                OFFLINE,
+            );
         }
         let name = name.unwrap_or_else(|| format!("{}-{}", enrol::host_name(), resolution.leaves[0].volume));
         let volumes: Vec<VolumeSpec> = resolution
@@ -214,7 +219,12 @@ impl Engine {
             return fail(&answer, "busy", "another change waits for the box", "try again in a moment");
         }
         if self.control_up.is_none() {
-            return fail(&answer, "no-box", format!("no connection to the box: {}", self.control_reason), OFFLINE);
+            return fail(
+                &answer,
+                Failure::NO_BOX,
+                format!("no connection to the box: {}", self.control_reason),
+                OFFLINE,
+            );
         }
         self.tell(Message::Unprotect { group: id });
         self.pending = Some(Pending::Unprotect { group: id, answer });
@@ -360,7 +370,7 @@ impl Engine {
 
     pub(super) fn heard_control(&mut self, generation: u64, what: FromLink) {
         match what {
-            FromLink::Up { box_name } => {
+            FromLink::Up { box_name, .. } => {
                 self.control_up = Some(generation);
                 self.control_heard = clock::mono();
                 self.control_reason.clear();
@@ -378,7 +388,8 @@ impl Engine {
                 if let Some(Pending::Protect { answer, .. } | Pending::Unprotect { answer, .. }) = self.pending.take() {
                     fail(
                         &answer,
-                        "no-box",
+                        // What was asked may have been done: not to be asked again without looking.
+                        "box-lost",
                         format!("the connection to the box broke: {}", self.control_reason),
                         OFFLINE,
                     );

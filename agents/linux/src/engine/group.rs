@@ -1,6 +1,6 @@
 //! One protection group at work: its source machine, its spool, its connection, and the map from disks to volumes.
 
-use super::{Ctx, Wait};
+use super::{Ctx, HostLoad, Wait};
 use crate::{
     capture::{self, Op, Position, Target, TargetId},
     clock,
@@ -13,14 +13,14 @@ use durable::AlignedBuf;
 use model::{Extent, GapReason, GroupId, SECTOR, VolumeId, WriteFlags};
 use replication::{
     Action, Alarm, Captured, CapturedKind, Event, GateState, Lost, Now, Numbered, Payload, Pressure, PressureInput,
-    ReadId, Source, pressure,
+    ReadId, Source, pressure_and_cause,
 };
 use std::{
     collections::{HashMap, VecDeque},
     fs::File,
     sync::Arc,
 };
-use wire::{GroupAgentState, MAX_RECORD_BYTES, Message};
+use wire::{BlockHash, Comparison, GroupAgentState, MAX_RECORD_BYTES, Message};
 
 const RECORD_SECTORS: u64 = MAX_RECORD_BYTES as u64 / SECTOR;
 
@@ -57,6 +57,8 @@ pub(super) struct Running {
     pub box_reason: String,
     pub spool_note: String,
     pub pressure: Pressure,
+    /// What asked for it, for people.
+    pub pressure_cause: String,
     pub state: GroupAgentState,
     /// Sum over both of what is in the spool's memory and file.
     pub spool_max: u64,
@@ -136,6 +138,7 @@ impl Running {
             box_reason: "not connected yet".to_owned(),
             spool_note,
             pressure: Pressure::None,
+            pressure_cause: String::new(),
             state: GroupAgentState::Disconnected,
             spool_max,
             ordered: VecDeque::new(),
@@ -338,9 +341,10 @@ impl Running {
                         events.push_back(Event::ReadFailed { read });
                     }
                 }
-                Action::ReadFinished { read } => {
-                    self.reads.remove(&read);
+                Action::Compare { id, read, volume, block_sectors, runs } => {
+                    self.compare(id, read, volume, block_sectors, runs);
                 }
+                Action::ReadFinished { read } => drop(self.reads.remove(&read)),
                 Action::ReleaseFlush { id, .. } => ctx.sync.release(id),
                 Action::Persist { serial, state } => {
                     let run = RunState { boot_id: ctx.boot_id.clone(), source: state };
@@ -396,6 +400,30 @@ impl Running {
         }
     }
 
+    fn compare(&self, id: u64, read: ReadId, volume: VolumeId, block_sectors: u32, runs: Vec<Extent>) {
+        if let Some(ask) = self.comparison(id, read, volume, block_sectors, runs) {
+            self.say(Message::Compare(ask));
+        }
+    }
+
+    /// Hashes a part of a finished read. None only when the read is not here, which the machine would not ask for; it gives up by itself.
+    fn comparison(
+        &self,
+        id: u64,
+        read: ReadId,
+        volume: VolumeId,
+        block_sectors: u32,
+        runs: Vec<Extent>,
+    ) -> Option<Comparison> {
+        let (extent, data) = self.reads.get(&read)?;
+        let hash = |block: Extent| {
+            let from = (block.start().checked_sub(extent.start())? * SECTOR) as usize;
+            data.as_slice().get(from..from + block.bytes() as usize).map(BlockHash::of)
+        };
+        let hashes = wire::blocks(&runs, block_sectors).map(hash).collect::<Option<Vec<_>>>()?;
+        Some(Comparison { id, volume, block_sectors, runs, hashes })
+    }
+
     fn say(&self, message: Message) {
         if let Some(generation) = self.up {
             self.link.message(generation, message);
@@ -444,9 +472,10 @@ impl Running {
 
     pub fn heard_link(&mut self, ctx: &mut Ctx, group: GroupId, generation: u64, what: FromLink) {
         match what {
-            FromLink::Up { .. } => {
+            FromLink::Up { version, .. } => {
                 self.up = Some(generation);
                 self.box_reason.clear();
+                self.on(ctx, group, Event::BoxCompares(version >= wire::VERSION_COMPARE));
                 self.on(ctx, group, Event::Connected);
             }
             FromLink::Down { why, refusal, unreadable } => {
@@ -468,6 +497,7 @@ impl Running {
                     self.on(ctx, group, Event::Heard);
                 }
                 Message::HeartbeatAck { .. } => self.on(ctx, group, Event::Heard),
+                Message::Compared { id, differ } => self.on(ctx, group, Event::Compared { id, differ }),
                 Message::Declined(refusal) => {
                     self.box_reason = refusal.to_string();
                     if let Some(generation) = self.up.take() {
@@ -479,7 +509,7 @@ impl Running {
         }
     }
 
-    pub fn tick(&mut self, ctx: &mut Ctx, group: GroupId, host: &PressureInput, each_second: bool) {
+    pub fn tick(&mut self, ctx: &mut Ctx, group: GroupId, host: &HostLoad, each_second: bool) {
         if each_second {
             // Said once a second: an overflow brings thousands.
             if let Some(why) = self.lost_why.take() {
@@ -488,8 +518,18 @@ impl Running {
             }
             let status = self.source.status();
             let lag_ms = if let replication::Lag::Known { ms } = status.lag { ms } else { 0 };
-            let input = PressureInput { spool_used: status.window_bytes.0, spool_max: self.spool_max, lag_ms, ..*host };
-            let now = pressure(&input);
+            let input = PressureInput {
+                spool_used: status.window_bytes.0,
+                spool_max: self.spool_max,
+                lag_ms,
+                copying: status.gap.is_some(),
+                ..host.pressure
+            };
+            let (asked, cause) = pressure_and_cause(&input);
+            let cause = cause.map(|cause| cause.to_string()).unwrap_or_default();
+            let own = format!("the agent itself takes {} % of a processor", host.cost_percent);
+            let (now, cause) = if host.cost > asked { (host.cost, own) } else { (asked, cause) };
+            self.pressure_cause = cause;
             if now != self.pressure {
                 self.pressure = now;
                 self.on(ctx, group, Event::Pressure(now));

@@ -24,24 +24,26 @@ mod start;
 mod status;
 mod sync;
 
-pub use start::restore_requests;
+pub use start::{find as find_volume, restore_requests};
 
 use crate::{
     capture::{Capture, CaptureError, Captured, DevNo, Position, TargetId, dm::leg::FromLeg},
-    clock,
+    carry, clock,
     config::Config,
+    cost,
     disks::Disks,
     freeze::{FreezeError, Frozen},
     link::{FromLink, Link, LinkId, Peer, Who},
     local::{Answer, Request},
     psi,
     reader::{Job, Outcome, Pool},
+    schedule,
     state::{self, HostIdentity, RunState, StateDir, StateError},
     tls::{self, TlsError},
 };
 use group::{Batch, Group, Running};
 use model::{BookmarkName, Consistency, Extent, GroupId, MonoTime};
-use replication::{Event, PressureInput};
+use replication::{Event, Pressure, PressureInput};
 use std::{
     collections::{BTreeSet, VecDeque},
     io,
@@ -122,6 +124,18 @@ enum Wait {
     Bookmark { group: GroupId, id: u64, name: BookmarkName, consistency: Consistency },
 }
 
+/// What may make a group hold itself back.
+struct HostLoad {
+    pressure: PressureInput,
+    /// What the agent's own processor time asks for.
+    cost: Pressure,
+    cost_percent: u64,
+}
+
+fn copy_rate(mib_s: u32) -> Event {
+    Event::CopyRate((mib_s > 0).then_some(u64::from(mib_s) << 20))
+}
+
 /// What the groups share.
 struct Ctx {
     state: StateDir,
@@ -188,6 +202,12 @@ pub struct Engine {
     renewing: Option<String>,
     next_bookmark: u64,
     host_pressure: PressureInput,
+    /// States that the hooks of shutdown and boot vouch for; each is used once.
+    carried: Vec<(GroupId, Vec<u8>)>,
+    cost: cost::Watch,
+    own_cost: Pressure,
+    /// MiB per second that copying may read right now; 0: no limit.
+    copy_mib_s: u32,
     started: MonoTime,
     last_tick: MonoTime,
     last_second: MonoTime,
@@ -218,6 +238,10 @@ impl Engine {
         let pem = state.host_pem()?;
         let tls = tls::session_config(&state.read("ca.pem")?, &pem.certificate, &pem.key)?;
         let boot_id = state::boot_id();
+        let carried = carry::take(&state, &config.run_dir, &boot_id).unwrap_or_else(|e| {
+            tracing::info!(why = %crate::error_chain(&e), "nothing is carried over the reboot");
+            Vec::new()
+        });
         let who = Who {
             host: identity.host,
             boot_id: boot_id.clone(),
@@ -258,6 +282,10 @@ impl Engine {
             renewing: None,
             next_bookmark: 1,
             host_pressure: PressureInput::default(),
+            carried,
+            cost: cost::Watch::default(),
+            own_cost: Pressure::None,
+            copy_mib_s: 0,
             started: now,
             last_tick: now,
             last_second: now,
@@ -348,11 +376,13 @@ impl Engine {
             let second = now.ms_since(self.last_second) >= SECOND_MS;
             if second {
                 self.last_second = now;
+                self.keep_schedule();
                 if self.config.heed_pressure {
                     psi::read(Path::new("/proc"), &mut self.host_pressure);
+                    self.watch_cost(now);
                 }
             }
-            let host = self.host_pressure;
+            let host = HostLoad { pressure: self.host_pressure, cost: self.own_cost, cost_percent: self.cost.percent };
             self.each_running(|running, ctx, id| running.tick(ctx, id, &host, second));
             if second {
                 self.each_second(now);
@@ -360,6 +390,37 @@ impl Engine {
         }
         self.answer_box();
         Ok((handled, more))
+    }
+
+    /// Copying at the speed that is allowed at this time of the week.
+    fn keep_schedule(&mut self) {
+        let mib_s = if self.config.copy_schedule.is_empty() {
+            self.config.copy_mib_s
+        } else {
+            let (day, minute) = schedule::local_now();
+            self.config.copy_mib_s_at(day, minute)
+        };
+        if mib_s == self.copy_mib_s {
+            return;
+        }
+        self.copy_mib_s = mib_s;
+        tracing::info!(mib_s, "copying may read so much each second now (0: no limit)");
+        self.each_running(|running, ctx, id| running.on(ctx, id, copy_rate(mib_s)));
+    }
+
+    fn watch_cost(&mut self, now: MonoTime) {
+        let copying = self.groups.iter().filter_map(|g| g.running.as_ref()).any(|r| r.source.status().gap.is_some());
+        let before = self.own_cost;
+        self.own_cost = self.cost.on(now.0 / 1_000_000, cost::own_cpu_ms(), self.config.cpu_percent_max, copying);
+        let marks = |p: Pressure| p == Pressure::DirtyMapOnly;
+        if marks(self.own_cost) != marks(before) {
+            tracing::warn!(
+                percent = self.cost.percent,
+                max = self.config.cpu_percent_max,
+                marking = marks(self.own_cost),
+                "the agent's own processor time decides whether writes are sent or only marked"
+            );
+        }
     }
 
     fn each_running(&mut self, mut f: impl FnMut(&mut Running, &mut Ctx, GroupId)) {
@@ -544,7 +605,7 @@ impl Engine {
         }
         if now.ms_since(self.last_boot_store) >= BOOT_STORE_MS {
             self.last_boot_store = now;
-            self.store_for_boot();
+            self.store_for_boot(false);
             self.note_contents();
         }
     }
@@ -563,10 +624,12 @@ impl Engine {
         }
     }
 
-    fn store_for_boot(&self) {
+    /// `stopping`: nothing is captured after this but by the kernel half, and a stream that ended clean may go on as clean. Otherwise what is
+    /// found after a host that went down without a word must not claim that.
+    fn store_for_boot(&self, stopping: bool) {
         for group in &self.groups {
             if let Some(running) = &group.running {
-                let (state, _) = running.source.final_state();
+                let state = if stopping { running.source.final_state().0 } else { running.source.boot_state() };
                 if let Err(e) = self.ctx.state.store_boot(group.id(), &state) {
                     tracing::warn!(group = %group.id(), error = %crate::error_chain(&e), "could not store the group's state for the next boot");
                 }
@@ -631,7 +694,15 @@ impl Engine {
                 self.ctx.state.store_run(group.id(), &RunState { boot_id: self.ctx.boot_id.clone(), source })?;
             }
         }
-        self.store_for_boot();
+        self.store_for_boot(true);
+        if self.config.carry_over && self.ctx.capture.is_some() {
+            let planned = Disks::here()
+                .map_err(carry::CarryError::from)
+                .and_then(|disks| carry::plan(&self.ctx.state, &self.config.run_dir, &self.ctx.boot_id, &disks));
+            if let Err(e) = planned {
+                tracing::info!(why = %crate::error_chain(&e), "nothing will be carried over a reboot");
+            }
+        }
         let _ = std::fs::remove_file(self.config.socket());
         Ok(())
     }

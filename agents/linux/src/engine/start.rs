@@ -13,15 +13,18 @@ use crate::{
     state::{GroupRecord, VolumeRecord},
 };
 use model::{ByteLen, Extent, GapReason, StreamId, SyncMode};
-use replication::{Event, Lost, Source, SourceConfig};
+use replication::{Lost, Source, SourceConfig};
 use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
 
 /// Requests must fit into what the kernel half walks.
 const MAX_SECTORS_KB: u32 = 1024;
 
+/// 10 MiB of memory in the worst case, for a spool full of small writes.
+const SPOOL_RECORDS_MAX: usize = 65_536;
+
 /// Why a group's volume cannot be protected as it is now.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum VolumeRefusal {
+pub enum VolumeRefusal {
     #[error("{device} ({identity}) is missing: connect the disk again, or unprotect the group")]
     Missing { device: String, identity: String },
     #[error(
@@ -44,7 +47,7 @@ pub(super) enum VolumeRefusal {
 }
 
 /// The device that a record means, whatever it is called now.
-pub(super) fn find<'a>(disks: &'a Disks, record: &VolumeRecord) -> Result<&'a Device, VolumeRefusal> {
+pub fn find<'a>(disks: &'a Disks, record: &VolumeRecord) -> Result<&'a Device, VolumeRefusal> {
     let title = format!("/dev/{}", record.device);
     let named = disks.get(&record.device).filter(|d| d.sectors > 0);
     let same = |d: &Device| record.identity.compare(&d.identity);
@@ -138,6 +141,8 @@ pub(super) fn source_config(config: &Config, record: &GroupRecord, spool_max: u6
     let mode = if record.sync { record.spec.policy.mode } else { SyncMode::Async };
     let mut source = SourceConfig::new(record.spec.id, record.spec.volumes.clone(), mode);
     source.spool_bytes_max = spool_max;
+    // Each record costs some 150 bytes of memory wherever its payload lies.
+    source.spool_records_max = ((spool_max / 8192) as usize).clamp(4096, SPOOL_RECORDS_MAX);
     // A write of 512 bytes takes eight times as much of the ring as it is counted for.
     source.held_bytes_max = u64::from(config.ring_bytes()) / 16;
     source.reads_max = READERS;
@@ -388,10 +393,8 @@ impl Engine {
         if let Some((reason, what)) = lost {
             running.report_loss(&mut self.ctx, id, reason, what);
         }
-        if self.config.copy_mib_s > 0 {
-            let rate = u64::from(self.config.copy_mib_s) << 20;
-            running.on(&mut self.ctx, id, Event::CopyRate(Some(rate)));
-        }
+        let rate = if self.config.copy_schedule.is_empty() { self.config.copy_mib_s } else { self.copy_mib_s };
+        running.on(&mut self.ctx, id, super::copy_rate(rate));
         self.groups[i].running = Some(running);
         self.groups[i].stopped.clear();
         Ok(())
@@ -418,8 +421,13 @@ impl Engine {
             return Ok((fresh(config, actions)?, None));
         }
         let run = self.ctx.state.load_run(id, &self.ctx.boot_id);
-        let same_boot = run.is_some();
-        let Some(stored) = run.map(|r| r.source).or_else(|| self.ctx.state.load_boot(id)) else {
+        let carried = self.carried.iter().position(|(group, _)| *group == id).map(|at| self.carried.swap_remove(at).1);
+        if run.is_none() && carried.is_some() {
+            tracing::info!(group = %id, "goes on over the reboot: only what was written on the way is copied");
+        }
+        // Either way nothing was missed while capture was there.
+        let same_boot = run.is_some() || carried.is_some();
+        let Some(stored) = run.map(|r| r.source).or(carried).or_else(|| self.ctx.state.load_boot(id)) else {
             tracing::warn!(group = %id, "nothing is stored of this group: everything is copied");
             return Ok((fresh(config, actions)?, None));
         };

@@ -6,24 +6,26 @@ use replication::{Lag, Pressure, SourceStatus};
 use serde_json::{Value, json};
 use wire::{AgentStatus, GroupAgentState, GroupAgentStatus};
 
-/// Resident memory of this process. The ring is mapped twice in a row and counted twice by the kernel: `ring` is its size.
-fn rss_bytes(ring: u64) -> u64 {
+/// Resident memory of this process, the ring included.
+fn rss_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: u64 = text.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
-    (pages * 4096).saturating_sub(ring)
+    pages * 4096
 }
 
 pub fn kernel() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
-fn pressure_text(pressure: Pressure) -> String {
-    match pressure {
-        Pressure::None => "none".to_owned(),
+/// What is held back, and why.
+fn pressure_text(pressure: Pressure, cause: &str) -> String {
+    let held = match pressure {
+        Pressure::None => return "none".to_owned(),
         Pressure::Delay { ms } => format!("copying pauses {ms} ms after each read"),
         Pressure::SpillOnly => "copying is stopped".to_owned(),
         Pressure::DirtyMapOnly => "writes are only marked".to_owned(),
-    }
+    };
+    if cause.is_empty() { held.to_owned() } else { format!("{held}: {cause}") }
 }
 
 /// The limit of this process's memory cgroup, if there is one.
@@ -85,7 +87,12 @@ impl Engine {
                         GroupAgentStatus {
                             group: group.id(),
                             state: s.state,
-                            text: text_of(&[&running.box_reason, &running.last_alarm, &running.spool_note]),
+                            text: text_of(&[
+                                &running.box_reason,
+                                &held_back(running),
+                                &running.last_alarm,
+                                &running.spool_note,
+                            ]),
                             lag_ms: if let Lag::Known { ms } = s.lag { Some(ms) } else { None },
                             spool_bytes: s.window_bytes,
                             spool_bytes_max: ByteLen(running.spool_max),
@@ -107,7 +114,7 @@ impl Engine {
             kernel: kernel(),
             backend: self.backend(),
             uptime_s: now.ms_since(self.started) / 1000,
-            rss_bytes: ByteLen(rss_bytes(self.ctx.capture.as_ref().map_or(0, |c| c.fill().1))),
+            rss_bytes: ByteLen(rss_bytes()),
             mono_ns: now.0,
             wall_us: clock::wall_us(),
             groups,
@@ -130,7 +137,9 @@ impl Engine {
             },
             "backend": self.backend(),
             "uptime_s": clock::mono().ms_since(self.started) / 1000,
-            "rss_bytes": rss_bytes(ring_size),
+            "rss_bytes": rss_bytes(),
+            "cpu_percent": self.cost.percent,
+            "copy_mib_s": self.copy_mib_s,
             "memory_limit_bytes": memory_limit(),
             "ring": { "used_bytes": ring_used, "size_bytes": ring_size },
             "pressure": { "memory": self.host_pressure.psi_mem, "io": self.host_pressure.psi_io, "cpu": self.host_pressure.psi_cpu },
@@ -191,9 +200,10 @@ impl Engine {
                     "dirty_bytes": s.dirty,
                     "sync_done_bytes": s.sync_done,
                     "sync_total_bytes": s.sync_total,
+                    "found_same_bytes": s.same,
                     "durable": s.durable,
                     "next": s.next,
-                    "pressure": pressure_text(running.pressure),
+                    "pressure": pressure_text(running.pressure, &running.pressure_cause),
                     "captured_bytes": s.captured_bytes,
                     "captured_records": s.captured_records,
                     "journal_full": s.journal_full,
@@ -205,6 +215,15 @@ impl Engine {
             value.extend(more);
         }
         value
+    }
+}
+
+/// For the box: what of a group is held back for the host's sake; empty if nothing is.
+fn held_back(running: &super::group::Running) -> String {
+    if running.pressure == Pressure::None {
+        String::new()
+    } else {
+        pressure_text(running.pressure, &running.pressure_cause)
     }
 }
 

@@ -76,6 +76,25 @@ impl Agent {
         self.child.as_mut().is_some_and(|c| c.try_wait().unwrap().is_none())
     }
 
+    fn memory_kib(&self, line: &str) -> u64 {
+        let id = self.child.as_ref().expect("running").id();
+        let text = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let value = text.lines().find_map(|l| l.strip_prefix(line)).expect("the kernel says it");
+        value.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap()
+    }
+    pub fn resident_kib(&self) -> u64 {
+        self.memory_kib("VmRSS:")
+    }
+    pub fn peak_kib(&self) -> u64 {
+        self.memory_kib("VmHWM:")
+    }
+
+    /// What a reboot takes: the kernel half, and what lies on tmpfs. The agent must be stopped.
+    pub fn forget_boot(&self) {
+        self.ok(&["remove"]);
+        std::fs::remove_dir_all(self.dir.path().join("run")).unwrap();
+    }
+
     /// As SIGKILL finds it.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

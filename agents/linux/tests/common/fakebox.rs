@@ -51,6 +51,8 @@ pub struct BoxGroup {
     pub sync_bytes: u64,
     pub zero_bytes: u64,
     pub wire_bytes: u64,
+    /// Hashes that came.
+    pub compare_bytes: u64,
     pub live_writes: u64,
     /// Records since the newest `Consistent`, and the images as they were there; only when asked for.
     pub keep: bool,
@@ -82,6 +84,8 @@ pub struct Knobs {
     /// After the handshake rubbish is sent.
     pub garbage: AtomicBool,
     pub credit_bytes: AtomicU64,
+    /// Of the protocol; 1 does not compare.
+    pub version: AtomicU64,
     pub stop: AtomicBool,
 }
 
@@ -140,6 +144,7 @@ impl FakeBox {
             hold_acks: AtomicBool::new(false),
             garbage: AtomicBool::new(false),
             credit_bytes: AtomicU64::new(32 << 20),
+            version: AtomicU64::new(2),
             stop: AtomicBool::new(false),
         });
         let (s, k) = (state.clone(), knobs.clone());
@@ -280,7 +285,8 @@ fn serve(mut socket: TcpStream, pki: &Pki, state: &Mutex<State>, knobs: &Knobs) 
     let mut conn = Conn { tls: StreamOwned::new(tls, socket), inbox: Vec::new(), used: 0 };
     let Message::Hello { host, purpose, .. } = conn.message()? else { return Err(io::Error::other("no hello")) };
     state.lock().unwrap().hellos += 1;
-    conn.send(&Message::HelloAck { version: 1, box_name: "fake".into(), box_version: "0".into(), now_wall_us: 1 })?;
+    let version = knobs.version.load(Ordering::Acquire) as u16;
+    conn.send(&Message::HelloAck { version, box_name: "fake".into(), box_version: "0".into(), now_wall_us: 1 })?;
     if knobs.garbage.load(Ordering::Acquire) {
         return rubbish(&mut conn, state.lock().unwrap().hellos);
     }
@@ -405,6 +411,7 @@ fn control(conn: &mut Conn, host: HostId, state: &Mutex<State>, knobs: &Knobs) -
                             sync_bytes: 0,
                             zero_bytes: 0,
                             wire_bytes: 0,
+                            compare_bytes: 0,
                             live_writes: 0,
                             keep: false,
                             kept: vec![],
@@ -503,6 +510,21 @@ fn stream(conn: &mut Conn, id: GroupId, state: &Mutex<State>, knobs: &Knobs) -> 
                         conn.raw(&bytes)?;
                     }
                     TargetAction::Send(message) => conn.send(&message)?,
+                    TargetAction::Compare(ask) => {
+                        let differ = {
+                            let mut state = state.lock().unwrap();
+                            let Some(group) = state.groups.get_mut(&id) else { return Ok(()) };
+                            group.compare_bytes += ask.hashes.len() as u64 * 16;
+                            let at = group.spec.volumes.iter().position(|v| v.id == ask.volume).expect("checked");
+                            let image = &group.images[at];
+                            ask.answer(|block, buf| {
+                                let start = (block.start() * SECTOR) as usize;
+                                buf.copy_from_slice(&image[start..start + buf.len()]);
+                                true
+                            })
+                        };
+                        target.on(TargetEvent::Compared { id: ask.id, differ }, mono(), now(), &mut actions);
+                    }
                     TargetAction::Refuse(refusal) => {
                         state.lock().unwrap().refused.push(refusal.to_string());
                         conn.send(&Message::Refuse(refusal))?;

@@ -63,6 +63,26 @@ impl Loop {
         let device = PathBuf::from(run("losetup", &["-f", "--show", file.to_str().unwrap()]));
         Self { device, file, _dir: dir }
     }
+    /// Takes the device away and brings it back under the same name, with the kernel's counters at zero.
+    pub fn replug(&self) {
+        use std::os::fd::AsRawFd;
+        const LOOP_CTL_ADD: libc::c_ulong = 0x4c80;
+        const LOOP_CTL_REMOVE: libc::c_ulong = 0x4c81;
+        run("losetup", &["-d", self.dev()]);
+        let number: libc::c_long = self.dev().trim_start_matches("/dev/loop").parse().unwrap();
+        let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // The last user may be a probe of udev's.
+        // SAFETY: a valid descriptor and a number.
+        while unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_REMOVE, number) } < 0 {
+            assert!(Instant::now() < deadline, "{}: {}", self.dev(), io::Error::last_os_error());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // SAFETY: as above.
+        let added = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_ADD, number) };
+        assert!(added >= 0, "{}: {}", self.dev(), io::Error::last_os_error());
+        run("losetup", &[self.dev(), self.file.to_str().unwrap()]);
+    }
     /// A loop device on a copy of `image`.
     pub fn of_image(image: &[u8]) -> Self {
         let dir = tempfile::Builder::new().prefix("hf-loop-").tempdir_in("/dev/shm").unwrap();

@@ -1,4 +1,20 @@
 //! The copy: one mechanism for initial sync and resync, one cursor over all volumes.
+//!
+//! # Comparing
+//!
+//! Once a group has been copied whole, most of what is dirty on suspicion is the same on both sides: after a host crash that is nearly
+//! everything. Where the box can compare, a read is not sent but asked about, twice: first a hash for each granule, then, of the granules that
+//! differ, one for each 4 KiB. What is the same is taken out of the read as if the stream had it already, which it has; the rest is
+//! sent as any copy is. So what crosses the network is 1/4096 of what is looked at, 1/256 of the granules that differ, and the blocks that do.
+//!
+//! **Why the answer may come from any state of the box since the gap began.** Take one sector of a block that was found the same. If no record
+//! that the box applies after it looked touches the sector, the box holds what the read saw, and the read is right by the rules of copying. If
+//! some do, the last of them decides, whatever was there before: and it is a write of the host, or a copied piece, both
+//! right by the same rules. Records that were only marked or taken back are dirty again. What remains is a box that forgets what it
+//! looked at: it answers only when everything it had taken in before the question is durable, and what it takes in later is in the window here.
+//!
+//! A connection that ends takes its questions along: what was asked is dirty again. A box that answers heartbeats but no question
+//! for [`COMPARE_MS_MAX`] is copied to without asking.
 
 use super::event::{Action, Alarm, Numbered, Payload, ReadId};
 use super::{Link, Phase, Source};
@@ -11,14 +27,31 @@ const RECORD_SECTORS: u64 = MAX_RECORD_BYTES as u64 / SECTOR;
 /// A read that failed is tried again after this; the others go on meanwhile.
 const RETRY_MS: u64 = 5_000;
 
+/// A question that is not answered for this long will not be.
+const COMPARE_MS_MAX: u64 = 60_000;
+/// First each granule, then each block of 4 KiB of those that differ.
+const COARSE_SECTORS: u32 = GRANULE_SECTORS as u32;
+const FINE_SECTORS: u32 = 8;
+
 /// A read in flight.
 #[derive(Debug)]
 pub(super) struct Read {
     id: ReadId,
     pub(super) volume: usize,
     pub(super) extent: Extent,
-    /// Sectors the host wrote since: the stream has them already, and newer than this read may have seen.
+    /// Sectors the stream has already: those the host wrote since, newer than this read may have seen, and those the box found the same.
     masked: ExtentSet,
+    asked: Option<Asked>,
+}
+
+/// The read is done, and the box has been asked what of it differs.
+#[derive(Debug)]
+struct Asked {
+    id: u64,
+    block_sectors: u32,
+    runs: Vec<Extent>,
+    zeroes: Vec<Extent>,
+    since: MonoTime,
 }
 
 #[derive(Debug)]
@@ -31,11 +64,26 @@ pub(super) struct Copying {
     pub(super) rate: Option<u64>,
     /// Most sectors that were to copy at once in this gap.
     pub(super) total: Sectors,
+    /// The box of this connection compares.
+    pub(super) box_compares: bool,
+    next_compare: u64,
+    /// Bytes that were found to be the same, and so were not sent.
+    pub(super) same_bytes: u64,
 }
 
 impl Copying {
     pub(super) fn new() -> Self {
-        Self { reads: Vec::new(), next_id: 1, cursor: (0, 0), not_before: MonoTime(0), rate: None, total: Sectors(0) }
+        Self {
+            reads: Vec::new(),
+            next_id: 1,
+            cursor: (0, 0),
+            not_before: MonoTime(0),
+            rate: None,
+            total: Sectors(0),
+            box_compares: false,
+            next_compare: 1,
+            same_bytes: 0,
+        }
     }
     pub(super) fn mask(&mut self, volume: usize, extent: &Extent) {
         for read in self.reads.iter_mut().filter(|read| read.volume == volume) {
@@ -94,7 +142,7 @@ impl Source {
             self.copying.cursor = (volume, run.end);
             let id = ReadId(self.copying.next_id);
             self.copying.next_id += 1;
-            self.copying.reads.push(Read { id, volume, extent, masked: ExtentSet::new() });
+            self.copying.reads.push(Read { id, volume, extent, masked: ExtentSet::new(), asked: None });
             out.push(Action::ReadVolume { read: id, volume: state.spec.id, extent });
             let delay = match self.pressure {
                 Pressure::Delay { ms } => ms,
@@ -117,11 +165,75 @@ impl Source {
         })
     }
 
+    fn copies_now(&self) -> bool {
+        self.gap.as_ref().is_some_and(|gap| gap.phase == Phase::Copying)
+    }
+
     pub(super) fn read_done(&mut self, id: ReadId, zeroes: &[Extent], out: &mut Vec<Action>) {
-        let Some(at) = self.copying.reads.iter().position(|read| read.id == id) else { return };
+        let Some(at) = self.copying.reads.iter().position(|read| read.id == id && read.asked.is_none()) else { return };
+        // Before the first copy has ended there is nothing to compare with.
+        if self.copies_now() && self.copying.box_compares && self.synced_once && self.link == Link::Ready {
+            let whole = self.copying.reads[at].extent;
+            return self.ask(at, COARSE_SECTORS, vec![whole], zeroes.to_vec(), out);
+        }
         let read = self.copying.reads.swap_remove(at);
-        let copying = self.gap.as_ref().is_some_and(|gap| gap.phase == Phase::Copying);
-        if !copying {
+        self.finish_read(read, zeroes, out);
+    }
+
+    fn ask(&mut self, at: usize, block_sectors: u32, runs: Vec<Extent>, zeroes: Vec<Extent>, out: &mut Vec<Action>) {
+        let id = self.copying.next_compare;
+        self.copying.next_compare += 1;
+        let read = &mut self.copying.reads[at];
+        let volume = self.volumes[read.volume].spec.id;
+        out.push(Action::Compare { id, read: read.id, volume, block_sectors, runs: runs.clone() });
+        read.asked = Some(Asked { id, block_sectors, runs, zeroes, since: self.now.mono });
+    }
+
+    pub(super) fn compared(&mut self, id: u64, differ: &[u8], out: &mut Vec<Action>) {
+        let of_this = |read: &Read| read.asked.as_ref().is_some_and(|asked| asked.id == id);
+        let Some(at) = self.copying.reads.iter().position(of_this) else { return };
+        let read = &mut self.copying.reads[at];
+        let Some(asked) = read.asked.take() else { return };
+        let mut different: Vec<Extent> = Vec::new();
+        for (i, block) in wire::blocks(&asked.runs, asked.block_sectors).enumerate() {
+            if !wire::differs(differ, i) {
+                read.masked.insert(block);
+                self.copying.same_bytes += block.bytes();
+                continue;
+            }
+            match different.last_mut() {
+                Some(last) if last.end() == block.start() => last.sectors.0 += block.sectors.0,
+                _ => different.push(block),
+            }
+        }
+        if asked.block_sectors == COARSE_SECTORS && !different.is_empty() && self.link == Link::Ready {
+            return self.ask(at, FINE_SECTORS, different, asked.zeroes, out);
+        }
+        let read = self.copying.reads.swap_remove(at);
+        self.finish_read(read, &asked.zeroes, out);
+    }
+
+    /// Questions that will not be answered: of a connection that has ended, or overdue.
+    pub(super) fn give_up_asking(&mut self, out: &mut Vec<Action>) {
+        let (ready, now) = (self.link == Link::Ready, self.now.mono);
+        let overdue = |asked: &Asked| now.ms_since(asked.since) >= COMPARE_MS_MAX;
+        while let Some(at) =
+            self.copying.reads.iter().position(|read| read.asked.as_ref().is_some_and(|asked| !ready || overdue(asked)))
+        {
+            let read = self.copying.reads.swap_remove(at);
+            self.mark_dirty(read.volume, &read.extent);
+            out.push(Action::ReadFinished { read: read.id });
+            if ready && self.copying.box_compares {
+                self.copying.box_compares = false;
+                out.push(Action::Alarm(Alarm::NotCompared { ms: COMPARE_MS_MAX }));
+            }
+        }
+    }
+
+    /// The read's data goes into the stream, as far as the stream does not have it.
+    fn finish_read(&mut self, read: Read, zeroes: &[Extent], out: &mut Vec<Action>) {
+        let id = read.id;
+        if !self.copies_now() {
             // No room now; later it is read again.
             self.mark_dirty(read.volume, &read.extent);
             out.push(Action::ReadFinished { read: id });

@@ -86,6 +86,13 @@ pub enum Event {
     ReadFailed {
         read: ReadId,
     },
+    /// The box's answer to [`Action::Compare`].
+    Compared {
+        id: u64,
+        differ: Vec<u8>,
+    },
+    /// Whether the box of the connection that is being made understands [`Action::Compare`]; before `Connected`.
+    BoxCompares(bool),
     /// TLS is up and `Hello` was accepted.
     Connected,
     Ready {
@@ -208,6 +215,14 @@ pub enum Action {
         volume: VolumeId,
         extent: Extent,
     },
+    /// Hash these runs of the read's buffer in blocks of this size and ask the box which differ ([`wire::Comparison`]); the buffer stays.
+    Compare {
+        id: u64,
+        read: ReadId,
+        volume: VolumeId,
+        block_sectors: u32,
+        runs: Vec<Extent>,
+    },
     /// The read's buffer is not needed any more (its records were given out by the actions before).
     ReadFinished {
         read: ReadId,
@@ -309,4 +324,6 @@ pub enum Alarm {
     NotSplit { volume: VolumeId, extent: Extent },
     #[error("payloads from record {from} on were lost from the spool: their places are copied")]
     SpoolLost { from: SourceSeq },
+    #[error("the box has not answered a comparison for {ms} ms: everything marked is sent without asking")]
+    NotCompared { ms: u64 },
 }

@@ -40,6 +40,7 @@
 //! 3. The stored state holds at least 2, except for what capture itself still holds (`ReleaseCapture`, `LossRecorded` come after).
 //! 4. A copied piece never covers a sector the host wrote after its read was ordered: those are masked, and sent as the writes they
 //!    are. With the two barriers of `ReadVolume` and `ReadDone` a piece holds what every earlier write left there.
+//!    What the box found to be the same is left out of a piece: `copy.rs` says why that is right.
 //! 5. A payload is kept until its record is durable on the box or taken back.
 //! 6. In sync mode a flush is released as durable only when every record before it is.
 //! 7. No more is sent than was granted.
@@ -163,6 +164,8 @@ pub struct SourceStatus {
     pub dirty: ByteLen,
     pub sync_done: ByteLen,
     pub sync_total: ByteLen,
+    /// Looked at and found to be the same on the box, since the agent was started.
+    pub same: ByteLen,
     pub durable: SourceSeq,
     pub next: Option<SourceSeq>,
     pub journal_full: bool,
@@ -415,6 +418,8 @@ impl Source {
             }
             Event::ReadDone { read, zeroes } => self.read_done(read, &zeroes, out),
             Event::ReadFailed { read } => self.read_failed(read, out),
+            Event::Compared { id, differ } => self.compared(id, &differ, out),
+            Event::BoxCompares(compares) => self.copying.box_compares = compares,
             Event::Connected => self.connected(out),
             Event::Ready { resume, credit } => self.ready(resume, credit, out),
             Event::Ack(ack) => self.ack(ack, out),
@@ -472,6 +477,7 @@ impl Source {
             dirty: ByteLen(left.bytes()),
             sync_done: ByteLen(total.bytes() - left.bytes()),
             sync_total: ByteLen(if self.gap.is_some() { total.bytes() } else { 0 }),
+            same: ByteLen(self.copying.same_bytes),
             durable: self.durable,
             next: self.positioned.then(|| self.window.next()),
             journal_full: self.journal_full,
@@ -495,6 +501,12 @@ impl Source {
         let (mut stored, _) = self.snapshot();
         stored.clean = clean.then(|| self.window.next());
         (stored.encode(), clean)
+    }
+
+    /// The state to store now and then for the time after a host that went down without a word: it says which stream goes on, and nothing
+    /// of what was written since.
+    pub fn boot_state(&self) -> Vec<u8> {
+        self.snapshot().0.encode()
     }
 
     // ---- capture ----------------------------------------------------------------------------------------------------------------
@@ -853,6 +865,7 @@ impl Source {
     // ---- after every event --------------------------------------------------------------------------------------------------------
 
     fn settle(&mut self, out: &mut Vec<Action>) {
+        self.give_up_asking(out);
         if self.gap.is_some() {
             self.work_on_gap(out);
         }
@@ -1108,5 +1121,7 @@ impl Source {
     }
 }
 
+#[cfg(test)]
+mod compare_tests;
 #[cfg(test)]
 mod tests;

@@ -402,3 +402,26 @@ fn random_frames_never_panic_and_appends_stay_in_order() {
         }
     }
 }
+
+#[test]
+fn comparisons_are_checked_bounded_and_answered() {
+    let mut bench = Bench::consistent();
+    let ask = |id, volume, sectors: u64| Comparison {
+        id,
+        volume: VolumeId(volume),
+        block_sectors: 8,
+        runs: vec![Extent::new(0, sectors)],
+        hashes: vec![wire::BlockHash([0; 16]); sectors.div_ceil(8) as usize],
+    };
+    let say = |bench: &mut Bench, ask: Comparison| bench.on(TargetEvent::Message(&Message::Compare(ask)));
+    assert_eq!(say(&mut bench, ask(5, 4, 64)), [TargetAction::Compare(ask(5, 4, 64))]);
+    let answer = Message::Compared { id: 5, differ: vec![3] };
+    assert_eq!(bench.on(TargetEvent::Compared { id: 5, differ: vec![3] }), [TargetAction::Send(answer)]);
+    for id in 0..COMPARISONS_MAX as u64 {
+        assert_eq!(code(&say(&mut bench, ask(id, 0, 100))), None, "{id}");
+    }
+    assert_eq!(code(&say(&mut bench, ask(99, 0, 100))), Some(RefuseCode::CreditOverrun));
+    for (bad, why) in [(ask(1, 9, 8), RefuseCode::UnknownVolume), (ask(1, 4, 65), RefuseCode::BadExtent)] {
+        assert_eq!(code(&say(&mut Bench::consistent(), bad)), Some(why));
+    }
+}

@@ -38,6 +38,12 @@ pub enum Command {
     Detach {
         link: u64,
     },
+    /// What a comparison found, for the connection that asked.
+    Compared {
+        link: u64,
+        id: u64,
+        differ: Vec<u8>,
+    },
     /// A mark of the box's own (ingest groups only); answered when it is durable.
     Mark {
         mark: Mark,

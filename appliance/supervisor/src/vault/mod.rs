@@ -1,5 +1,6 @@
 //! The vault: all groups of the box, one journal thread each.
 
+mod compare;
 mod group;
 pub mod inbox;
 mod jobs;
@@ -16,6 +17,7 @@ use crate::{
     events::{Event, Events},
     exports::pool::ReadPool,
 };
+use compare::ComparePool;
 use durable::{Disk, DiskError};
 use inbox::Inbox;
 use jobs::JobPool;
@@ -67,6 +69,7 @@ pub struct Vault {
     catalog: Arc<Catalog>,
     jobs: Arc<JobPool>,
     reads: Arc<ReadPool>,
+    compares: Arc<ComparePool>,
     groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
     room_wanted: Arc<Notify>,
     /// One creation or deletion at a time: they are rare, and their steps must not mix.
@@ -89,9 +92,22 @@ impl Vault {
     pub fn start(parts: VaultParts) -> Result<Arc<Self>, VaultError> {
         let VaultParts { root, disk, journal, clock, events, catalog, reads } = parts;
         let jobs = Arc::new(JobPool::start().map_err(VaultError::Thread)?);
+        let compares = Arc::new(ComparePool::start().map_err(VaultError::Thread)?);
         let (groups, changing, room_wanted) = (Mutex::default(), Mutex::default(), Arc::default());
-        let vault =
-            Arc::new(Self { root, disk, journal, clock, events, catalog, jobs, reads, groups, room_wanted, changing });
+        let vault = Arc::new(Self {
+            root,
+            disk,
+            journal,
+            clock,
+            events,
+            catalog,
+            jobs,
+            reads,
+            compares,
+            groups,
+            room_wanted,
+            changing,
+        });
         vault.disk.create_dir(Path::new(GROUPS)).map_err(VaultError::Disk)?;
         vault.tidy()?;
         for entry in &vault.catalog.data().groups {
@@ -171,6 +187,7 @@ impl Vault {
             events: Arc::clone(&self.events),
             jobs: Arc::clone(&self.jobs),
             reads: Arc::clone(&self.reads),
+            compares: Arc::clone(&self.compares),
             room_wanted: Arc::clone(&self.room_wanted),
         };
         let runtime = writer::runtime()?;
@@ -299,6 +316,7 @@ impl Vault {
         groups.iter().for_each(|g| g.close());
         groups.iter().for_each(|g| g.join());
         self.jobs.stop();
+        self.compares.stop();
     }
 }
 

@@ -4,9 +4,11 @@
 //! when it is safe elsewhere, so that a new process finds it again), the producer's position as a barrier for disk reads, and
 //! a damaged length as an error.
 //!
-//! Layout (kernel/bpf/ringbuf.c): page 0 consumer position, page 1 producer position, then the data, mapped twice in a row so
-//! that a record never wraps. A record is a head of 8 bytes (length with two flag bits, then an offset) and the data, rounded up
-//! to 8. Positions grow for ever; modulo the size they are places.
+//! Layout (kernel/bpf/ringbuf.c): page 0 consumer position, page 1 producer position, then the data. A record is a head of 8 bytes (length
+//! with two flag bits, then an offset) and the data, rounded up to 8. Positions grow for ever; modulo the size they are places.
+//!
+//! The kernel offers the data twice in a row, so that no record wraps for who maps both. We map it once and put the few records that do wrap
+//! together in a buffer: the second mapping would double what the ring counts for in the agent's resident memory.
 
 use crate::capture::{Barrier, CaptureError, Position};
 use std::{
@@ -62,7 +64,7 @@ impl Drop for Mapping {
 
 struct Shared {
     consumer: Mapping,
-    /// Producer page, then the data twice.
+    /// Producer page, then the data.
     producer: Mapping,
     page: usize,
 }
@@ -89,6 +91,8 @@ pub struct Ring {
     /// What has been read; at or ahead of what is released.
     read: u64,
     size: u64,
+    /// The last record that wrapped, in one piece.
+    wrapped: Vec<u8>,
 }
 
 impl Ring {
@@ -97,10 +101,10 @@ impl Ring {
         let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) })
             .map_err(|_| io::Error::other("the page size is not known"))?;
         let consumer = Mapping::new(fd, 0, page, true)?;
-        let producer = Mapping::new(fd, page as i64, page + 2 * size as usize, false)?;
+        let producer = Mapping::new(fd, page as i64, page + size as usize, false)?;
         let shared = Arc::new(Shared { consumer, producer, page });
         let read = shared.consumer_pos().load(Ordering::Acquire);
-        Ok(Self { shared, read, size: u64::from(size) })
+        Ok(Self { shared, read, size: u64::from(size), wrapped: Vec::new() })
     }
 
     /// The next record, if one is there and whole.
@@ -112,8 +116,8 @@ impl Ring {
             }
             let place = (self.read & (self.size - 1)) as usize;
             let at = self.shared.page + place;
-            // SAFETY: `place` is below the size and a multiple of 8, and the data is mapped twice behind the producer page: the
-            // head lies inside the mapping. The kernel writes it atomically.
+            // SAFETY: `place` is below the size and both are multiples of 8: the head lies inside the mapping and does not wrap. The
+            // kernel writes it atomically.
             let head =
                 unsafe { AtomicU32::from_ptr(self.shared.producer.as_ptr().add(at).cast()) }.load(Ordering::Acquire);
             if head & BUSY != 0 {
@@ -128,12 +132,28 @@ impl Ring {
             if head & DISCARD != 0 {
                 continue;
             }
-            // SAFETY: the record ends at most `size` after `place`, inside the second mapping of the data; the kernel does not
-            // write to it again before it is released, and `release` needs `&mut self`.
-            let data = unsafe {
-                std::slice::from_raw_parts(self.shared.producer.as_ptr().add(at + HEAD as usize), len as usize)
+            let data = place + HEAD as usize;
+            let here = (len as usize).min((self.size as usize).saturating_sub(data));
+            // SAFETY: `data + here` is at most the size, inside the mapping; the kernel does not write to it again before it is
+            // released, and `release` needs `&mut self`.
+            let first = unsafe {
+                std::slice::from_raw_parts(
+                    self.shared.producer.as_ptr().add(self.shared.page + data % self.size as usize),
+                    here,
+                )
             };
-            return Ok(Some(data));
+            if here == len as usize {
+                return Ok(Some(first));
+            }
+            // A head in the last eight bytes: the data begins at the ring's start.
+            self.wrapped.clear();
+            self.wrapped.extend_from_slice(first);
+            let rest = len as usize - here;
+            // SAFETY: as above; a record is shorter than the ring, so the rest ends before it began.
+            let second =
+                unsafe { std::slice::from_raw_parts(self.shared.producer.as_ptr().add(self.shared.page), rest) };
+            self.wrapped.extend_from_slice(second);
+            return Ok(Some(&self.wrapped));
         }
     }
 

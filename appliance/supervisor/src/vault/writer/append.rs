@@ -153,6 +153,7 @@ impl Writer<'_> {
         {
             self.read(reading);
         }
+        self.begin_compares();
         if source {
             self.target_event(TargetEvent::Progress { written: progress.written, durable: progress.durable }, None);
         }

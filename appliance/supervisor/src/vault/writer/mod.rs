@@ -42,6 +42,7 @@ mod source;
 
 use super::{
     Command, Counters, GroupError, Marked, Phase, Shared,
+    compare::ComparePool,
     group::Live,
     inbox::{Inbox, Wait},
     jobs::JobPool,
@@ -102,6 +103,7 @@ pub struct Context {
     pub events: Arc<Events>,
     pub jobs: Arc<JobPool>,
     pub reads: Arc<ReadPool>,
+    pub compares: Arc<ComparePool>,
     /// Told when a record does not fit: who has to give up history is decided for all groups together.
     pub room_wanted: Arc<Notify>,
 }
@@ -234,6 +236,7 @@ fn refuse(command: Command, text: &str) {
             let _ = reply.send(Err(stopped()));
         }
         Command::Detach { .. }
+        | Command::Compared { .. }
         | Command::MustFree { .. }
         | Command::Share { .. }
         | Command::JobDone(_)
@@ -378,6 +381,8 @@ struct Writer<'a> {
     pending: VecDeque<Work>,
     waiters: VecDeque<Waiter>,
     reads: VecDeque<Reading>,
+    /// Comparisons of the connection that wait for everything before them to be durable.
+    compares: VecDeque<(Lsn, wire::Comparison)>,
     /// Outboxes with answers whose tasks are not woken yet.
     touched: Vec<Arc<Outbox>>,
     /// Of the connection whose work is in hand.
@@ -419,6 +424,7 @@ impl<'a> Writer<'a> {
             pending: VecDeque::new(),
             waiters: VecDeque::new(),
             reads: VecDeque::new(),
+            compares: VecDeque::new(),
             touched: Vec::new(),
             current: None,
             link: None,
@@ -513,7 +519,10 @@ impl<'a> Writer<'a> {
 
     /// Whether somebody waits for what is not there yet.
     fn wanted(&self, progress: &Progress) -> bool {
-        !self.waiters.is_empty() || self.reads.front().is_some_and(|r| r.lsn > progress.written) || self.closing
+        !self.waiters.is_empty()
+            || !self.compares.is_empty()
+            || self.reads.front().is_some_and(|r| r.lsn > progress.written)
+            || self.closing
     }
 
     /// How long there is nothing to do unless something comes; none: there is something.
@@ -548,6 +557,11 @@ impl<'a> Writer<'a> {
             Command::Detach { link } => {
                 if self.link.as_ref().is_some_and(|l| l.lane.id == link) {
                     self.drop_link();
+                }
+            }
+            Command::Compared { link, id, differ } => {
+                if self.link.as_ref().is_some_and(|l| l.lane.id == link) {
+                    self.target_event(TargetEvent::Compared { id, differ }, None);
                 }
             }
             Command::Mark { mark, reply } => self.pending.push_back(Work::Mark { mark, reply }),

@@ -62,6 +62,7 @@ impl Writer<'_> {
         let now = self.context.clock.wall_us();
         self.shared.change_live(|live| (live.link, live.link_lost_us) = (None, Some(now)));
         self.context.events.note(Event::StreamClosed, &self.shared.name, &link.lane.peer);
+        self.compares.clear();
         let before = self.pending.len();
         self.pending.retain(|work| !matches!(work, Work::Record { .. } | Work::SourceMark { .. }));
         if self.pending.len() != before {
@@ -77,6 +78,17 @@ impl Writer<'_> {
                 let work = |time| Work::Record { link: Arc::clone(link), header, payload: payload.clone(), time };
                 self.target_event(event, Some(&work));
             }
+        }
+    }
+
+    /// Hands on the comparisons before which everything is durable.
+    pub(super) fn begin_compares(&mut self) {
+        let durable = self.journal.progress().durable;
+        while let Some(link) = &self.link
+            && self.compares.front().is_some_and(|(lsn, _)| *lsn <= durable)
+            && let Some((_, ask)) = self.compares.pop_front()
+        {
+            self.context.compares.push(link.lane.id, ask, self.reader.clone(), self.inbox);
         }
     }
 
@@ -96,6 +108,10 @@ impl Writer<'_> {
                 }
                 TargetAction::AppendMark { mark, time, seq } => {
                     self.pending.push_front(Work::SourceMark { link: Arc::clone(&lane), mark, time, seq });
+                }
+                TargetAction::Compare(ask) => {
+                    self.compares.push_back((self.journal.progress().appended, ask));
+                    self.begin_compares();
                 }
                 TargetAction::SendAck(ack) => {
                     lane.outbox.put(0, |out| ack.encode(out));

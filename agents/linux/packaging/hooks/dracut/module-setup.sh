@@ -1,0 +1,19 @@
+#!/bin/bash
+# dracut module: capture begins before the root file system is writable. Becomes part of the next initramfs that is made (`dracut -f`).
+
+check() {
+    require_binaries /usr/bin/holdfast-agent || return 1
+    return 0
+}
+
+depends() {
+    return 0
+}
+
+install() {
+    inst_binary /usr/bin/holdfast-agent
+    inst_multiple -o mount grep timeout
+    inst_script /usr/share/holdfast-agent/early.sh /usr/share/holdfast-agent/early.sh
+    # shellcheck disable=SC2154 # dracut sets moddir
+    inst_hook pre-pivot 05 "$moddir/holdfast-early.sh"
+}
