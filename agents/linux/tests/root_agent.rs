@@ -274,7 +274,7 @@ fn root_a_clean_reboot_copies_only_what_was_written_on_the_way() {
                 assert_eq!(new, [GapReason::AgentRestart], "{early}\n{}", agent.log());
                 assert!(copied <= 448 << 10, "{copied} bytes were copied");
             }
-            _ => assert_eq!(new, [GapReason::Verify], "{early}\n{}", agent.log()),
+            _ => assert!(new.len() == 1 && early.contains("0 groups go on"), "{new:?} {early}\n{}", agent.log()),
         }
     }
 }
