@@ -95,6 +95,11 @@ struct World {
 }
 
 fn start(disk: &SimDisk) -> World {
+    start_keeping(disk, 0)
+}
+
+/// With room that is to be kept free on the disk.
+fn start_keeping(disk: &SimDisk, keep_free_mib: u64) -> World {
     let index = tempfile::tempdir().unwrap();
     let clock = Clock::start();
     let events = Arc::new(Events::new(clock));
@@ -102,7 +107,13 @@ fn start(disk: &SimDisk) -> World {
     let vault = Vault::start(VaultParts {
         root: index.path().to_owned(),
         disk: Arc::clone(&disk),
-        journal: JournalConfig { segment_mib: 1, prepared_ahead: 1, batch_kib: 256, ..JournalConfig::default() },
+        journal: JournalConfig {
+            segment_mib: 1,
+            prepared_ahead: 1,
+            batch_kib: 256,
+            keep_free_mib,
+            ..JournalConfig::default()
+        },
         clock,
         events: Arc::clone(&events),
         catalog: Arc::new(Catalog::open(disk).unwrap().0),
@@ -300,7 +311,8 @@ fn what_a_crash_left_half_made_or_half_deleted_is_finished() {
 #[test]
 fn groups_that_share_a_disk_give_up_history_by_priority() {
     let disk = SimDisk::new(9, ByteLen(64 << 20));
-    let world = start(&disk);
+    // With seven segments for a fold and two prepared ones 29 MiB: more than two histories leave, less than one does.
+    let world = start_keeping(&disk, 20);
     let make = |name: &str, id: u8, priority: u8| {
         let policy = GroupPolicy { priority, window_hours: 72, window_hours_floor: 0, ..GroupPolicy::default() };
         world.vault.create(GroupSpec { id: GroupId([id; 16]), name: name.into(), policy, ..spec() }).unwrap()
@@ -331,6 +343,11 @@ fn groups_that_share_a_disk_give_up_history_by_priority() {
     assert_eq!(floor(&high), Lsn::ZERO, "the group of high priority gave up history");
     // Neither lost a write by it: block b was written last in round 4992 + b, or 4928 + b where that is past the end.
     let want: Vec<u64> = (0..BLOCKS).map(|b| if 4992 + b < 5000 { 4992 + b } else { 4928 + b }).collect();
+    // And the one of high priority has its old moments still: LSN n + 2 is right behind round n.
+    for n in [64, 500, 2500, 4999] {
+        let then: Vec<u64> = (0..BLOCKS).map(|b| n - (n + BLOCKS - b) % BLOCKS).collect();
+        assert_eq!(versions(&high, &RecoveryPoint::Lsn(Lsn(n + 2))).1, then, "behind round {n}");
+    }
     for group in [&low, &high] {
         assert_eq!(versions(group, &RecoveryPoint::Latest).1, want, "{group:?}");
     }
