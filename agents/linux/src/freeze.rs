@@ -2,12 +2,19 @@
 //!
 //! A frozen file system blocks every writer of the host. So before anything is frozen a guard process is started that holds the mount
 //! points open and lets them go when the agent says so, when the agent dies (its end of a pipe closes), or after
-//! [`FREEZE_MAX`], whichever is first. It ends only with the pipe: a freeze that comes about later than that is ended too. The guard does nothing else: no log, no allocation on the way, no write to a file system.
+//! [`FREEZE_MAX`], whichever is first. It ends only with the pipe: a freeze that comes about later than that is ended too. The guard does
+//! nothing else: no log, no allocation on the way, no write to a file system.
+//!
+//! What somebody else froze is theirs to let go: the freeze is refused, and the guard is told by the number of the mount to leave
+//! that one alone. Until it is told it would let go: of the two mistakes, a host that hangs for ever is the worse one.
 
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::AsRawFd,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -36,6 +43,8 @@ pub enum FreezeError {
         #[source]
         source: io::Error,
     },
+    #[error("{} is frozen by somebody else already: wait for its end or let it go (fsfreeze -u), then try again", path.display())]
+    Foreign { path: PathBuf },
     #[error("nothing of this group is mounted: there is no file system to freeze; use --consistency crash")]
     NothingMounted,
 }
@@ -80,11 +89,10 @@ pub fn freeze_all(mounts: &[String]) -> Result<Frozen, FreezeError> {
 
 /// As [`freeze_all`], with the program that has [`GUARD_COMMAND`].
 pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeError> {
-    let open = |m: &String| File::open(m).map_err(|source| FreezeError::Open { path: m.into(), source });
-    let dirs: Vec<File> = mounts.iter().map(open).collect::<Result<_, _>>()?;
+    let (mounts, dirs) = one_of_each(mounts)?;
     let child = Command::new(program)
         .arg(GUARD_COMMAND)
-        .args(mounts)
+        .args(&mounts)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -98,15 +106,42 @@ pub fn freeze_with(program: &Path, mounts: &[String]) -> Result<Frozen, FreezeEr
     }
     // From when the guard counts, not from when the last one is frozen.
     let mut frozen = Frozen { dirs: Vec::new(), guard, since: Instant::now() };
-    for (dir, mount) in dirs.into_iter().zip(mounts) {
-        // Two mounts of one file system: it is frozen already.
+    for (number, (dir, mount)) in dirs.into_iter().zip(&mounts).enumerate() {
         match freeze(&dir) {
             Ok(()) => frozen.dirs.push(dir),
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                frozen.guard.leave_alone(number);
+                return Err(FreezeError::Foreign { path: mount.into() });
+            }
             Err(source) => return Err(FreezeError::Freeze { path: mount.into(), source }),
         }
     }
     Ok(frozen)
+}
+
+/// The mounts, opened, each file system once: a second freeze of ours would look like somebody else's.
+fn one_of_each(mounts: &[String]) -> Result<(Vec<String>, Vec<File>), FreezeError> {
+    let (mut seen, mut names, mut dirs) = (Vec::new(), Vec::new(), Vec::new());
+    for mount in mounts {
+        let wrong = |source| FreezeError::Open { path: mount.into(), source };
+        let dir = File::open(mount).map_err(wrong)?;
+        let device = dir.metadata().map_err(wrong)?.dev();
+        if !seen.contains(&device) {
+            seen.push(device);
+            names.push(mount.clone());
+            dirs.push(dir);
+        }
+    }
+    Ok((names, dirs))
+}
+
+impl Guard {
+    /// A guard that is gone has let go of it before: nothing can be done about that.
+    fn leave_alone(&mut self, number: usize) {
+        if let (Some(pipe), Ok(number)) = (self.child.stdin.as_mut(), u16::try_from(number)) {
+            let _ = pipe.write_all(&number.to_le_bytes());
+        }
+    }
 }
 
 impl Frozen {
@@ -142,22 +177,33 @@ impl Drop for Guard {
 
 /// What the guard process does. Opens everything, says that it is ready, waits, lets go.
 pub fn guard(mounts: &[PathBuf]) -> io::Result<()> {
-    let dirs: Vec<File> = mounts.iter().map(File::open).collect::<Result<_, _>>()?;
+    let mut dirs: Vec<Option<File>> = mounts.iter().map(|m| File::open(m).map(Some)).collect::<Result<_, _>>()?;
     let mut out = io::stdout();
     out.write_all(b"r")?;
     out.flush()?;
-    let mut wait = FREEZE_MAX;
+    // Not buffered: what lies in a buffer, poll does not see.
+    let mut pipe = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut until = Instant::now() + FREEZE_MAX;
     loop {
+        let wait = until.saturating_duration_since(Instant::now());
         let mut poll = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid entry. Whatever ends the wait, what follows is the same.
-        let ended = unsafe { libc::poll(&mut poll, 1, wait.as_millis() as i32) } > 0;
-        for dir in dirs.iter().rev() {
+        let said = unsafe { libc::poll(&mut poll, 1, wait.as_millis() as i32) } > 0;
+        let mut number = [0u8; 2];
+        let ours = said.then(|| pipe.read_exact(&mut number).is_ok());
+        if ours == Some(true) {
+            if let Some(dir) = dirs.get_mut(usize::from(u16::from_le_bytes(number))) {
+                *dir = None;
+            }
+            continue;
+        }
+        for dir in dirs.iter().flatten().rev() {
             let _ = thaw(dir);
         }
-        if ended {
+        if ours.is_some() {
             return Ok(());
         }
         // The agent still holds on: what it may freeze from now on is let go at once.
-        wait = Duration::from_millis(200);
+        until = Instant::now() + Duration::from_millis(200);
     }
 }

@@ -39,7 +39,9 @@ const HANDSHAKE: Duration = Duration::from_secs(15);
 /// Plain bytes are handed to TLS up to here; more waits in the queue.
 const STAGED_MAX: usize = 512 << 10;
 const BACKOFF_MIN_MS: u64 = 500;
-const BACKOFF_MAX_MS: u64 = 30_000;
+/// A box that is back is found within this, and as long an agent knows nothing of it; a thousand hosts are two hundred greetings a
+/// second then, which it can bear.
+const BACKOFF_MAX_MS: u64 = 5_000;
 /// After a refusal that will not go away by itself.
 const BACKOFF_REFUSED_MS: u64 = 60_000;
 

@@ -445,6 +445,32 @@ fn root_a_guard_thaws_when_the_agent_dies() {
 }
 
 #[test]
+fn root_a_freeze_of_somebody_else_is_left_to_them() {
+    if !root("foreign freeze") {
+        return;
+    }
+    let (ours, theirs) = (Loop::new(64), Loop::new(64));
+    let mut mounts = Vec::new();
+    for disk in [&ours, &theirs] {
+        run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+        mounts.push(Mount::new(&disk.device).unwrap());
+    }
+    let names: Vec<String> = mounts.iter().map(|m| m.at.display().to_string()).collect();
+    run("fsfreeze", &["--freeze", &names[1]]);
+    let refused = agent_linux::freeze::freeze_with(std::path::Path::new(common::agent::BIN), &names);
+    let said = refused.err().map(|e| e.to_string());
+    // By now the guard has ended: who froze can still let go, and ours is let go already.
+    let theirs_held = std::process::Command::new("fsfreeze").args(["--unfreeze", &names[1]]).output().unwrap();
+    std::fs::write(mounts[0].at.join("x"), b"y").unwrap();
+    assert!(said.as_ref().is_some_and(|s| s.contains(&names[1]) && s.contains("fsfreeze -u")), "{said:?}");
+    assert!(theirs_held.status.success(), "their freeze was let go: {theirs_held:?}");
+    // Two mounts of one file system are frozen once, and both are ours.
+    let twice = vec![names[0].clone(), names[0].clone()];
+    drop(agent_linux::freeze::freeze_with(std::path::Path::new(common::agent::BIN), &twice).unwrap());
+    std::fs::write(mounts[0].at.join("x"), b"z").unwrap();
+}
+
+#[test]
 fn root_a_disk_that_is_not_what_it_was_is_refused_by_name() {
     if !root("replaced disk") {
         return;
