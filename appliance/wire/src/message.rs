@@ -6,7 +6,7 @@
 //! | version | what it brought |
 //! |---|---|
 //! | 1 | everything but what follows |
-//! | 2 | `Compare` and `Compared`, on stream connections |
+//! | 2 | `Compare` and `Compared`, on stream connections; `ReadBack` and `ReadBackDone`, on the control connection |
 
 use crate::ack::Credit;
 use crate::compare::Comparison;
