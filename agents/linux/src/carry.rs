@@ -339,6 +339,9 @@ pub fn add_to_state(record: &GroupRecord, state: &[u8], since: Vec<(VolumeId, Ex
     Ok(source.final_state().0)
 }
 
+/// A group and whether it is carried over; else why not.
+pub type WrittenOut = (GroupId, Result<(), String>);
+
 /// The shutdown hook's work. Answers what was written for each group, or why not. `called`: the name under which the boot that ends
 /// is remembered.
 pub fn write_out(
@@ -347,7 +350,7 @@ pub fn write_out(
     boot_id: &str,
     called: &str,
     capture: &mut dyn Capture,
-) -> Result<Vec<(GroupId, Result<(), String>)>, CarryError> {
+) -> Result<Vec<WrittenOut>, CarryError> {
     let plan: Plan = get_json(&plan_path(run))?.ok_or(CarryError::NoPlan)?;
     if plan.boot_id != boot_id {
         return Err(CarryError::NoPlan);

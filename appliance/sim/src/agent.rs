@@ -252,7 +252,7 @@ impl Agent {
             *around.connection = Some(Connection::new(number, self.rng.below(30)));
             self.connection = Some(number);
             // A box of last year does not compare.
-            self.on(Event::BoxCompares(around.seed % 4 > 0), around)?;
+            self.on(Event::BoxCompares(!around.seed.is_multiple_of(4)), around)?;
             self.on(Event::Connected, around)?;
         }
         self.on(Event::Tick, around)
