@@ -78,7 +78,6 @@ pub const TOOLS: &[Tool] = &[
         needed_by: &[Test],
     },
     Tool { name: "dmsetup", package: "dmsetup", used_for: "volumes in guests", needed_by: &[Test] },
-    Tool { name: "lvm", package: "lvm2", used_for: "volumes in guests", needed_by: &[Test] },
     Tool { name: "busybox", package: "busybox-static", used_for: "guests' user land", needed_by: &[Test] },
     Tool { name: "cpio", package: "cpio", used_for: "guests' initramfs", needed_by: &[Test] },
     Tool { name: "modprobe", package: "kmod", used_for: "guests' kernel modules", needed_by: &[Test] },
