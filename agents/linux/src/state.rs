@@ -264,6 +264,15 @@ impl StateDir {
         write().map_err(io_error("store", &path))
     }
 
+    /// What the agent before left in this boot is not to be gone on with.
+    pub fn forget_run(&self, group: GroupId) -> Result<(), StateError> {
+        let path = self.run_path(group);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(io_error("remove", &path)),
+        }
+    }
+
     /// The state as the agent before left it, if that was in this boot.
     pub fn load_run(&self, group: GroupId, boot_id: &str) -> Option<RunState> {
         let bytes = fs::read(self.run_path(group)).ok()?;

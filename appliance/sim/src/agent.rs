@@ -86,9 +86,17 @@ pub(crate) struct Surviving {
     pub(crate) state: Option<Vec<u8>>,
     /// Stored now and then for the time after a reboot.
     pub(crate) boot: Option<Vec<u8>>,
-    /// The host crashed: what was written last is not known.
+    /// The host crashed, and no state that knows of it is stored: what was written last is not known.
     pub(crate) tail_lost: bool,
     pub(crate) streams: u64,
+}
+
+impl Surviving {
+    /// A state of this boot: it knows of what the crash before lost.
+    fn store(&mut self, state: Vec<u8>) {
+        self.state = Some(state);
+        self.tail_lost = false;
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -156,9 +164,10 @@ impl Agent {
         let config = Self::config(around, &mut rng);
         let mut actions = Vec::new();
         let at = now(around.now_ms);
+        let missed = around.surviving.tail_lost.then_some((GapReason::Verify, Lost::Everything));
         let restored = match around.surviving.state.clone() {
             Some(state) => Some(
-                Source::restore(config.clone(), &state, at, &mut actions)
+                Source::restore_after(config.clone(), &state, missed.as_ref(), at, &mut actions)
                     .map_err(|source| around.trace.fail(FailureKind::StoredState { source }))?,
             ),
             None => None,
@@ -199,9 +208,6 @@ impl Agent {
             counts: AgentCounts { clean_restarts: clean, unclean_restarts: unclean, ..AgentCounts::default() },
         };
         agent.carry_out(around)?;
-        if std::mem::take(&mut around.surviving.tail_lost) {
-            agent.on(Event::CaptureLost { id: 0, reason: GapReason::Verify, what: Lost::Everything }, around)?;
-        }
         Ok(agent)
     }
 
@@ -215,7 +221,7 @@ impl Agent {
             if let Waiting::Store { state, .. } = waiting
                 && self.rng.one_in(2)
             {
-                surviving.state = Some(state);
+                surviving.store(state);
             }
         }
         self.counts()
@@ -224,7 +230,7 @@ impl Agent {
     /// Stops in order, if it can be done without a gap.
     pub(crate) fn stop(self, surviving: &mut Surviving) -> (AgentCounts, bool) {
         let (state, clean) = self.source.final_state();
-        surviving.state = Some(state);
+        surviving.store(state);
         (self.counts(), clean)
     }
 
@@ -371,7 +377,7 @@ impl Agent {
         });
         for (event, state) in events {
             if let Some(state) = state {
-                around.surviving.state = Some(state);
+                around.surviving.store(state);
                 self.counts.stores += 1;
             }
             self.on(event, around)?;

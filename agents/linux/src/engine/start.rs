@@ -3,14 +3,14 @@
 use super::group::{self, Group, Running, VolumeAt};
 use super::{Engine, EngineError, Input, READERS};
 use crate::{
-    capture::{CaptureError, Captured, LostWhy, Target, TargetId},
+    capture::{CaptureError, Captured, DevNo, LostWhy, Target, TargetId},
     config::Config,
     disks::{Class, Device, Disks, identity::Same},
     extents,
     link::LinkId,
     reader::{self, Pool},
     spool::Spool,
-    state::{GroupRecord, VolumeRecord},
+    state::{GroupRecord, StateError, VolumeRecord},
 };
 use model::{ByteLen, Extent, GapReason, StreamId, SyncMode};
 use replication::{Lost, Source, SourceConfig};
@@ -165,6 +165,12 @@ impl Before {
     fn covers(&self, target: TargetId, range: &Extent) -> bool {
         self.resumed && self.targets.iter().any(|(id, t)| *id == target && t.ranges.iter().any(|r| r.contains(range)))
     }
+
+    /// The same for a disk that has not been told to the kernel half again yet.
+    fn covers_range(&self, disk: DevNo, sectors: u64, range: &Extent) -> bool {
+        let same = |t: &Target| t.disk == disk && t.sectors == sectors;
+        self.resumed && self.targets.iter().any(|(_, t)| same(t) && t.ranges.iter().any(|r| r.contains(range)))
+    }
 }
 
 impl Engine {
@@ -222,8 +228,11 @@ impl Engine {
         for (i, volumes) in &all {
             self.place_spool(&disks, *i, volumes);
         }
-        if let Err(e) = self.tell_targets(&disks, &mut all) {
-            let why = crate::error_chain(&e);
+        let told = match self.forget_uncovered(&disks, &all, &before) {
+            Ok(()) => self.tell_targets(&disks, &mut all).map_err(|e| crate::error_chain(&e)),
+            Err(e) => Err(crate::error_chain(&e)),
+        };
+        if let Err(why) = told {
             for (i, _) in &all {
                 self.groups[*i].stopped = why.clone();
             }
@@ -386,13 +395,10 @@ impl Engine {
         }
         let config = source_config(&self.config, &self.groups[i].record, spool_max);
         let mut actions = Vec::new();
-        let (source, lost) = self.make_source(i, config, new, &volumes, before, &mut actions)?;
+        let source = self.make_source(i, config, new, &volumes, before, &mut actions)?;
         let link = self.link(LinkId::Stream(id))?;
         let mut running = Running::new(source, spool, link, volumes, spool_max, note);
         running.begin(&mut self.ctx, id, actions);
-        if let Some((reason, what)) = lost {
-            running.report_loss(&mut self.ctx, id, reason, what);
-        }
         let rate = if self.config.copy_schedule.is_empty() { self.config.copy_mib_s } else { self.copy_mib_s };
         running.on(&mut self.ctx, id, super::copy_rate(rate));
         self.groups[i].running = Some(running);
@@ -400,8 +406,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The machine as it was, if that can be gone on with; else a new stream. Beside it: what must be copied because nobody saw what
-    /// happened to it.
+    /// The machine as it was, if that can be gone on with, with what must be copied because nobody saw what happened to it; else a new
+    /// stream.
     fn make_source(
         &mut self,
         i: usize,
@@ -410,7 +416,7 @@ impl Engine {
         volumes: &[VolumeAt],
         before: &Before,
         actions: &mut Vec<replication::Action>,
-    ) -> Result<(Source, Option<(GapReason, Lost)>), EngineError> {
+    ) -> Result<Source, EngineError> {
         let id = self.groups[i].id();
         let now = group::now();
         let fresh = |config: SourceConfig, actions: &mut Vec<replication::Action>| -> Result<Source, EngineError> {
@@ -418,7 +424,7 @@ impl Engine {
             Ok(Source::new(config, stream, None, now, actions))
         };
         if new {
-            return Ok((fresh(config, actions)?, None));
+            return fresh(config, actions);
         }
         let run = self.ctx.state.load_run(id, &self.ctx.boot_id);
         let carried = self.carried.iter().position(|(group, _)| *group == id).map(|at| self.carried.swap_remove(at).1);
@@ -429,26 +435,47 @@ impl Engine {
         let same_boot = run.is_some() || carried.is_some();
         let Some(stored) = run.map(|r| r.source).or(carried).or_else(|| self.ctx.state.load_boot(id)) else {
             tracing::warn!(group = %id, "nothing is stored of this group: everything is copied");
-            return Ok((fresh(config, actions)?, None));
-        };
-        let source = match Source::restore(config.clone(), &stored, now, actions) {
-            Ok(source) => source,
-            Err(e) => {
-                tracing::warn!(group = %id, error = %crate::error_chain(&e), "the stored state of this group cannot be used: everything is copied");
-                actions.clear();
-                return Ok((fresh(config, actions)?, None));
-            }
+            return fresh(config, actions);
         };
         let missed: Vec<_> = volumes
             .iter()
             .filter(|v| !same_boot || !before.covers(v.target, &v.range))
             .map(|v| (v.id, Extent::new(0, v.range.sectors.0)))
             .collect();
-        if missed.is_empty() {
-            return Ok((source, None));
+        let count = missed.len();
+        let missed = (count > 0).then_some((GapReason::Verify, Lost::Extents(missed)));
+        match Source::restore_after(config.clone(), &stored, missed.as_ref(), now, actions) {
+            Ok(source) => {
+                if count > 0 {
+                    tracing::warn!(group = %id, volumes = count, same_boot, "what was written while nobody captured is not known: it is copied");
+                }
+                Ok(source)
+            }
+            Err(e) => {
+                tracing::warn!(group = %id, error = %crate::error_chain(&e), "the stored state of this group cannot be used: everything is copied");
+                actions.clear();
+                fresh(config, actions)
+            }
         }
-        tracing::warn!(group = %id, volumes = missed.len(), same_boot, "what was written while nobody captured is not known: it is copied");
-        Ok((source, Some((GapReason::Verify, Lost::Extents(missed)))))
+    }
+
+    /// Forgets what the agent before stored in this boot of groups whose writes somebody missed, **before** capture begins for them: should we
+    /// die right after that, the next agent finds capture there and would take the old state for whole.
+    fn forget_uncovered(
+        &self,
+        disks: &Disks,
+        all: &[(usize, Vec<VolumeAt>)],
+        before: &Before,
+    ) -> Result<(), StateError> {
+        let covered = |v: &VolumeAt| {
+            disks.get(&v.disk).is_some_and(|disk| before.covers_range(disk.number, disk.sectors, &v.range))
+        };
+        for (i, volumes) in all {
+            if !volumes.iter().all(covered) {
+                self.ctx.state.forget_run(self.groups[*i].id())?;
+            }
+        }
+        Ok(())
     }
 
     /// Extents that were left out of capture before and are not any more may hold something else now.

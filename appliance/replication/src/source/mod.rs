@@ -308,6 +308,18 @@ impl Source {
     /// Goes on after the agent was restarted, from the newest state that [`Action::Persist`] (or [`Source::final_state`]) stored.
     /// `config` says the volumes as they are now; what was added, resized or replaced is copied.
     pub fn restore(config: SourceConfig, state: &[u8], now: Now, out: &mut Vec<Action>) -> Result<Self, StateError> {
+        Self::restore_after(config, state, None, now, out)
+    }
+
+    /// As [`restore`](Self::restore), when writes were missed since the state was stored. They are in the first state that is stored
+    /// from now on: told by an event afterwards, they would be forgotten if the agent died between the two.
+    pub fn restore_after(
+        config: SourceConfig,
+        state: &[u8],
+        missed: Option<&(GapReason, Lost)>,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) -> Result<Self, StateError> {
         let stored = Stored::decode(state)?;
         if stored.group != config.group {
             return Err(StateError::OtherGroup { wanted: config.group, had: stored.group });
@@ -319,12 +331,24 @@ impl Source {
             same &= unchanged;
             maps.push(map);
         }
+        match missed {
+            None => {}
+            Some((_, Lost::Everything)) => maps.iter_mut().for_each(GranuleMap::set_all),
+            Some((_, Lost::Extents(extents))) => {
+                for (volume, extent) in extents {
+                    if let Some(at) = config.volumes.iter().position(|v| v.id == *volume) {
+                        let run = maps[at].touching(extent);
+                        maps[at].set(run);
+                    }
+                }
+            }
+        }
         let clean = stored.clean.filter(|_| same && maps.iter().all(GranuleMap::is_empty));
         let gap = clean.is_none().then_some(Gap {
             reason: match () {
                 () if !stored.synced_once => GapReason::InitialSync,
                 () if !same => GapReason::VolumeChanged,
-                () => GapReason::AgentRestart,
+                () => missed.map_or(GapReason::AgentRestart, |(reason, _)| *reason),
             },
             since: None,
             phase: Phase::Marking,
