@@ -105,6 +105,9 @@ pub struct Token {
     pub token: String,
     pub expires_us: u64,
     pub ca_fingerprint: String,
+    /// Where agents connect, as the box listens.
+    #[serde(default)]
+    pub listen: Option<String>,
 }
 
 #[derive(Deserialize, Debug, Default)]

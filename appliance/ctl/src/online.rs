@@ -227,8 +227,9 @@ fn host(client: &Client, command: HostCommand) -> anyhow::Result<()> {
             }
             let token: api::Token = serde_json::from_value(answer).context("holdfastd's token is not understood")?;
             let expires = Clock::local().show_seconds(token.expires_us);
+            let port = token.listen.as_deref().and_then(|listen| listen.rsplit(':').next()).unwrap_or("7440");
             print(&format!(
-                "{}\n\nvalid once, until {expires}; on the host:\n  holdfast-agent enrol --box THIS-BOX:7440 --token {}\n\
+                "{}\n\nvalid once, until {expires}; on the host:\n  holdfast-agent enrol --box THIS-BOX:{port} --token {}\n\
                  CA fingerprint (part of the token): {}\n",
                 token.token, token.token, token.ca_fingerprint
             ))

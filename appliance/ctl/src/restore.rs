@@ -12,7 +12,7 @@ use crate::{
 use anyhow::Context as _;
 use http::Method;
 use model::ByteLen;
-use std::{os::unix::net::UnixStream, process::Command, time::Instant};
+use std::{io::IsTerminal, os::unix::net::UnixStream, process::Command, time::Instant};
 
 /// We connect to the view at once and close it at the end: one that nobody has open is left by a restore that was killed.
 const IDLE_MINUTES: u64 = 5;
@@ -89,7 +89,11 @@ fn copy_raw(socket: &str, export: &str, target: &mut Target) -> anyhow::Result<C
 fn convert(uri: &str, size: ByteLen, target: &Target) -> anyhow::Result<Copied> {
     let image = target.image_path()?;
     let mut command = Command::new("qemu-img");
-    command.args(["convert", "-p", "-f", "raw", "-O", "qcow2", uri]).arg(image);
+    command.arg("convert");
+    if std::io::stdout().is_terminal() {
+        command.arg("-p"); // its bar; in a file it would be one long line
+    }
+    command.args(["-f", "raw", "-O", "qcow2", uri]).arg(image);
     let status =
         command.status().context("qemu-img makes the qcow2 image, and cannot be started (package qemu-utils)")?;
     anyhow::ensure!(status.success(), "qemu-img could not make the image ({status})");

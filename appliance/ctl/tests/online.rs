@@ -237,9 +237,8 @@ fn requests_are_what_the_box_expects() {
     let fake = FakeBox::new(Box::new(|seen| match seen.line.as_str() {
         "GET /groups" => ok(json!([group(&[])])),
         "GET /groups/web1" => ok(group(&[])),
-        "POST /tokens" => {
-            ok(json!({ "token": "TOKEN", "expires_us": 1_763_807_400_000_000u64, "ca_fingerprint": "ab" }))
-        }
+        "POST /tokens" => ok(json!({ "token": "TOKEN", "expires_us": 1_763_807_400_000_000u64, "ca_fingerprint": "ab",
+              "listen": "[::]:17440" })),
         "GET /hosts" => ok(json!([{ "id": "7", "name": "web1", "connected": true, "revoked": false }])),
         "GET /ingest-targets" => ok(json!([
             { "export_name": "vm-system", "volume_name": "system", "bytes": 1 << 20,
@@ -255,7 +254,8 @@ fn requests_are_what_the_box_expects() {
         }
         _ => ok(Value::Null),
     }));
-    assert!(good(fake.run(&["host", "token", "--name", "web1", "--minutes", "5"])).contains("holdfast-agent enrol"));
+    let said = good(fake.run(&["host", "token", "--name", "web1", "--minutes", "5"]));
+    assert!(said.contains("holdfast-agent enrol --box THIS-BOX:17440"), "{said}");
     assert_eq!(fake.body_of("POST /tokens"), json!({ "host_name": "web1", "valid_minutes": 5 }));
     assert!(good(fake.run(&["host", "list"])).contains("connected"));
     good(fake.run(&["host", "revoke", "web 1"]));

@@ -119,7 +119,8 @@ async fn make_token(app: &Arc<App>, wish: TokenWish) -> Result {
         app.catalog.change(|data| data.add_token(entry, now_us)).map_err(change_error)?;
         app.events.note(Event::TokenMade, "", format!("valid for {minutes} minutes"));
         let token = EnrolToken { secret, ca_fingerprint }.to_string();
-        Ok(ok(&json!({ "token": token, "expires_us": expires_us, "ca_fingerprint": print })))
+        let listen = app.listen.to_string();
+        Ok(ok(&json!({ "token": token, "expires_us": expires_us, "ca_fingerprint": print, "listen": listen })))
     })
     .await?
 }
