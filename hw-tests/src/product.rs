@@ -9,10 +9,16 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::{
+    collections::hash_map::RandomState,
     env, fs,
+    hash::{BuildHasher, Hasher},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -64,9 +70,35 @@ impl Binaries {
     }
 }
 
-/// A port that was free a moment ago. Kept by its user over restarts, so it cannot be left to the kernel each time.
+/// A port for a listener that must have the same one again after a restart, so that it cannot be left to the kernel each time.
+///
+/// Taken from below the range the kernel gives to outgoing connections: a port out of that range, free a moment ago, is often the
+/// source port of somebody's connection when the listener starts, and again whenever the listener is away. Programs of one machine
+/// that look for one at the same time begin at different places, and none is given twice by one process.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    const FIRST: u32 = 10_240;
+    static NEXT: OnceLock<AtomicU32> = OnceLock::new();
+    let end = outgoing_ports_begin()?;
+    let count = end.checked_sub(FIRST).filter(|n| *n >= 1024).with_context(|| {
+        format!("outgoing connections may use ports from {end} on: leave some above {FIRST} with sysctl net.ipv4.ip_local_port_range")
+    })?;
+    let next = NEXT.get_or_init(|| AtomicU32::new(RandomState::new().build_hasher().finish() as u32));
+    for _ in 0..count {
+        let port = FIRST + next.fetch_add(1, Relaxed) % count;
+        let port = u16::try_from(port).context("a port above 65535")?;
+        // Every address of the machine: the box may listen on one that guests reach.
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no free port from {FIRST} to {end}")
+}
+
+/// The first port the kernel may give to an outgoing connection.
+fn outgoing_ports_begin() -> Result<u32> {
+    const FILE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let text = fs::read_to_string(FILE).with_context(|| format!("read {FILE}"))?;
+    text.split_whitespace().next().and_then(|n| n.parse().ok()).with_context(|| format!("{FILE} says {text:?}"))
 }
 
 /// A box in a folder, on loopback.
@@ -482,4 +514,20 @@ fn toml_text(path: &Path) -> String {
 
 fn text_or_number(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_free_port_is_none_the_kernel_gives_to_connections_and_is_given_once() {
+        let end = outgoing_ports_begin().unwrap();
+        let ports: Vec<u16> = (0..50).map(|_| free_port().unwrap()).collect();
+        assert!(ports.iter().all(|p| u32::from(*p) < end), "{ports:?}");
+        let mut distinct = ports.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), ports.len(), "{ports:?}");
+    }
 }

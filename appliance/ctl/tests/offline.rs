@@ -82,7 +82,7 @@ impl Maker {
                 extent: Extent::new(lba, sectors),
                 codec: Codec::Raw,
                 payload,
-                payload_crc: crc32fast::hash(payload),
+                payload_crc: None,
                 time,
                 source_wall_us: time.0,
                 stream: STREAM,

@@ -126,7 +126,6 @@ fn run(disk: &Arc<dyn Disk>, writers: usize, size: usize, seconds: f64) -> Outco
 
     let begin = Instant::now();
     let payload = vec![0x5a; size];
-    let payload_crc = crc32fast::hash(&payload);
     let (mut seq, mut acked, mut open) = (0u64, 0u64, true);
     let mut pending: Option<u64> = None;
     while open || acked < seq {
@@ -160,7 +159,7 @@ fn run(disk: &Arc<dyn Disk>, writers: usize, size: usize, seconds: f64) -> Outco
                 extent: Extent::new(lba, size as u64 / 512),
                 codec: Codec::Raw,
                 payload: &payload,
-                payload_crc,
+                payload_crc: None,
                 time: HistoryTime(seq),
                 source_wall_us: 0,
                 stream: StreamId([1; 16]),

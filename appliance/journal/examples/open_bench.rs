@@ -101,7 +101,6 @@ fn append(journal: &mut Journal, record: &NewRecord<'_>) {
 }
 
 fn fill(journal: &mut Journal, count: u64, payload: &[u8]) {
-    let payload_crc = crc32fast::hash(payload);
     let sectors = payload.len() as u64 / 512;
     let mut rng = Rng(88172645463325252);
     journal.append_mark(&Mark::Consistent, HistoryTime(0), StreamId::default(), SourceSeq(0)).expect("appends");
@@ -114,7 +113,7 @@ fn fill(journal: &mut Journal, count: u64, payload: &[u8]) {
             extent: Extent::new(rng.below(VOLUME_SECTORS / 8 - 32) * 8, sectors),
             codec: Codec::Raw,
             payload,
-            payload_crc,
+            payload_crc: None,
             time: HistoryTime(seq * STEP_US),
             source_wall_us: 0,
             stream: StreamId([1; 16]),

@@ -92,8 +92,8 @@ pub struct NewRecord<'a> {
     pub codec: Codec,
     /// As stored, after `codec`; at most [`MAX_RECORD_BYTES`](crate::MAX_RECORD_BYTES).
     pub payload: &'a [u8],
-    /// CRC-32 (IEEE) of `payload`; checked before the record is taken.
-    pub payload_crc: u32,
+    /// CRC-32 (IEEE) of `payload` where its sender made one: checked before the record is taken. None: nobody did, and it is made here.
+    pub payload_crc: Option<u32>,
     /// Raised to that of the record before, should it be lower.
     pub time: HistoryTime,
     pub source_wall_us: u64,

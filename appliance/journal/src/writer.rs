@@ -312,8 +312,8 @@ impl Journal {
         if record.kind == RecordKind::Mark {
             return Err(AppendError::RawMark);
         }
-        self.check(record)?;
-        self.push(record, None)
+        let payload_crc = self.check(record)?;
+        self.push(record, payload_crc, None)
     }
 
     /// Takes a mark.
@@ -331,18 +331,18 @@ impl Journal {
             volume: VolumeId(0),
             extent: Extent::default(),
             codec: Codec::Raw,
-            payload_crc: crc32fast::hash(&payload),
+            payload_crc: None,
             payload: &payload,
             time,
             source_wall_us: 0,
             stream,
             seq,
         };
-        self.push(&record, Some(mark))
+        self.push(&record, crc32fast::hash(&payload), Some(mark))
     }
 
-    /// Whether the record may be written at all; what is written can always be read.
-    fn check(&self, record: &NewRecord<'_>) -> Result<(), AppendError> {
+    /// Whether the record may be written at all; what is written can always be read. Answers the checksum of its payload.
+    fn check(&self, record: &NewRecord<'_>) -> Result<u32, AppendError> {
         let (extent, len) = (record.extent, record.payload.len());
         if WriteFlags::from_bits(record.flags.0).is_none() {
             return Err(AppendError::Flags(record.flags.0));
@@ -360,7 +360,8 @@ impl Journal {
                 return Err(AppendError::Outside { volume: record.volume, extent, size });
             }
         }
-        if !is_possible(&self.record_of(record)) {
+        // What is possible does not depend on the checksum.
+        if !is_possible(&self.record_of(record, 0)) {
             let data = record.kind == RecordKind::Write && !extent.is_empty();
             return Err(if data { AppendError::Payload { extent } } else { AppendError::Shape });
         }
@@ -372,13 +373,13 @@ impl Journal {
             }
         }
         let found = crc32fast::hash(record.payload);
-        if found != record.payload_crc {
-            return Err(AppendError::PayloadCrc { given: record.payload_crc, found });
+        match record.payload_crc {
+            Some(given) if given != found => Err(AppendError::PayloadCrc { given, found }),
+            _ => Ok(found),
         }
-        Ok(())
     }
 
-    fn record_of(&self, record: &NewRecord<'_>) -> Record {
+    fn record_of(&self, record: &NewRecord<'_>, payload_crc: u32) -> Record {
         Record {
             lsn: self.appended.next(),
             kind: record.kind,
@@ -387,7 +388,7 @@ impl Journal {
             extent: record.extent,
             codec: record.codec,
             stored_len: record.payload.len() as u32,
-            payload_crc: record.payload_crc,
+            payload_crc,
             time: record.time.max(self.carry.time),
             source_wall_us: record.source_wall_us,
             stream: record.stream,
@@ -396,11 +397,11 @@ impl Journal {
         }
     }
 
-    fn push(&mut self, new: &NewRecord<'_>, mark: Option<&Mark>) -> Result<Lsn, AppendError> {
+    fn push(&mut self, new: &NewRecord<'_>, payload_crc: u32, mark: Option<&Mark>) -> Result<Lsn, AppendError> {
         self.healthy()?;
         let need = RECORD_HEADER + new.payload.len();
         self.make_room(need)?;
-        let record = self.record_of(new);
+        let record = self.record_of(new, payload_crc);
         let current = self.current.as_mut().expect("make_room opened a segment");
         let batch = self.batch.as_mut().expect("make_room began a batch");
         // A segment is at most 1 GiB, so offsets fit.

@@ -146,7 +146,7 @@ impl Store for JournalStore {
             extent: header.extent,
             codec: header.codec,
             payload,
-            payload_crc: header.payload_crc,
+            payload_crc: Some(header.payload_crc),
             time,
             source_wall_us: header.wall_us,
             stream,

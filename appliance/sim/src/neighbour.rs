@@ -135,7 +135,7 @@ impl Neighbour {
             extent,
             codec: Codec::Raw,
             payload: &payload,
-            payload_crc: wire::crc32(&payload),
+            payload_crc: None,
             time: now,
             source_wall_us: now.0,
             stream: StreamId::default(),

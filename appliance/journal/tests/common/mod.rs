@@ -195,7 +195,7 @@ pub fn append(journal: &mut Journal, entry: &Entry, seq: u64) -> Result<Lsn, App
         extent,
         codec,
         payload,
-        payload_crc: crc32fast::hash(payload),
+        payload_crc: Some(crc32fast::hash(payload)),
         time: HistoryTime(entry.time),
         source_wall_us: entry.time,
         stream: STREAM,

@@ -159,7 +159,7 @@ impl Writer<'_> {
             extent: header.extent,
             codec: header.codec,
             payload: &payload,
-            payload_crc: header.payload_crc,
+            payload_crc: Some(header.payload_crc),
             time,
             source_wall_us: header.wall_us,
             stream,
