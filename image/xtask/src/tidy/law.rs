@@ -21,7 +21,7 @@ const LAW: &[(&str, &[&str])] = &[
     ("takeover", &["journal", "nbd"]),
     ("agent-linux", &["durable", "wire", "nbd", "replication"]),
     ("ctl", &["durable", "journal", "nbd"]),
-    ("sim", &["durable", "wire", "journal", "replication", "pair", "update"]),
+    ("sim", &["durable", "wire", "journal", "replication", "pair", "takeover", "update"]),
     (
         "supervisor",
         &[
