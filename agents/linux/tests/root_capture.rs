@@ -2,7 +2,7 @@
 
 mod common;
 
-use agent_linux::capture::{Capture, Captured, LostWhy, Op, bpf::BpfCapture};
+use agent_linux::capture::{Capture, Captured, LostWhy, Mode, Op, TargetId, bpf::BpfCapture};
 use common::*;
 use model::Extent;
 use std::{
@@ -198,6 +198,95 @@ fn root_an_overflow_leaves_an_exact_dirty_map() {
     let mut again = Vec::new();
     drain(&mut capture, &mut again);
     assert!(!again.iter().any(|e| matches!(e, Captured::Lost { why: LostWhy::Overflow, .. })), "{again:?}");
+}
+
+/// Writes in random places, some of it synced at once.
+fn scatter(disk: &Loop, rng: &mut Rng, count: u64) {
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    for i in 0..count {
+        let (at, len) = (rng.below(60 << 20) / 4096 * 4096, (1 + rng.below(40)) * 4096);
+        file.write_all_at(&vec![(rng.below(255) + 1) as u8; len as usize], at).unwrap();
+        if i % 8 == 7 {
+            file.sync_all().unwrap();
+        }
+    }
+    file.sync_all().unwrap();
+}
+
+/// What was captured, put on `replica`; answers what has to be read again.
+fn replay(events: &[Captured], of: TargetId, replica: &mut [u8]) -> model::ExtentSet {
+    let mut lost = model::ExtentSet::new();
+    for event in events {
+        match event {
+            Captured::Request(r) if r.target == of => apply(replica, r),
+            Captured::Lost { target, extents, .. } if *target == of => extents.iter().for_each(|e| lost.insert(*e)),
+            _ => {}
+        }
+    }
+    lost
+}
+
+fn reread(lost: &model::ExtentSet, after: &[u8], replica: &mut [u8]) {
+    for extent in lost.iter() {
+        let (start, end) = (extent.lba.bytes() as usize, (extent.end() * 512).min(after.len() as u64) as usize);
+        replica[start..end].copy_from_slice(&after[start..end]);
+    }
+}
+
+/// A disk that is switched to marks has its writes told as places, exactly; the other disk's are captured as ever, and an agent that
+/// dies in between changes nothing.
+#[test]
+fn root_a_disk_switched_to_marks_tells_where_it_was_written() {
+    if !root("marks only") {
+        return;
+    }
+    let (marked, captured) = (Loop::new(64), Loop::new(64));
+    let pins = PinDir::new("marks");
+    let mut capture = start(&pins, 16, &marked);
+    let ids = capture.set_targets(&[marked.target(), captured.target()]).unwrap();
+    let seed = 20_261_122;
+    let mut rng = Rng::new(seed);
+    let (mut replica, mut other) = (marked.image(), captured.image());
+    capture.set_mode(ids[0], Mode::ExtentsOnly).unwrap();
+    let data = capture.counters().unwrap().bytes;
+    scatter(&marked, &mut rng, 60);
+    assert_eq!(capture.counters().unwrap().bytes, data, "data was copied");
+    // The next agent finds the mode and the marks.
+    drop(capture);
+    let mut capture = BpfCapture::start(&pins.options(16), None).unwrap();
+    scatter(&marked, &mut rng, 20);
+    scatter(&captured, &mut rng, 40);
+    let mut events = Vec::new();
+    drain(&mut capture, &mut events);
+    capture.flush_losses(&mut events).unwrap();
+    let after = marked.image();
+    let lost = replay(&events, ids[0], &mut replica);
+    for (granule, (now, then)) in after.chunks(65536).zip(replica.chunks(65536)).enumerate() {
+        let place = Extent::new(granule as u64 * 128, 128);
+        assert!(now == then || !lost.overlap(&place).is_empty(), "seed {seed}: {place:?} differs and is not marked");
+    }
+    reread(&lost, &after, &mut replica);
+    assert_eq!(first_difference(&replica, &after), None, "seed {seed}");
+    let none = replay(&events, ids[1], &mut other);
+    assert!(none.is_empty(), "the other disk lost {none:?}");
+    assert_eq!(first_difference(&other, &captured.image()), None, "seed {seed}: the other disk");
+
+    // Marked once more, and back to data: what is left of the marks comes, and then everything is captured again.
+    scatter(&marked, &mut rng, 10);
+    capture.set_mode(ids[0], Mode::Data).unwrap();
+    let mut events = Vec::new();
+    capture.flush_losses(&mut events).unwrap();
+    let lost = replay(&events, ids[0], &mut replica);
+    reread(&lost, &marked.image(), &mut replica);
+    capture.confirm_losses().unwrap();
+    scatter(&marked, &mut rng, 30);
+    let mut events = Vec::new();
+    drain(&mut capture, &mut events);
+    capture.flush_losses(&mut events).unwrap();
+    let none = replay(&events, ids[0], &mut replica);
+    assert!(none.is_empty(), "told again or lost: {none:?}");
+    assert_eq!(first_difference(&replica, &marked.image()), None, "seed {seed}");
+    capture.remove().unwrap();
 }
 
 #[test]

@@ -18,8 +18,8 @@
 //! as lost, never kept silently.
 
 use super::bpf::layout::{
-    E_COMPLETE, E_DATA, E_FAULT, E_FIRST, E_FUA, E_LAST, E_PREFLUSH, Event, OP_DISCARD, OP_FLUSH, OP_SECURE_ERASE,
-    OP_WRITE, OP_WRITE_ZEROES,
+    E_COMPLETE, E_DATA, E_FAULT, E_FIRST, E_FUA, E_LAST, E_MARKED, E_PREFLUSH, Event, OP_DISCARD, OP_FLUSH,
+    OP_SECURE_ERASE, OP_WRITE, OP_WRITE_ZEROES,
 };
 use super::{Captured, LostWhy, Op, Position, Request, RequestId, TargetId};
 use model::{Extent, MonoTime};
@@ -220,7 +220,8 @@ impl Assembler {
             return;
         }
         let Some(flight) = self.in_flight.get_mut(&event.rq) else {
-            if !extent.is_empty() {
+            // Marked: its issue was not recorded because nobody wanted it, and the marks tell of it.
+            if !extent.is_empty() && !event.has(E_MARKED) {
                 out.push(Captured::Lost { target, extents: vec![extent], why: LostWhy::Unmatched });
             }
             return;

@@ -43,6 +43,16 @@ pub struct Target {
     pub skips: Vec<Extent>,
 }
 
+/// What becomes of a disk's writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Mode {
+    /// They are copied and handed out.
+    #[default]
+    Data,
+    /// They are only marked, which costs the host and the agent next to nothing: see [`Capture::set_mode`].
+    ExtentsOnly,
+}
+
 /// What the backend calls a target; never given twice while the backend's kernel half lives.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct TargetId(pub u32);
@@ -163,6 +173,15 @@ pub trait Capture: Send {
     fn set_targets(&mut self, targets: &[Target]) -> Result<Vec<TargetId>, CaptureError>;
     /// What is captured now; after a restart with a kernel half that lived on, what the agent before had set.
     fn targets(&self) -> Vec<(TargetId, Target)>;
+    /// Changes what becomes of a disk's writes. A disk begins in [`Mode::Data`] and keeps its mode over [`Capture::set_targets`] and over
+    /// the agent's death.
+    ///
+    /// In [`Mode::ExtentsOnly`] writes are not handed out: their places (64 KiB pieces) come as [`Captured::Lost`], within a second
+    /// and before a later [`Capture::flush_losses`] returns, also of those that were under way when the mode changed. That is out of
+    /// order with everything else, so the caller must be in a gap of every group on the disk from before it asks for this mode until it
+    /// has asked for [`Mode::Data`] again and then handled what [`Capture::flush_losses`] hands out. Discards and zeroes are handed
+    /// out as ever; they carry no data.
+    fn set_mode(&mut self, target: TargetId, mode: Mode) -> Result<(), CaptureError>;
     /// Hands out what is there, up to about `budget` bytes. With `exact`, losses are handed out before anything that may depend on
     /// them; without (the caller is in a gap anyway and recovery points are not offered), they may come up to
     /// 100 ms later, but still before a later [`Capture::flush_losses`] returns.

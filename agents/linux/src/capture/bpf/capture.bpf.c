@@ -16,6 +16,10 @@
  * never seen (attached too late, recursion guard) still shows a completion without an issue, and that one too comes before
  * anything that depends on it.
  *
+ * A disk in MODE_MARKS has its writes marked and not copied: once at their issue and once at their completion, so that who takes the
+ * marks and reads the disk at any moment is told again of what reached it after. These marks are not counted as losses: they are looked
+ * for by who set the mode. Completions are still recorded, for the writes that were issued before the mode changed.
+ *
  * Written for `-mcpu=v2` and kernels from 5.8 on: no atomic fetch, no global functions, helpers by number, own declarations
  * of the kernel's types (CO-RE relocates them), no header of any package. What the verifier needs is remarked where it stands.
  * `event` and `layout.rs` describe the same bytes; change both.
@@ -132,6 +136,7 @@ struct event {
 #define E_PREFLUSH 16
 #define E_COMPLETE 32
 #define E_FAULT 64	/* a page could not be read: `len` bytes at `sector` must be read again */
+#define E_MARKED 128	/* completion in MODE_MARKS: its range is marked, whether its issue was recorded or not */
 #define E_OP_SHIFT 16
 
 #define OP_WRITE 1
@@ -159,6 +164,8 @@ struct {
 	__uint(max_entries, 1 << 26);
 } ring SEC(".maps");
 
+#define MODE_DATA 0
+#define MODE_MARKS 1	/* writes are not copied: their ranges are marked when they are issued and again when they complete */
 #define MAX_TARGETS 64	/* protected disks of one host */
 #define MAX_RANGES 8	/* protected partitions of one disk */
 #define MAX_SKIPS 256	/* extents of our own spool files on one disk; a power of two */
@@ -172,7 +179,7 @@ struct target {
 	u32 first_chunk;	/* of the dirty map */
 	u64 granules;
 	u32 by_bio;		/* has no request queue: captured by its bios */
-	u32 pad;
+	u32 mode;		/* MODE_* */
 	struct span ranges[MAX_RANGES];	/* only these are captured */
 	struct span skips[MAX_SKIPS];	/* a request wholly inside one of these is not; sorted, apart from each other */
 };
@@ -409,8 +416,11 @@ INLINE void lose_range(struct target *t, u64 sector, u64 bytes)
 	count_loss();
 }
 
-/* A lost range, by marks; when it is too long for that, as such. One call per program: the verifier walks it each time. */
-INLINE void lose(struct target *t, u64 sector, u64 bytes)
+/*
+ * A lost range, by marks; when it is too long for that, as such. One call per program: the verifier walks it each time. `quiet`: marked
+ * and not counted, for whoever looks at the marks without being told.
+ */
+INLINE void lose(struct target *t, u64 sector, u64 bytes, u32 quiet)
 {
 	u64 at = (sector << 9) >> GRANULE_SHIFT, end = ((sector << 9) + bytes + 65535) >> GRANULE_SHIFT;
 	if (end - at > MAX_MARKED) {
@@ -430,7 +440,8 @@ INLINE void lose(struct target *t, u64 sector, u64 bytes)
 		}
 		at++;
 	}
-	count_loss();
+	if (!quiet)
+		count_loss();
 }
 
 /* ---- one record without data ---- */
@@ -662,7 +673,10 @@ int hf_issue(u64 *ctx)
 		flags |= E_PREFLUSH;
 	n->requests++;
 	u32 lost = 0; /* bytes at the end of the request */
-	if (op == OP_WRITE) {
+	u32 quiet = op == OP_WRITE && t->mode == MODE_MARKS;
+	if (quiet) {
+		lost = total;
+	} else if (op == OP_WRITE) {
 		lost = copy(t, n, (u64)rq, READ(rq, bio), 0, sector, total, flags);
 	} else if (op == OP_WRITE_ZEROES) {
 		if (!put(t, n, (u64)rq, sector, total, total, flags | E_FIRST | E_LAST, 0))
@@ -675,7 +689,7 @@ int hf_issue(u64 *ctx)
 		lost = total;
 	}
 	if (lost)
-		lose(t, sector + ((total - lost) >> 9), lost);
+		lose(t, sector + ((total - lost) >> 9), lost, quiet);
 	return 0;
 }
 
@@ -699,8 +713,11 @@ int hf_complete(u64 *ctx)
 	u64 sector = READ(rq, __sector);
 	if (op != OP_DISCARD && op != OP_SECURE_ERASE && !wanted(t, sector, sector + ((bytes + 511) >> 9)))
 		return 0;
-	if (!put(t, n, (u64)rq, sector, bytes, READ(rq, __data_len), E_COMPLETE | op << E_OP_SHIFT, error))
-		lose(t, sector, bytes);
+	u32 flags = E_COMPLETE | op << E_OP_SHIFT, quiet = op == OP_WRITE && t->mode == MODE_MARKS;
+	if (quiet)
+		flags |= E_MARKED;
+	if (!put(t, n, (u64)rq, sector, bytes, READ(rq, __data_len), flags, error) || quiet)
+		lose(t, sector, bytes, quiet);
 	return 0;
 }
 
@@ -745,7 +762,10 @@ int hf_bio_queue(u64 *ctx)
 	if (map_update(&bios, &key, &state, 0))
 		n->drops++;
 	u32 lost = 0;
-	if (op == OP_WRITE) {
+	u32 quiet = op == OP_WRITE && t->mode == MODE_MARKS;
+	if (quiet) {
+		lost = total;
+	} else if (op == OP_WRITE) {
 		lost = copy(t, n, key, bio, 1, sector, total, flags);
 	} else if (op == OP_WRITE_ZEROES || op == OP_DISCARD || op == OP_SECURE_ERASE) {
 		if (!put(t, n, key, sector, total, total, flags | E_FIRST | E_LAST, 0))
@@ -755,7 +775,7 @@ int hf_bio_queue(u64 *ctx)
 		lost = total;
 	}
 	if (lost)
-		lose(t, sector + ((total - lost) >> 9), lost);
+		lose(t, sector + ((total - lost) >> 9), lost, quiet);
 	return 0;
 }
 
@@ -788,9 +808,11 @@ int hf_bio_complete(u64 *ctx)
 		if (!state.len || !wanted(t, state.sector, state.sector + ((state.len + 511) >> 9)))
 			return 0;
 	}
-	u32 flags = E_COMPLETE | op << E_OP_SHIFT;
-	if (!put(t, n, key, state.sector, state.len, state.len, flags, (i32)READ(bio, bi_status)))
-		lose(t, state.sector, state.len);
+	u32 flags = E_COMPLETE | op << E_OP_SHIFT, quiet = op == OP_WRITE && t->mode == MODE_MARKS;
+	if (quiet)
+		flags |= E_MARKED;
+	if (!put(t, n, key, state.sector, state.len, state.len, flags, (i32)READ(bio, bi_status)) || quiet)
+		lose(t, state.sector, state.len, quiet);
 	return 0;
 }
 

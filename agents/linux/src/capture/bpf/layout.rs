@@ -3,7 +3,7 @@
 use aya::Pod;
 
 /// Grows with every change of what a pinned kernel half and another version of the agent would understand differently.
-pub const ABI: u64 = 3;
+pub const ABI: u64 = 4;
 /// First cell of `meta`, with [`ABI`]: "HFBPF" in ASCII.
 pub const META_MAGIC: u64 = 0x4846_4250_4600_0000;
 /// Cells of `meta`.
@@ -35,6 +35,7 @@ pub const E_FUA: u32 = 8;
 pub const E_PREFLUSH: u32 = 16;
 pub const E_COMPLETE: u32 = 32;
 pub const E_FAULT: u32 = 64;
+pub const E_MARKED: u32 = 128;
 pub const E_OP_SHIFT: u32 = 16;
 
 pub const OP_WRITE: u32 = 1;
@@ -42,6 +43,10 @@ pub const OP_FLUSH: u32 = 2;
 pub const OP_DISCARD: u32 = 3;
 pub const OP_SECURE_ERASE: u32 = 5;
 pub const OP_WRITE_ZEROES: u32 = 9;
+
+/// Of a target: what becomes of its writes.
+pub const MODE_DATA: u32 = 0;
+pub const MODE_MARKS: u32 = 1;
 
 pub const EVENT_BYTES: usize = 48;
 
@@ -110,7 +115,7 @@ pub struct TargetValue {
     pub first_chunk: u32,
     pub granules: u64,
     pub by_bio: u32,
-    pub pad: u32,
+    pub mode: u32,
     pub ranges: [Span; MAX_RANGES],
     /// Sorted, and apart from each other: the kernel half looks by halves.
     pub skips: [Span; MAX_SKIPS],
@@ -126,7 +131,7 @@ impl Default for TargetValue {
             first_chunk: 0,
             granules: 0,
             by_bio: 0,
-            pad: 0,
+            mode: MODE_DATA,
             ranges: [none; MAX_RANGES],
             skips: [none; MAX_SKIPS],
         }

@@ -16,6 +16,10 @@
 //! by the kernel, 2 once handed out, and 0 again when the caller has confirmed that it is safe elsewhere: an agent that dies in between
 //! leaves it for the next one.
 //!
+//! **Marks only.** A disk can be switched to have its writes marked and not copied ([`Capture::set_mode`]): a flag in its entry of the
+//! map, so it holds from the next request on and beyond the agent's death. Such marks are not counted as losses (on a host with other disks
+//! every record of those would look like one after a loss) and are looked for once a second.
+//!
 //! **Disks without a request queue** (zram, pmem, the head of NVMe multipath; `bpf-bio`) are captured by a sister program where they are
 //! handed bios, into the same ring and so in the same order. It is loaded and pinned where the kernel has what it needs
 //! ([`bio_capture`]), and attached only while such a disk is captured: it looks at every bio of the host.
@@ -42,7 +46,9 @@ pub use btf::BtfError;
 pub use pins::{PIN_ROOT, Pins};
 
 use super::assemble::Assembler;
-use super::{Barrier, Capture, CaptureError, Captured, Counters, DevNo, LostWhy, Polled, Position, Target, TargetId};
+use super::{
+    Barrier, Capture, CaptureError, Captured, Counters, DevNo, LostWhy, Mode, Polled, Position, Target, TargetId,
+};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, ArrayOfMaps, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray},
@@ -65,6 +71,8 @@ use std::{
 pub const SELFTEST_PAGES: u32 = 8;
 /// Between two scans of the dirty map when the caller does not need losses in order.
 const SCAN_EVERY_MS: u64 = 100;
+/// The same for the marks of disks whose writes are only marked.
+const SCAN_MARKS_EVERY_MS: u64 = 1_000;
 /// Between two searches for requests that never complete.
 const STALE_EVERY_MS: u64 = 5_000;
 /// Between two looks whether disks with old requests are at rest.
@@ -112,6 +120,9 @@ pub struct BpfCapture {
     /// Marks handed out and not yet confirmed.
     unconfirmed: Vec<(TargetId, u64)>,
     last_scan: MonoTime,
+    last_marks: MonoTime,
+    /// A disk's mode has changed: all marks are to be handed out, whatever the count of losses says.
+    owed: bool,
     last_stale: MonoTime,
     last_settle: MonoTime,
     resting: Option<Resting>,
@@ -132,6 +143,7 @@ struct Held {
     target: Target,
     /// Captured by its bios.
     by_bio: bool,
+    mode: Mode,
     first_chunk: u32,
     /// The dirty map's maps of this disk, in order.
     chunks: Vec<ring::Mapping>,
@@ -466,6 +478,8 @@ impl BpfCapture {
             seen_big: seen,
             unconfirmed: Vec::new(),
             last_scan: MonoTime(0),
+            last_marks: MonoTime(0),
+            owed: false,
             last_stale: MonoTime(0),
             last_settle: MonoTime(0),
             resting: None,
@@ -490,7 +504,10 @@ impl BpfCapture {
                 skips: spans(&value.skips, value.skips_len),
             };
             let chunks = self.map_chunks(value.first_chunk, chunks_of(target.sectors))?;
-            let held = Held { target, by_bio: value.by_bio != 0, first_chunk: value.first_chunk, chunks };
+            let mode = if value.mode == MODE_MARKS { Mode::ExtentsOnly } else { Mode::Data };
+            // Should the agent before have died in the middle of a change of mode.
+            self.owed = true;
+            let held = Held { target, by_bio: value.by_bio != 0, mode, first_chunk: value.first_chunk, chunks };
             // Handed out to an agent that did not confirm: as good as new.
             for granule in marked(&held, 2) {
                 if let Some(cell) = held.cell(granule) {
@@ -552,7 +569,8 @@ impl BpfCapture {
             .find(|n| self.targets.keys().all(|k| k.0 as usize % MAX_TARGETS != *n as usize % MAX_TARGETS))
             .ok_or(CaptureError::TooManyDisks { asked: self.targets.len() + 1, max: MAX_TARGETS })?;
         self.meta.set(META_NEXT_ID, u64::from(id) + 1, 0).map_err(map_error("meta"))?;
-        let held = Held { target: target.clone(), by_bio: by_bio(target.disk), first_chunk: first, chunks };
+        let held =
+            Held { target: target.clone(), by_bio: by_bio(target.disk), mode: Mode::Data, first_chunk: first, chunks };
         self.write_target(TargetId(id), &held)?;
         self.targets.insert(TargetId(id), held);
         Ok(TargetId(id))
@@ -575,12 +593,19 @@ impl BpfCapture {
             first_chunk: held.first_chunk,
             granules: held.granules(),
             by_bio: u32::from(held.by_bio),
+            mode: if held.mode == Mode::ExtentsOnly { MODE_MARKS } else { MODE_DATA },
             ..TargetValue::default()
         };
         for (to, from) in value.ranges.iter_mut().zip(&t.ranges).chain(value.skips.iter_mut().zip(&skips)) {
             *to = Span { start: from.start(), end: from.end() };
         }
         self.targets_map.insert(key_of(t.disk), value, 0).map_err(map_error("targets"))
+    }
+
+    /// Returns when no program runs any more that was begun before: the kernel waits for that when a map of maps changes.
+    fn quiesce(&mut self, chunk: u32) -> Result<(), CaptureError> {
+        let same = self.dirty.get(&chunk, 0).map_err(map_error("dirty"))?;
+        self.dirty.set(chunk, &same, 0).map_err(map_error("dirty"))
     }
 
     /// Attaches what looks at bios while a disk needs it, and takes it away after.
@@ -614,6 +639,11 @@ impl BpfCapture {
         self.unconfirmed.retain(|(t, _)| *t != id);
         self.assembler.drop_target(id);
         Ok(())
+    }
+
+    /// Whether there may be marks that no loss was counted for.
+    fn marks_wanted(&self) -> bool {
+        self.owed || self.targets.values().any(|h| h.mode == Mode::ExtentsOnly)
     }
 
     fn losses_now(&self) -> u64 {
@@ -655,12 +685,13 @@ impl BpfCapture {
         self.told_passthrough = counters.passthrough;
     }
 
-    /// Hands out every mark of the dirty map that is not handed out yet, and the long losses.
-    fn scan(&mut self, out: &mut Vec<Captured>) -> Result<(), CaptureError> {
+    /// Hands out every mark of the dirty map that is not handed out yet, and the long losses. Disks whose writes are only marked have
+    /// marks all the time; without `all` they are left for later.
+    fn scan(&mut self, all: bool, out: &mut Vec<Captured>) -> Result<(), CaptureError> {
         // Count first, marks after: a loss in between is seen twice at worst.
         let losses = self.losses_now();
         let mut fresh = Vec::new();
-        for (id, held) in &self.targets {
+        for (id, held) in self.targets.iter().filter(|(_, h)| all || h.mode == Mode::Data) {
             let mut extents: Vec<Extent> = Vec::new();
             for granule in marked(held, 1) {
                 // A mark that the kernel sets between the look and the store is told by this very hand-out.
@@ -677,6 +708,7 @@ impl BpfCapture {
         self.unconfirmed.append(&mut fresh);
         self.scan_big(out)?;
         self.seen_losses = losses;
+        self.owed &= !all;
         Ok(())
     }
 
@@ -794,6 +826,25 @@ impl Capture for BpfCapture {
         Ok(ids)
     }
 
+    fn set_mode(&mut self, target: TargetId, mode: Mode) -> Result<(), CaptureError> {
+        let Some(mut held) = self.targets.remove(&target) else { return Ok(()) };
+        if held.mode == mode {
+            self.targets.insert(target, held);
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut held.mode, mode);
+        let written = self.write_target(target, &held);
+        if written.is_err() {
+            held.mode = before;
+        }
+        let chunk = held.first_chunk;
+        self.targets.insert(target, held);
+        written?;
+        // A program that still marks without counting must be over before the marks are looked for the last time.
+        self.owed = true;
+        self.quiesce(chunk)
+    }
+
     fn targets(&self) -> Vec<(TargetId, Target)> {
         self.targets.iter().map(|(id, h)| (*id, h.target.clone())).collect()
     }
@@ -826,7 +877,7 @@ impl Capture for BpfCapture {
                 if ahead && exact {
                     // The borrow of `bytes` has to end before the scan; losses are rare, so the copy does not matter.
                     let copy = data.to_vec();
-                    self.scan(out)?;
+                    self.scan(false, out)?;
                     self.assembler.event(&event, &copy, at, out);
                     // The caller opens a gap now and may not want the next loss in order: it is asked again.
                     more = true;
@@ -844,9 +895,13 @@ impl Capture for BpfCapture {
             self.assembler.give_up_unfinished(now, out);
         }
         let due = exact || now.ms_since(self.last_scan) >= SCAN_EVERY_MS;
-        if !more && due && self.losses_now() != self.seen_losses {
-            self.scan(out)?;
+        let marks = self.marks_wanted() && now.ms_since(self.last_marks) >= SCAN_MARKS_EVERY_MS;
+        if !more && (marks || (due && self.losses_now() != self.seen_losses)) {
+            self.scan(marks, out)?;
             self.last_scan = now;
+            if marks {
+                self.last_marks = now;
+            }
         }
         self.settle(now, out);
         if now.ms_since(self.last_stale) >= STALE_EVERY_MS {
@@ -858,7 +913,8 @@ impl Capture for BpfCapture {
     }
 
     fn flush_losses(&mut self, out: &mut Vec<Captured>) -> Result<(), CaptureError> {
-        if self.losses_now() == self.seen_losses { Ok(()) } else { self.scan(out) }
+        let marks = self.marks_wanted();
+        if self.losses_now() == self.seen_losses && !marks { Ok(()) } else { self.scan(marks, out) }
     }
 
     fn confirm_losses(&mut self) -> Result<(), CaptureError> {
