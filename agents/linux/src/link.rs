@@ -10,7 +10,7 @@
 
 use crate::{
     net::{self, DialError},
-    spool::Body,
+    spool::{Body, Scratch},
     tls,
 };
 use model::{Codec, GroupId, HostId, RecordKind, SourceSeq};
@@ -516,7 +516,7 @@ impl Worker {
         self.say(FromLink::Up { box_name, version });
         let mut packer = Packer::new().map_err(LinkError::Io)?;
         let mut waiting: std::collections::VecDeque<(Numbered, Body)> = std::collections::VecDeque::new();
-        let (mut staged, mut scratch) = (Vec::new(), Vec::new());
+        let (mut staged, mut scratch) = (Vec::new(), Scratch::default());
         loop {
             if self.stopped() {
                 conn.close();
@@ -585,7 +585,7 @@ fn encode(
     record: &Numbered,
     body: &Body,
     packer: &mut Packer,
-    scratch: &mut Vec<u8>,
+    scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) -> Result<(), LinkError> {
     let raw = body.read(scratch).map_err(|source| LinkError::Spool { seq: record.seq, source })?;

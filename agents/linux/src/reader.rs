@@ -123,7 +123,7 @@ fn read(job: &Job) -> io::Result<Data> {
 }
 
 /// Copying gives way to the host's own reads and writes where the scheduler knows priorities.
-fn low_priority() {
+pub(crate) fn low_priority() {
     const WHO_PROCESS: i32 = 1;
     const BEST_EFFORT_LOWEST: i32 = (2 << 13) | 7;
     // SAFETY: plain numbers; 0 is this thread. A refusal changes nothing.

@@ -658,18 +658,28 @@ fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
     agent.start();
     agent.protect(&disk);
     agent.settled();
-    assert_eq!(agent.group()["spool_note"], "");
+    let group = agent.group();
+    assert_eq!((&group["spool_note"], &group["spool_file_io"]), (&"".into(), &"direct".into()), "{group}");
+    assert!(group["spool_pieces_left_out"].as_u64() >= Some(1), "{group}");
+    // Filled ahead, in requests that are left out as well.
+    agent.wait("the file is filled", |a| a.group()["spool_file_filled_bytes"] == 64 << 20);
+    let captured = agent.group()["captured_bytes"].as_u64().unwrap();
+    assert!(captured < 32 << 20, "filling the file was captured: {captured}");
     fake.set(|k| &k.cut, true);
     agent.wait("disconnected", |a| a.group()["state"] == "disconnected");
     let data: Vec<u8> = (0..24u32 << 20).map(|i| (i / 4096 * 7) as u8 | 1).collect();
     std::fs::write(mount.at.join("data"), &data).unwrap();
     run("sync", &[]);
     agent.wait("the file is used", |a| a.group()["spool_file_bytes"].as_u64() > Some(8 << 20));
-    thread::sleep(Duration::from_millis(500));
+    // A write made after the spool's own: once it is seen, so would those be.
+    let before = agent.group()["captured_bytes"].as_u64().unwrap();
+    std::fs::write(mount.at.join("data"), &data).unwrap();
     run("sync", &[]);
-    thread::sleep(Duration::from_millis(500));
+    agent.wait("written again", |a| a.group()["captured_bytes"].as_u64() >= Some(before + (24 << 20)));
     let held = agent.group()["spool_bytes"].as_u64().unwrap();
-    assert!(held < 40 << 20, "the spool captured itself: {held}");
+    assert!(held < 64 << 20, "the spool captured itself: {held}");
+    let mib = agent.group()["captured_bytes"].as_u64().unwrap() >> 20;
+    assert!(mib < 80, "{mib} MiB were captured of 48 MiB written");
     fake.set(|k| &k.cut, false);
     agent.settled();
     assert_eq!(fake.group(|g| g.gaps.clone()), [GapReason::InitialSync]);
@@ -679,6 +689,53 @@ fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
     let copy = Loop::of_image(&fake.group(|g| g.images[0].clone()));
     let again = Mount::new(&copy.device).unwrap();
     assert!(std::fs::read(again.at.join("data")).unwrap() == data);
+}
+
+/// Two groups: the spool file of one lies on the disk that the other protects from then on. Then its blocks move.
+#[test]
+fn root_a_spool_file_that_moves_is_left_out_at_its_new_place() {
+    if !root("moved spool") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let (disk, other) = (Loop::new(192), Loop::new(32));
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mount = Mount::new(&disk.device).unwrap();
+    let settings = "ring_mib = 16\nmemory_mib = 64\nspool_memory_mib = 4\nspool_mib = 32";
+    let mut agent = Agent::new("movedspool", Some(mount.at.join("state")), settings);
+    agent.ok(&["enrol", "--box", &fake.address, "--token", &fake.token().to_string()]);
+    agent.start();
+    agent.connected();
+    agent.ok(&["protect", other.dev(), "--group", "other"]);
+    agent.wait("left out before anybody protects its disk", |a| a.group()["spool_pieces_left_out"].as_u64() >= Some(1));
+    agent.protect(&disk);
+    let group = |a: &Agent, name: &str| {
+        let status = a.status().unwrap_or_default();
+        let groups = status["groups"].as_array().cloned().unwrap_or_default();
+        groups.into_iter().find(|g| g["name"] == name).unwrap_or_default()
+    };
+    agent.wait("copied", |a| group(a, "g")["state"] == "replicating" && group(a, "g")["dirty_bytes"] == 0);
+    // The file of the same name lies elsewhere now, as after a move.
+    let id = group(&agent, "other")["id"].as_str().unwrap().to_owned();
+    let file = mount.at.join(format!("state/spool-{id}.bin"));
+    let filler = mount.at.join("filler");
+    std::fs::copy(&file, &filler).unwrap();
+    std::fs::rename(&filler, &file).unwrap();
+    run("sync", &[]);
+    agent.wait("the move is seen", |a| a.log().contains("the spool file lies elsewhere now"));
+    // What was left out at the old place is a part of the disk again: it is copied, and nothing differs but what is left out now.
+    agent.wait("copied again", |a| {
+        let g = group(a, "g");
+        g["state"] == "replicating" && g["dirty_bytes"] == 0 && g["spool_records"] == 0
+    });
+    // Where the file cannot be found any more, nothing is spilled.
+    std::fs::remove_file(&file).unwrap();
+    agent.wait("given up", |a| {
+        group(a, "other")["spool_note"].as_str().is_some_and(|n| n.contains("is not used any more"))
+    });
+    assert_eq!(group(&agent, "other")["spool_pieces_left_out"], 0);
+    agent.stop();
+    agent.ok(&["remove"]);
 }
 
 /// With the configuration as it is packaged, whatever the host does and however slow the box is.

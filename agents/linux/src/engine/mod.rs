@@ -20,6 +20,7 @@
 
 mod commands;
 mod group;
+mod spill;
 mod start;
 mod status;
 mod sync;
@@ -213,6 +214,7 @@ pub struct Engine {
     last_second: MonoTime,
     last_boot_store: MonoTime,
     last_retry: MonoTime,
+    last_spool_look: MonoTime,
     heartbeats: u64,
     stopping: bool,
     _lock: durable::DirLock,
@@ -292,6 +294,7 @@ impl Engine {
             // The first time after a minute.
             last_boot_store: MonoTime(now.0.saturating_sub((BOOT_STORE_MS - 60_000) * 1_000_000)),
             last_retry: now,
+            last_spool_look: now,
             heartbeats: 0,
             stopping: false,
             _lock: lock,
@@ -595,6 +598,7 @@ impl Engine {
         }
         self.give_up_pending(now);
         self.watch_mirrors(now);
+        self.watch_spools(now);
         if now.ms_since(self.last_retry) >= RETRY_STOPPED_MS {
             self.last_retry = now;
             if self.groups.iter().any(|g| g.running.is_none() && !g.record.sync)

@@ -6,10 +6,8 @@ use crate::{
     capture::{CaptureError, Captured, DevNo, LostWhy, Target, TargetId},
     config::Config,
     disks::{Class, Device, Disks, identity::Same},
-    extents,
     link::LinkId,
     reader::{self, Pool},
-    spool::Spool,
     state::{GroupRecord, StateError, VolumeRecord},
 };
 use model::{ByteLen, Extent, GapReason, StreamId, SyncMode};
@@ -225,8 +223,8 @@ impl Engine {
         order.sort_unstable();
         let mut all: Vec<(usize, Vec<VolumeAt>)> =
             order.into_iter().filter_map(|i| found.remove(&i).map(|v| (i, v))).collect();
-        for (i, volumes) in &all {
-            self.place_spool(&disks, *i, volumes);
+        for (i, _) in &all {
+            self.place_spool(&disks, *i);
         }
         let told = match self.forget_uncovered(&disks, &all, &before) {
             Ok(()) => self.tell_targets(&disks, &mut all).map_err(|e| crate::error_chain(&e)),
@@ -311,48 +309,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether ranges of disks overlap something that is protected, by groups that run or `volumes`.
-    fn overlaps_protected(&self, disk: &str, extents: &[Extent], volumes: &[VolumeAt]) -> bool {
-        let running = self.groups.iter().filter_map(|g| g.running.as_ref()).flat_map(|r| &r.volumes);
-        running
-            .chain(volumes)
-            .filter(|v| v.disk == disk)
-            .any(|v| extents.iter().any(|e| e.intersect(&v.range).is_some()))
-    }
-
-    /// Decides whether a group may have a spool file, and which extents are to be left out of capture for it.
-    fn place_spool(&mut self, disks: &Disks, i: usize, volumes: &[VolumeAt]) {
-        self.groups[i].record.skips.clear();
-        if self.config.spool_mib == 0 {
-            return;
-        }
-        let path = self.ctx.state.spool_path(self.groups[i].id());
-        let Ok(file) = crate::spool::open_spool_file(&path, self.config.spool_file().0) else { return };
-        if let Ok((disk, extents)) = extents::on_disk(disks, &file)
-            && self.overlaps_protected(&disk, &extents, volumes)
-        {
-            self.groups[i].record.skips = extents.iter().map(|e| (disk.clone(), e.start(), e.sectors.0)).collect();
-        }
-    }
-
-    /// Whether the state directory lies on a protected disk in a way that does not let its file be left out.
-    fn spool_would_feed_itself(&self, disks: &Disks, path: &std::path::Path, volumes: &[VolumeAt]) -> Option<String> {
-        let file = std::fs::File::open(path).ok()?;
-        let error = extents::on_disk(disks, &file).err()?;
-        if extents::in_memory(&file) {
-            return None;
-        }
-        let why = crate::error_chain(&error);
-        // Something layered: what it lies on decides.
-        use std::os::unix::fs::MetadataExt;
-        let dev = file.metadata().ok()?.dev();
-        let number = crate::capture::DevNo { major: libc::major(dev), minor: libc::minor(dev) };
-        let Some(device) = disks.by_number(number) else { return Some(why) };
-        let leaves = disks.resolve(std::slice::from_ref(&device.name)).ok().map(|r| r.leaves).unwrap_or_default();
-        let hit = leaves.is_empty() || leaves.iter().any(|l| self.overlaps_protected(&l.disk, &[l.range], volumes));
-        hit.then_some(why)
-    }
-
     /// Makes spool, machine and connection of a group whose targets are set. `new`: protected just now.
     pub(super) fn begin_group(
         &mut self,
@@ -362,37 +318,7 @@ impl Engine {
         new: bool,
     ) -> Result<(), EngineError> {
         let id = self.groups[i].id();
-        let mut spool = Spool::new(self.config.spool_memory().0);
-        let mut spool_max = spool.memory_max();
-        let mut note = String::new();
-        if self.config.spool_mib > 0 {
-            let path = self.ctx.state.spool_path(id);
-            let disks = Disks::here().unwrap_or_default();
-            let feeds = self.groups[i]
-                .record
-                .skips
-                .is_empty()
-                .then(|| self.spool_would_feed_itself(&disks, &path, &volumes))
-                .flatten();
-            match feeds {
-                Some(why) => {
-                    note = format!(
-                        "no spool file, because the state directory lies on a protected disk and cannot be left out: {why}"
-                    );
-                    let _ = std::fs::remove_file(&path);
-                }
-                None => {
-                    // A little more than is counted: payloads do not wrap at the file's end.
-                    match spool.add_file(&path, self.config.spool_file().0) {
-                        Ok(()) => spool_max += self.config.spool_file().0.saturating_sub(1 << 20),
-                        Err(e) => note = format!("no spool file: {}", crate::error_chain(&e)),
-                    }
-                }
-            }
-            if !note.is_empty() {
-                tracing::warn!(group = %id, %note, "spool");
-            }
-        }
+        let (spool, spool_max, note) = self.make_spool(i, &volumes);
         let config = source_config(&self.config, &self.groups[i].record, spool_max);
         let mut actions = Vec::new();
         let source = self.make_source(i, config, new, &volumes, before, &mut actions)?;
@@ -511,7 +437,7 @@ impl Engine {
         let before = self.before();
         self.groups.push(Group { record, running: None, stopped: String::new() });
         let i = self.groups.len() - 1;
-        self.place_spool(disks, i, &volumes);
+        self.place_spool(disks, i);
         let mut new = vec![(i, volumes)];
         if let Err(e) = self.tell_targets(disks, &mut new) {
             self.groups.pop();
