@@ -6,6 +6,7 @@
 mod group;
 mod id;
 mod mark;
+mod ownership;
 mod point;
 mod position;
 mod range;
@@ -15,6 +16,7 @@ mod time;
 pub use group::{Bound, GroupPolicy, GroupSpec, RiskReason, SyncMode, VolumeSpec};
 pub use id::{GroupId, HostId, ParseIdError, StreamId, VolumeId};
 pub use mark::{BookmarkName, BookmarkNameError, Consistency, GapReason, Mark};
+pub use ownership::Owner;
 pub use point::{ParsePointError, RecoveryPoint};
 pub use position::{Lsn, SourceSeq, Term, TimelineId};
 pub use range::{ByteLen, Extent, ExtentSet, Lba, SECTOR, Sectors};

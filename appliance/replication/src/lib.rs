@@ -4,6 +4,7 @@
 //! - [`Source`]: capture in, numbered stream out; gaps, copy, window, credits, sync gate, what survives an agent's death.
 //! - [`Target`]: numbered stream in, appends out; checks everything a hostile source could say, grants credits, keeps history time.
 //! - [`pressure()`]: how hard the agent may lean on its host.
+//! - [`ownership`]: who runs a host's services: the lease, on either side.
 //! - [`HistoryClock`]: the box's time of something captured on the host.
 //!
 //! # The protocol in one page
@@ -26,6 +27,7 @@
 
 mod clock;
 mod granules;
+pub mod ownership;
 mod pressure;
 #[cfg(test)]
 mod rng;

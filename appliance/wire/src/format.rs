@@ -16,6 +16,8 @@ pub const HOST_URI_PREFIX: &str = "holdfast:host:";
 pub const PROTOCOL_VERSIONS: &[u16] = &[2, 1];
 /// The first version that has [`Message::Compare`](crate::Message::Compare).
 pub const VERSION_COMPARE: u16 = 2;
+/// The first version that has leases, plans and probes.
+pub const VERSION_OWNERSHIP: u16 = 3;
 
 pub const HEADER_LEN: usize = 64;
 /// The most payload a write may carry as stored: one journal record.

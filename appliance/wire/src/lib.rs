@@ -9,9 +9,13 @@
 //! ```text
 //! enrol     agent: Hello{Enrol} Enrol{token, csr}          box: HelloAck Enrolled{certificate} | Refuse
 //! control   agent: Hello{Control} Protect… AgentStatus…    box: HelloAck Protected… Command…
+//!           agent: Lease… LeaseReleased Probe… (version 3) box: LeaseAnswer… LeaseRevoke HostPlan HostOrder…
 //! stream    agent: Hello{Stream} OpenStream records marks  box: HelloAck StreamReady Ack…
 //! both ways, any time after HelloAck: Heartbeat / HeartbeatAck; Refuse ends a connection and says why
 //! ```
+//!
+//! Beside them an agent with a plan sends [`Beat`]s, 64 bytes each in a datagram of its own: a channel that shares nothing with the others but
+//! the wire.
 //!
 //! # Frame
 //!
@@ -43,23 +47,26 @@
 //! panic; packing is undone bit for bit.
 
 mod ack;
+mod beat;
 mod compare;
 mod format;
 mod frame;
 mod message;
+mod ownership;
 mod pack;
 #[cfg(test)]
 mod test_rng;
 mod token;
 
 pub use ack::{Ack, AckError, AckFlags, Credit};
+pub use beat::{BEAT_LEN, Beat, BeatError, BeatFilter, BeatFrom};
 pub use compare::{
     BlockHash, COMPARE_BLOCK_SECTORS, COMPARE_RUNS_MAX, COMPARE_SECTORS_MAX, Comparison, ComparisonError, blocks,
     differs,
 };
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
-    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE,
+    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE, VERSION_OWNERSHIP,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,
@@ -68,6 +75,11 @@ pub use frame::{
 pub use message::{
     AgentStatus, Command, CommandResult, GroupAgentState, GroupAgentStatus, Message, MessageError, Purpose, Refusal,
     RefuseCode, Resume, decode_mark, decode_message, negotiate,
+};
+pub use ownership::{
+    Holding, HostOrder, HostPlan, LeaseAnswer, LeaseEnd, LeaseRequest, LeaseRules, LeaseVerdict, PLAN_ITEMS_MAX,
+    PLAN_TEXT_MAX, PROBE_OUTPUT_MAX, PlanAddress, PlanBeat, PlanError, PlanProbe, PlanService, ProbeEnd, ProbeKind,
+    ProbeResult,
 };
 pub use pack::{Packer, UnpackError, Unpacker, claimed_len};
 pub use token::{EnrolToken, ParseTokenError};

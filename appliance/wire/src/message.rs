@@ -7,11 +7,13 @@
 //! |---|---|
 //! | 1 | everything but what follows |
 //! | 2 | `Compare` and `Compared`, on stream connections; `ReadBack` and `ReadBackDone`, on the control connection |
+//! | 3 | `Lease` to `HostOrder`, on the control connection |
 
 use crate::ack::Credit;
 use crate::compare::Comparison;
 use crate::format::{MAX_MARK, PROTOCOL_VERSIONS};
 use crate::frame::{FrameError, FrameHeader, FrameKind, PayloadError};
+use crate::ownership::{HostOrder, HostPlan, LeaseAnswer, LeaseEnd, LeaseRequest, ProbeResult};
 use model::{
     BookmarkName, ByteLen, Consistency, Extent, GapReason, GroupId, GroupSpec, HostId, Mark, MonoTime, RecordKind,
     SourceSeq, StreamId, SyncMode, VolumeId, VolumeSpec,
@@ -328,6 +330,27 @@ pub enum Message {
         id: u64,
         differ: Vec<u8>,
     },
+    /// Version 3, from an agent: see `replication::ownership` for this and the next three.
+    Lease(LeaseRequest),
+    LeaseAnswer(LeaseAnswer),
+    LeaseRevoke(LeaseEnd),
+    LeaseReleased(LeaseEnd),
+    /// Version 3, from the box: what to watch, to stop and to start. Answered by `HostPlanTaken`.
+    HostPlan(HostPlan),
+    /// `refused`: why the plan cannot be followed; the one before stays.
+    HostPlanTaken {
+        whose: HostId,
+        version: u64,
+        refused: Option<String>,
+    },
+    /// Version 3, from an agent: how a probe of the plan ended.
+    Probe(ProbeResult),
+    /// Version 3, from the box: a step of a planned move, on what the plan for `whose` lists. Answered by `CommandDone`.
+    HostOrder {
+        id: u64,
+        whose: HostId,
+        order: HostOrder,
+    },
 }
 
 impl Message {
@@ -364,6 +387,14 @@ impl Message {
             Self::ReadBackDone { .. } => "ReadBackDone",
             Self::Compare(_) => "Compare",
             Self::Compared { .. } => "Compared",
+            Self::Lease(_) => "Lease",
+            Self::LeaseAnswer(_) => "LeaseAnswer",
+            Self::LeaseRevoke(_) => "LeaseRevoke",
+            Self::LeaseReleased(_) => "LeaseReleased",
+            Self::HostPlan(_) => "HostPlan",
+            Self::HostPlanTaken { .. } => "HostPlanTaken",
+            Self::Probe(_) => "Probe",
+            Self::HostOrder { .. } => "HostOrder",
         }
     }
     pub fn heartbeat(number: u64, now: MonoTime) -> Self {
@@ -433,8 +464,11 @@ mod tests {
     use crate::compare::BlockHash;
     use crate::format::{HEADER_LEN, MAX_MESSAGE};
     use crate::frame::{crc32, decode_header, encode_header, encode_mark, encode_message};
+    use crate::ownership::{
+        Holding, LeaseRules, LeaseVerdict, PlanAddress, PlanBeat, PlanProbe, PlanService, ProbeEnd, ProbeKind,
+    };
     use crate::test_rng::Rng;
-    use model::{Codec, Extent, GroupPolicy, Sectors, VolumeId, WriteFlags};
+    use model::{Codec, Extent, GroupPolicy, Sectors, Term, VolumeId, WriteFlags};
 
     fn spec() -> GroupSpec {
         let volume = VolumeSpec {
@@ -455,6 +489,7 @@ mod tests {
     /// One of each, in the order of the enum: the first payload byte is the variant's number for ever.
     fn all() -> Vec<Message> {
         let group = GroupId([1; 16]);
+        let whose = HostId([2; 16]);
         let status = AgentStatus {
             agent_version: "0.1.0".into(),
             kernel: "6.1".into(),
@@ -537,6 +572,37 @@ mod tests {
                 hashes: vec![BlockHash([9; 16]), BlockHash([8; 16])],
             }),
             Message::Compared { id: 1, differ: vec![2] },
+            Message::Lease(LeaseRequest { whose, term: Term(3), nonce: 4, holding: Holding::Serving }),
+            Message::LeaseAnswer(LeaseAnswer {
+                whose,
+                term: Term(3),
+                nonce: 4,
+                verdict: LeaseVerdict::Granted(LeaseRules { lease_ms: 10_000, stop_ms: 3_000 }),
+            }),
+            Message::LeaseRevoke(LeaseEnd { whose, term: Term(3) }),
+            Message::LeaseReleased(LeaseEnd { whose, term: Term(3) }),
+            Message::HostPlan(HostPlan {
+                whose,
+                version: 1,
+                addresses: vec![PlanAddress { address: "192.0.2.7/24".into(), device: "eth0".into() }],
+                services: vec![PlanService::Unit("a.service".into())],
+                probes: vec![PlanProbe {
+                    name: "p".into(),
+                    kind: ProbeKind::Tcp { address: "127.0.0.1:1".into() },
+                    every_ms: 1000,
+                    timeout_ms: 500,
+                }],
+                beat: Some(PlanBeat { port: 7440, period_ms: 1000, key: [5; 32] }),
+            }),
+            Message::HostPlanTaken { whose, version: 1, refused: None },
+            Message::Probe(ProbeResult {
+                whose,
+                name: "p".into(),
+                end: ProbeEnd::Fails { why: "x".into() },
+                took_ms: 5,
+                output: "o".into(),
+            }),
+            Message::HostOrder { id: 1, whose, order: HostOrder::StopServices },
         ]
     }
 
@@ -573,6 +639,9 @@ mod tests {
             concat!("1601028001018002820102", "09090909090909090909090909090909", "08080808080808080808080808080808")
         );
         assert_eq!(hex(&all[23]), "17010102");
+        assert_eq!(hex(&all[24]), "1802020202020202020202020202020202030403");
+        assert_eq!(hex(&all[25]), "1902020202020202020202020202020202030400904eb817");
+        assert_eq!(hex(&all[27]), "1b0202020202020202020202020202020203");
     }
 
     #[test]
