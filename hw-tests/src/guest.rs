@@ -178,7 +178,8 @@ impl Kernel {
     }
 }
 
-fn lock(path: &Path) -> Result<File> {
+/// Held as long as the answer lives; others wait.
+pub(crate) fn lock(path: &Path) -> Result<File> {
     let file = File::create(path)?;
     // SAFETY: flock takes a descriptor we own for as long as `file` lives.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
@@ -337,9 +338,21 @@ impl Guest {
     /// Boots with `args` added to QEMU's command line: disks and networks.
     pub fn boot(kernel: &Kernel, initramfs: &Initramfs, dir: &Path, args: &[&str]) -> Result<Self> {
         fs::create_dir_all(dir)?;
+        let archive = dir.join("initramfs");
+        initramfs.write(&archive)?;
+        fs::set_permissions(&archive, fs::Permissions::from_mode(0o600))?;
+        let mut all = vec!["-no-reboot".to_owned(), "-kernel".to_owned(), kernel.image().display().to_string()];
+        all.extend(["-initrd".to_owned(), archive.display().to_string()]);
+        let line = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on";
+        all.extend(["-append".to_owned(), line.to_owned()]);
+        all.extend(args.iter().map(|a| (*a).to_owned()));
+        Self::power_on(dir, &all)
+    }
+
+    /// Starts a machine that boots from what `args` give it, and waits for its shell.
+    pub fn power_on(dir: &Path, args: &[String]) -> Result<Self> {
+        fs::create_dir_all(dir)?;
         let at = |name: &str| dir.join(name);
-        initramfs.write(&at("initramfs"))?;
-        fs::set_permissions(at("initramfs"), fs::Permissions::from_mode(0o600))?;
         for socket in ["qmp", "shell"] {
             if at(socket).exists() {
                 fs::remove_file(at(socket))?;
@@ -347,12 +360,10 @@ impl Guest {
         }
         let mut command = Command::new(tools::need("qemu-system-x86_64")?);
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768"]);
-        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        command.args(["-nodefaults", "-display", "none", "-serial", "stdio"]);
         let socket = |name: &str| format!("socket,id={name},path={},server=on,wait=off", at(name).display());
         command.args(["-chardev", &socket("shell"), "-serial", "chardev:shell"]);
         command.args(["-chardev", &socket("qmp"), "-mon", "chardev=qmp,mode=control"]);
-        command.arg("-kernel").arg(kernel.image()).arg("-initrd").arg(at("initramfs"));
-        command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]);
         command.args(args);
         let mut qemu = Program::start("qemu", command, &at("console.log"))?;
         let mut connect = |name: &str| {
@@ -363,8 +374,20 @@ impl Guest {
         };
         let (shell, qmp) = (connect("shell")?, Qmp::over(connect("qmp")?)?);
         let mut guest = Self { qemu, shell, qmp, unread: String::new(), commands: 0 };
-        guest.until("HF-SHELL\n", BOOT_MAX).context("the guest did not come up")?;
+        guest.wait_shell()?;
         Ok(guest)
+    }
+
+    /// Waits for the shell of a boot that is under way.
+    pub fn wait_shell(&mut self) -> Result<()> {
+        self.until("HF-SHELL\n", BOOT_MAX).context("the guest did not come up").map(drop)
+    }
+
+    /// Waits until the guest has switched itself off.
+    pub fn wait_end(mut self, limit: Duration) -> Result<()> {
+        let status = self.qemu.wait(limit)?;
+        ensure!(status.success(), "QEMU ended with {status}:\n{}", self.qemu.tail());
+        Ok(())
     }
 
     pub fn log_path(&self) -> &Path {

@@ -16,13 +16,15 @@
 //! - [`compare`]: a view against its oracle, byte by byte;
 //! - [`line`]: a network line that is cut or goes half-open;
 //! - [`power`]: disks that lose power;
-//! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs.
+//! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs;
+//! - [`debian`]: guests that are whole Debian hosts, for what a reboot shows.
 //!
 //! Tests are named by what they promise. One that cannot run here prints `SKIPPED: why` through [`skip`] and is counted
 //! by `cargo xtask test`; nothing is skipped in silence.
 
 pub mod compare;
 pub mod control;
+pub mod debian;
 pub mod disk;
 pub mod guest;
 pub mod image;

@@ -6,11 +6,12 @@
 use crate::repo::Repo;
 use anyhow::Result;
 use hw_tests::{
+    debian::{DebianImage, Profile},
     guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Kernel},
     process,
     tools::{self, Need, TOOLS, Tool},
 };
-use std::{process::Command, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 /// Downloading and unpacking one package.
 const INSTALL_MAX: Duration = Duration::from_secs(900);
@@ -80,8 +81,23 @@ pub fn install(repo: &Repo, purpose: Option<Purpose>) -> Result<Missing> {
                 Err(e) => println!("Linux {} could not be had: {e:#}", release.name),
             }
         }
+        debian_images(&repo.target_dir()?.join("guest"))?;
     }
     Ok(missing)
+}
+
+/// Disks of whole Debian hosts, so that no test's time has their making in it.
+fn debian_images(cache: &Path) -> Result<()> {
+    if let Some(why) = DebianImage::refused() {
+        // The tests that need one say so too, and are counted.
+        println!("no disks of Debian hosts: {why}");
+        return Ok(());
+    }
+    for profile in Profile::TESTED {
+        let image = DebianImage::get(profile, cache)?;
+        println!("a Debian host: {}", image.path().display());
+    }
+    Ok(())
 }
 
 /// The tools that are wanted and not here.
