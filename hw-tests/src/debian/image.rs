@@ -291,6 +291,8 @@ fn tree(profile: Profile, dir: &Path) -> Result<PathBuf> {
     let mut command = Command::new(tools::need("mmdebstrap")?);
     command.args(["--quiet", "--mode=root", "--variant=apt", "--components=main", "--architectures=amd64"]);
     command.arg("--aptopt=APT::Install-Recommends \"false\"");
+    // What a power cut would take is made again.
+    command.arg("--dpkgopt=force-unsafe-io");
     for folder in NO_MODULES {
         command.arg(format!("--dpkgopt=path-exclude=/lib/modules/*/kernel/{folder}/*"));
     }
