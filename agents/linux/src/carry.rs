@@ -325,11 +325,9 @@ pub fn add_to_state(record: &GroupRecord, state: &[u8], since: Vec<(VolumeId, Ex
     let config = SourceConfig::new(record.spec.id, record.spec.volumes.clone(), SyncMode::Async);
     let now = Now { mono: clock::mono(), wall_us: clock::wall_us() };
     let mut actions = Vec::new();
-    let mut source = Source::restore(config, state, now, &mut actions).map_err(|e| crate::error_chain(&e))?;
-    if !since.is_empty() {
-        let lost = Event::CaptureLost { id: 1, reason: GapReason::AgentRestart, what: Lost::Extents(since) };
-        source.on(lost, now, &mut actions);
-    }
+    let missed = (!since.is_empty()).then_some((GapReason::AgentRestart, Lost::Extents(since)));
+    let restored = Source::restore_after(config, state, missed.as_ref(), now, &mut actions);
+    let mut source = restored.map_err(|e| crate::error_chain(&e))?;
     // What it wants stored is stored by what comes of this.
     while let Some(at) = actions.iter().position(|a| matches!(a, Action::Persist { .. })) {
         if let Action::Persist { serial, .. } = actions.swap_remove(at) {
@@ -545,7 +543,7 @@ mod tests {
             volumes: vec![volume],
             policy: GroupPolicy::default(),
         };
-        GroupRecord { spec, volumes: vec![], skips: vec![], sync: Default::default() }
+        GroupRecord { spec, volumes: vec![], skips: vec![], sync: false, unknown: Default::default() }
     }
 
     /// A machine whose stream is complete on the box.

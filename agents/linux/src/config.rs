@@ -35,6 +35,15 @@ pub struct Config {
     pub cpu_percent_max: u32,
     /// Slow copying down, and at worst only mark writes, when the host is short of memory, I/O or processor time.
     pub heed_pressure: bool,
+    /// MiB per second that other programs may write to protected disks while the box does not keep up, each cgroup and disk for itself. 0:
+    /// they are never held back.
+    pub protect_rpo_mib_s: u32,
+    /// Which cgroups; empty: all but the agent's own.
+    pub protect_rpo_cgroups: Vec<PathBuf>,
+    /// From how full a spool on.
+    pub protect_rpo_spool_percent: u32,
+    /// From how much lag on. 0: whatever the lag.
+    pub protect_rpo_lag_s: u32,
     /// Sync mode with the policy to hold: even so the host waits for the box no longer than this.
     pub sync_hold_s: u32,
     /// Carry the dirty maps over a clean reboot; needs the hooks of the package.
@@ -77,6 +86,10 @@ impl Default for Config {
             copy_schedule: Vec::new(),
             cpu_percent_max: 100,
             heed_pressure: true,
+            protect_rpo_mib_s: 0,
+            protect_rpo_cgroups: Vec::new(),
+            protect_rpo_spool_percent: 60,
+            protect_rpo_lag_s: 0,
             sync_hold_s: 300,
             carry_over: true,
             log: Log::default(),
@@ -161,6 +174,14 @@ impl Config {
                 memory: self.memory_mib,
             });
         }
+        // From 95 % on writes are only marked: to hold anybody back is too late then.
+        if !(1..95).contains(&self.protect_rpo_spool_percent) {
+            return value("protect_rpo_spool_percent", self.protect_rpo_spool_percent.to_string(), "from 1 to 94");
+        }
+        let outside = |path: &&PathBuf| path.components().any(|c| matches!(c, std::path::Component::ParentDir));
+        if let Some(path) = self.protect_rpo_cgroups.iter().find(outside) {
+            return value("protect_rpo_cgroups", format!("{:?}", path.display()), "paths without `..`");
+        }
         if self.sync_hold_s == 0 || self.sync_hold_s > 86_400 {
             return value("sync_hold_s", self.sync_hold_s.to_string(), "from 1 to 86400");
         }
@@ -173,6 +194,16 @@ impl Config {
     /// MiB per second that copying may read at a time of the week; 0: no limit.
     pub fn copy_mib_s_at(&self, day: u8, minute: u16) -> u32 {
         self.copy_schedule.iter().find(|limit| limit.covers(day, minute)).map_or(self.copy_mib_s, |limit| limit.mib_s)
+    }
+
+    /// When other programs are held back, if ever.
+    pub fn throttle(&self) -> Option<crate::throttle::Policy> {
+        (self.protect_rpo_mib_s > 0).then(|| crate::throttle::Policy {
+            mib_s: self.protect_rpo_mib_s.into(),
+            spool_percent: self.protect_rpo_spool_percent.into(),
+            lag_ms: u64::from(self.protect_rpo_lag_s) * 1000,
+            cgroups: self.protect_rpo_cgroups.clone(),
+        })
     }
 
     /// How many groups fit under the memory ceiling.
@@ -236,6 +267,8 @@ mod tests {
         assert!(refused("ring_mib = 100").contains("a power of two"));
         assert!(refused("state_dir = \"here\"").contains("absolute"));
         assert!(refused("memory_mib = 20").contains("raise memory_mib"));
+        assert!(refused("protect_rpo_spool_percent = 95").contains("from 1 to 94"));
+        assert!(refused("protect_rpo_cgroups = [\"a/../b\"]").contains("without `..`"));
         assert!(refused("[log]\nlevel = \"a=b=c\"").contains("log.level"));
     }
 

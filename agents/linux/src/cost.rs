@@ -2,8 +2,8 @@
 //!
 //! Once a second the processor time that this process has taken is looked at. Above the configured share of one processor over
 //! [`SPAN_S`] seconds, copying is slowed down as for pressure of the host's own; above twice the share, when nothing is being copied, live writes
-//! are only marked for a while, which costs a fraction of sending them: their moments are lost, the host is not. The longer that proves
-//! necessary the longer it lasts, so that the two do not take turns.
+//! are only marked for a while, by the kernel half itself ([`crate::engine`] switches it over), which costs a fraction of sending them: their
+//! moments are lost, the host is not. The longer that proves necessary the longer it lasts, so that the two do not take turns.
 //!
 //! The decision is a machine that takes figures and a time; only [`own_cpu_ms`] looks at the system.
 
@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 /// The share is taken over so long.
 pub const SPAN_S: usize = 10;
-const MARK_MS_MIN: u64 = 60_000;
+const MARK_MS_MIN: u64 = 10_000;
 const MARK_MS_MAX: u64 = 3_600_000;
 
 /// Processor time of this process so far, all threads.
@@ -101,17 +101,17 @@ mod tests {
         // Far above, but something is being copied: it must come to an end.
         let copying = run(&mut watch, &mut clock, 400, 30, true);
         assert!(copying.iter().all(|p| *p <= Pressure::Delay { ms: replication::DELAY_MS_MAX }), "{copying:?}");
-        // Nothing is copied: it marks for a minute, though marking costs little.
+        // Nothing is copied: it marks for a while, though marking costs little.
         let first = run(&mut watch, &mut clock, 400, 1, false);
         assert_eq!(first, [Pressure::DirtyMapOnly]);
-        let minute = run(&mut watch, &mut clock, 5, 70, false);
-        assert_eq!(minute.iter().filter(|p| **p == Pressure::DirtyMapOnly).count(), 59);
-        assert_eq!(minute.last(), Some(&Pressure::None));
+        let while_ = run(&mut watch, &mut clock, 5, 11, false);
+        assert_eq!(while_.iter().filter(|p| **p == Pressure::DirtyMapOnly).count(), 9);
+        assert_eq!(while_.last(), Some(&Pressure::None));
         // Soon again: for longer.
-        run(&mut watch, &mut clock, 400, 12, false);
-        let again = run(&mut watch, &mut clock, 5, 200, false);
+        let mut again = run(&mut watch, &mut clock, 400, 12, false);
+        again.extend(run(&mut watch, &mut clock, 5, 200, false));
         let marked = again.iter().filter(|p| **p == Pressure::DirtyMapOnly).count();
-        assert!(marked > 80 && marked < 130, "{marked}");
+        assert!(marked > 12 && marked < 25, "{marked}");
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod reader;
 pub mod schedule;
 pub mod spool;
 pub mod state;
+pub mod throttle;
 pub mod tls;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

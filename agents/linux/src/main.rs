@@ -15,6 +15,7 @@ use agent_linux::{
     enrol, freeze,
     local::{self, Failure},
     state::{StateDir, boot_id},
+    throttle::{Kernel, Throttle},
 };
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -111,6 +112,9 @@ enum Command {
         #[arg(long)]
         call_boot: Option<String>,
     },
+    /// Lets go what the agent held back; run by systemd when the agent has ended, however it did
+    #[command(hide = true)]
+    ReleaseThrottle,
     /// Begins capture before the host's first write; run by the initramfs
     #[command(hide = true)]
     Early {
@@ -226,6 +230,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Remove { purge } => remove(&config, purge),
+        Command::ReleaseThrottle => release_throttle(&config),
     }
 }
 
@@ -333,9 +338,14 @@ fn when_connected(ask: impl Fn() -> Result<serde_json::Value, local::AskError>) 
     }
 }
 
+fn release_throttle(config: &Config) -> anyhow::Result<()> {
+    Ok(Throttle::open(&config.run_dir, Box::new(Kernel))?.release()?)
+}
+
 fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
+    release_throttle(config)?;
     if let Some(pins) = Pins::existing(&config.pin_dir) {
         pins.remove()?;
         println!("capture is out of the kernel");

@@ -60,6 +60,13 @@ pub fn status(value: &Value) -> String {
             count("passthrough")
         );
     }
+    let rpo = &value["protect_rpo"];
+    if let Some(why) = rpo["why"].as_str() {
+        let _ = writeln!(out, "         other programs may write {} MiB/s each: {why}", rpo["mib_s"]);
+    }
+    if let Some(trouble) = rpo["trouble"].as_str().filter(|t| !t.is_empty()) {
+        let _ = writeln!(out, "         other programs cannot be held back: {trouble}");
+    }
     let groups = list(&value["groups"]);
     if groups.is_empty() {
         out.push_str("nothing is protected: holdfast-agent protect DEVICE\n");

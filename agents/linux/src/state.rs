@@ -101,6 +101,44 @@ pub struct GroupRecord {
     /// Captured by a mirror's leg that makes the host wait (`dm-mirror-nbd`), not by `bpf-rq`.
     #[serde(default)]
     pub sync: bool,
+    #[serde(default)]
+    pub unknown: UnknownWrites,
+}
+
+/// Commands that went to a group's disks past the block layer since it was copied whole. Outlives reboots: until a resync nobody knows what
+/// they wrote.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UnknownWrites {
+    /// The boot that `base` counts in.
+    pub boot_id: String,
+    /// The kernel half's count when the group was last copied whole.
+    pub base: u64,
+    /// Some were seen.
+    pub seen: bool,
+}
+
+impl UnknownWrites {
+    /// How many are known of, when the kernel half counts `count` in this boot; whether anything has to be stored.
+    pub fn look(&mut self, boot_id: &str, count: u64) -> (u64, bool) {
+        let mut changed = false;
+        if self.boot_id != boot_id || count < self.base {
+            // The kernel half is a new one and began at zero.
+            changed = !self.boot_id.is_empty();
+            *self = Self { boot_id: boot_id.to_owned(), base: 0, seen: self.seen };
+        }
+        let commands = (count - self.base).max(u64::from(self.seen));
+        if commands > 0 && !self.seen {
+            self.seen = true;
+            changed = true;
+        }
+        (commands, changed)
+    }
+
+    /// All of the group is copied from here on.
+    pub fn settled(&mut self, boot_id: &str, count: u64) {
+        *self = Self { boot_id: boot_id.to_owned(), base: count, seen: false };
+    }
 }
 
 /// PEM texts; each may hold more than what it is named for.
@@ -405,7 +443,24 @@ mod tests {
             }],
             skips: vec![("sdb".into(), 1, 2)],
             sync: false,
+            unknown: UnknownWrites::default(),
         }
+    }
+
+    #[test]
+    fn unknown_writes_are_known_until_all_is_copied() {
+        let mut unknown = UnknownWrites::default();
+        assert_eq!(unknown.look("a", 0), (0, false));
+        assert_eq!(unknown.look("a", 2), (2, true));
+        assert_eq!(unknown.look("a", 3), (3, false), "told once");
+        // Over a reboot the kernel's count is lost, that there were some is not.
+        assert_eq!(unknown.look("b", 0), (1, true));
+        assert_eq!(unknown.look("b", 5), (5, false));
+        unknown.settled("b", 5);
+        assert_eq!(unknown.look("b", 5), (0, false));
+        assert_eq!(unknown.look("b", 6), (1, true));
+        // Capture was taken out and put in again.
+        assert_eq!(unknown.look("b", 0), (1, true));
     }
 
     #[test]

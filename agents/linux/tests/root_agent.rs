@@ -138,7 +138,8 @@ fn root_a_killed_agent_goes_on_and_does_not_copy_everything() {
         wait("live writes arrive", || fake.group(|g| g.live_writes) > 100 * (round + 1));
         agent.kill();
         let before = fake.group(|g| g.sync_bytes);
-        thread::sleep(Duration::from_millis(100));
+        let written = disk.written();
+        wait("the host goes on writing without an agent", || disk.written() > written + (1 << 20));
         agent.start();
         agent.wait("replicating again", |a| a.group()["state"] == "replicating");
         finish(load);
@@ -430,11 +431,17 @@ fn root_a_guard_thaws_when_the_agent_dies() {
     let file = mount.at.join("x");
     let blocked = Arc::new(AtomicBool::new(true));
     let told = blocked.clone();
+    let (tell, thread_of) = std::sync::mpsc::channel();
     let writer = thread::spawn(move || {
+        tell.send(nix::unistd::gettid()).unwrap();
         std::fs::write(file, b"y").unwrap();
         told.store(false, Ordering::Release);
     });
-    thread::sleep(Duration::from_millis(200));
+    let stat = format!("/proc/self/task/{}/stat", thread_of.recv().unwrap());
+    // Waiting in the kernel, which nothing but the freeze makes it do for good.
+    wait("the writer to be held", || {
+        std::fs::read_to_string(&stat).is_ok_and(|s| s.rsplit(')').next().is_some_and(|s| s.starts_with(" D")))
+    });
     assert!(blocked.load(Ordering::Acquire), "a frozen file system takes no write");
     // As when the process dies: the pipe to the guard closes, and nothing else is done.
     let (dirs, guard) = frozen.into_parts();
@@ -689,6 +696,104 @@ fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
     let copy = Loop::of_image(&fake.group(|g| g.images[0].clone()));
     let again = Mount::new(&copy.device).unwrap();
     assert!(std::fs::read(again.at.join("data")).unwrap() == data);
+}
+
+/// Writes at random places until told to stop, never the same place half; answers how much.
+fn load_until(disk: &Loop, seed: u64, stop: &AtomicBool, pause: Duration) -> u64 {
+    let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    let mut rng = Rng::new(seed);
+    let mut written = 0;
+    while !stop.load(Ordering::Acquire) {
+        let len = (1 + rng.below(32)) * 4096;
+        file.write_all_at(&vec![rng.below(255) as u8 + 1; len as usize], rng.below(60 << 8) * 4096).unwrap();
+        file.sync_data().unwrap();
+        written += len;
+        thread::sleep(pause);
+    }
+    written
+}
+
+/// The box takes nothing for a while: the spool runs full, writes are only marked, and then the kernel half stops copying them.
+/// An agent that is killed meanwhile leaves it so; the next one goes on and nothing differs in the end.
+#[test]
+fn root_while_writes_are_only_marked_the_kernel_copies_none() {
+    if !root("marked in the kernel") {
+        return;
+    }
+    let seed = 77;
+    let fake = FakeBox::start();
+    let disk = Loop::new(128);
+    let settings = "ring_mib = 8\nmemory_mib = 64\nspool_memory_mib = 8\nspool_mib = 4";
+    let mut agent = Agent::enrolled("kernelmarks", &fake, settings);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    for killed in [false, true] {
+        let (gaps, ended) = (fake.group(|g| g.gaps.len()), consistents(&fake));
+        fake.set(|k| &k.hold_acks, true);
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| load_until(&disk, seed, &stop, Duration::from_millis(1)));
+            agent.wait("only marked, in the kernel", |a| a.group()["marked_in_kernel"] == true);
+            let captured = |a: &Agent| {
+                let status = a.status().unwrap_or_default();
+                (status["capture"]["requests"].as_u64().unwrap(), status["capture"]["bytes"].as_u64().unwrap())
+            };
+            let (requests, bytes) = captured(&agent);
+            agent.wait("more was written", |a| captured(a).0 > requests + 500);
+            let (_, now) = captured(&agent);
+            assert_eq!(now, bytes, "data was copied");
+            if killed {
+                agent.kill();
+                agent.start();
+            }
+            fake.set(|k| &k.hold_acks, false);
+            agent.wait("captured again", |a| a.group()["marked_in_kernel"] == false);
+            stop.store(true, Ordering::Release);
+            writer.join().unwrap();
+        });
+        identical(&agent, &fake, &disk);
+        let all = fake.group(|g| g.gaps.clone());
+        assert!(all[gaps..].contains(&GapReason::Overflow), "{all:?}");
+        // A restarted agent says that a gap begins whether or not one is open.
+        assert!(consistents(&fake) > ended);
+    }
+}
+
+/// The agent's own processor time is far above what it may take: it stops copying data in the kernel for a while, says so, and comes back.
+#[test]
+fn root_an_agent_that_costs_too_much_turns_capture_down() {
+    if !root("cost watch") {
+        return;
+    }
+    let seed = 78;
+    let fake = FakeBox::start();
+    let disk = Loop::new(128);
+    let settings = "ring_mib = 16\nmemory_mib = 64\nspool_memory_mib = 16\nspool_mib = 0\ncpu_percent_max = 1\nheed_pressure = true";
+    let mut agent = Agent::enrolled("cost", &fake, settings);
+    agent.start();
+    agent.protect(&disk);
+    agent.wait("copied", |a| a.group()["state"] == "replicating");
+    let stop = AtomicBool::new(false);
+    let (cpu, gaps) = thread::scope(|scope| {
+        let writer = scope.spawn(|| load_until(&disk, seed, &stop, Duration::from_millis(2)));
+        agent.wait("turned down", |a| a.group()["marked_in_kernel"] == true);
+        let said = agent.group()["pressure"].as_str().unwrap().to_owned();
+        assert!(said.contains("only marked: the agent itself takes"), "{said}");
+        wait("the box is told", || {
+            fake.state.lock().unwrap().notices.iter().any(|n| matches!(n, wire::Notice::CaptureReduced { .. }))
+        });
+        let gaps = fake.group(|g| g.gaps.len());
+        agent.wait("captured again", |a| a.group()["marked_in_kernel"] == false);
+        stop.store(true, Ordering::Release);
+        writer.join().unwrap();
+        (agent.status().unwrap()["cpu_percent"].as_u64().unwrap(), gaps)
+    });
+    identical(&agent, &fake, &disk);
+    assert!(gaps >= 2, "a gap is open while writes are only marked");
+    wait("every gap has ended", || consistents(&fake) == fake.group(|g| g.gaps.len()));
+    wait("the box is told that it is over", || fake.state.lock().unwrap().notices.is_empty());
+    println!("{cpu} % of a processor at the end");
 }
 
 /// Two groups: the spool file of one lies on the disk that the other protects from then on. Then its blocks move.

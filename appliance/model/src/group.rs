@@ -110,6 +110,19 @@ pub enum RiskReason {
     Degraded {
         since_us: u64,
     },
+    /// The host's agent saw commands go to a protected disk past the block layer.
+    UnknownWrites {
+        commands: u64,
+    },
+    /// To spare the host, its writes are only marked.
+    CaptureReduced {
+        why: String,
+    },
+    /// So that the box keeps up, other programs of the host are held back.
+    HostThrottled {
+        mib_s: u64,
+        why: String,
+    },
 }
 
 impl fmt::Display for RiskReason {
@@ -130,6 +143,17 @@ impl fmt::Display for RiskReason {
                 write!(f, "some history is damaged and not served: {what}; run `holdfast verify`")
             }
             Self::Degraded { .. } => f.write_str("sync mode has fallen back to async"),
+            Self::UnknownWrites { commands } => write!(
+                f,
+                "{commands} commands went to a protected disk of the host past the block layer; what they wrote, if anything, is not here: \
+                 resync the group"
+            ),
+            Self::CaptureReduced { why } => {
+                write!(f, "to spare the host its writes are only marked, and copied later: {why}")
+            }
+            Self::HostThrottled { mib_s, why } => {
+                write!(f, "other programs of the host may write {mib_s} MiB/s each, so that the box keeps up: {why}")
+            }
         }
     }
 }

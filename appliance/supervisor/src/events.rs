@@ -100,8 +100,14 @@ events! {
     DeviceDoubtful = "device-doubtful" Warn,
     /// One of two copies of a control file was damaged; the other one was used.
     CopyDamaged = "copy-damaged" Error,
-    /// What an agent reported about itself.
-    AgentAlarm = "agent-alarm" Warn,
+    /// Commands went to a protected disk past the block layer: what they wrote, if anything, was not captured.
+    UnknownWrite = "unknown-write" Warn,
+    /// To spare its host an agent only marks writes.
+    CaptureReduced = "capture-reduced" Warn,
+    /// An agent holds other programs of its host back, as it was configured to.
+    HostThrottled = "host-throttled" Warn,
+    /// One of the three above is over.
+    HostNoticeOver = "host-notice-over" Info,
 }
 
 /// One event as `status` shows it.

@@ -3,6 +3,7 @@
 use crate::{
     App,
     exports::Export,
+    links::risk_of,
     vault::{Group, Live, Phase},
     views::OpenView,
 };
@@ -10,7 +11,7 @@ use journal::{JournalStats, KeepReason, Pressure};
 use model::{ByteLen, GroupPolicy, GroupSpec, RiskReason};
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering;
-use wire::GroupAgentStatus;
+use wire::{GroupAgentStatus, Notice};
 
 /// What a group is doing, in one word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,6 +57,8 @@ pub struct Facts<'a> {
     pub agent: Option<(&'a GroupAgentStatus, u64)>,
     pub pressure: Option<Pressure>,
     pub hours_left: Option<u64>,
+    /// What the host's agent said last that holds of this group or of the host.
+    pub notices: Vec<RiskReason>,
     /// Damage that a read or a verification met while the group ran.
     pub damage: Option<String>,
     pub now_us: u64,
@@ -136,6 +139,9 @@ pub fn judge(f: &Facts<'_>) -> Verdict {
         if f.host_connected && f.agent.is_some_and(|(a, _)| a.gate.contains("degraded")) {
             risks.push(RiskReason::Degraded { since_us: since.unwrap_or(0) });
         }
+    }
+    if !f.released && !f.is_ingest {
+        risks.extend(f.notices.iter().cloned());
     }
     if let Some(what) = &f.damage {
         risks.push(RiskReason::Damaged { what: what.clone() });
@@ -250,6 +256,15 @@ pub fn group_report(app: &App, group: &Group) -> GroupReport {
         live: &live,
         ever_consistent,
         host_connected: host.connected,
+        notices: host
+            .notices
+            .iter()
+            .filter(|n| match n {
+                Notice::UnknownWrites { group, .. } | Notice::CaptureReduced { group, .. } => *group == spec.id,
+                Notice::HostThrottled { .. } => true,
+            })
+            .map(risk_of)
+            .collect(),
         agent: agent.as_ref().map(|a| (a, host.status_us)),
         pressure: stats.as_ref().and_then(|s| s.retention.as_ref()).map(|r| r.pressure),
         hours_left: stats.as_ref().and_then(|s| s.hours_left),
@@ -470,6 +485,7 @@ mod tests {
             live,
             ever_consistent: true,
             host_connected: true,
+            notices: Vec::new(),
             agent: None,
             pressure: None,
             hours_left: None,
@@ -525,7 +541,10 @@ mod tests {
         assert!(v.reason.unwrap().contains("0x7f000") && matches!(v.risks[0], RiskReason::Corrupt { .. }));
         let v = judge(&Facts { is_ingest: true, ..facts(&cut, &policy) });
         assert_eq!((v.state, v.lag_ms, v.risks.len()), (GroupState::Ingest, Some(0), 0));
-        let v = judge(&Facts { released: true, ..facts(&cut, &policy) });
+        let notices = vec![RiskReason::UnknownWrites { commands: 3 }];
+        let v = judge(&Facts { notices: notices.clone(), ..facts(&well, &policy) });
+        assert_eq!((v.state, &v.risks), (GroupState::Replicating, &notices));
+        let v = judge(&Facts { released: true, notices, ..facts(&cut, &policy) });
         assert_eq!((v.state, v.risks.len()), (GroupState::Released, 0));
     }
 

@@ -66,15 +66,15 @@ pub use compare::{
 };
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
-    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE, VERSION_OWNERSHIP,
+    MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE, VERSION_NOTICES, VERSION_OWNERSHIP,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,
     encode_message,
 };
 pub use message::{
-    AgentStatus, Command, CommandResult, GroupAgentState, GroupAgentStatus, Message, MessageError, Purpose, Refusal,
-    RefuseCode, Resume, decode_mark, decode_message, negotiate,
+    AgentStatus, Command, CommandResult, GroupAgentState, GroupAgentStatus, Message, MessageError, Notice, Purpose,
+    Refusal, RefuseCode, Resume, decode_mark, decode_message, negotiate,
 };
 pub use ownership::{
     Holding, HostOrder, HostPlan, LeaseAnswer, LeaseEnd, LeaseRequest, LeaseRules, LeaseVerdict, PLAN_ITEMS_MAX,

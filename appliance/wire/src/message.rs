@@ -8,6 +8,7 @@
 //! | 1 | everything but what follows |
 //! | 2 | `Compare` and `Compared`, on stream connections; `ReadBack` and `ReadBackDone`, on the control connection |
 //! | 3 | `Lease` to `HostOrder`, on the control connection |
+//! | 4 | `Notices`, on the control connection |
 
 use crate::ack::Credit;
 use crate::compare::Comparison;
@@ -224,6 +225,18 @@ pub struct AgentStatus {
     pub groups: Vec<GroupAgentStatus>,
 }
 
+/// Something about a host that its administrator should know, for as long as it lasts. As with messages: variants are appended, with a
+/// version that has them.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Notice {
+    /// Commands that may have written went to a disk of the group past the block layer: nobody saw what. Over with the next resync.
+    UnknownWrites { group: GroupId, commands: u64 },
+    /// To spare the host, writes of the group are only marked, to be copied later.
+    CaptureReduced { group: GroupId, why: String },
+    /// So that the box can keep up, what other programs write is held back to so much per second each.
+    HostThrottled { mib_s: u64, why: String },
+}
+
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Message {
     /// First on every connection. `instance` is drawn when the agent starts, `boot_id` when its kernel does: two living agents with
@@ -351,6 +364,8 @@ pub enum Message {
         whose: HostId,
         order: HostOrder,
     },
+    /// Version 4, from an agent: all that holds now, whenever it changes and at the begin of a connection.
+    Notices(Vec<Notice>),
 }
 
 impl Message {
@@ -395,6 +410,7 @@ impl Message {
             Self::HostPlanTaken { .. } => "HostPlanTaken",
             Self::Probe(_) => "Probe",
             Self::HostOrder { .. } => "HostOrder",
+            Self::Notices(_) => "Notices",
         }
     }
     pub fn heartbeat(number: u64, now: MonoTime) -> Self {
@@ -603,6 +619,11 @@ mod tests {
                 output: "o".into(),
             }),
             Message::HostOrder { id: 1, whose, order: HostOrder::StopServices },
+            Message::Notices(vec![
+                Notice::UnknownWrites { group: GroupId([5; 16]), commands: 7 },
+                Notice::CaptureReduced { group: GroupId([5; 16]), why: "x".into() },
+                Notice::HostThrottled { mib_s: 20, why: "y".into() },
+            ]),
         ]
     }
 
@@ -642,6 +663,8 @@ mod tests {
         assert_eq!(hex(&all[24]), "1802020202020202020202020202020202030403");
         assert_eq!(hex(&all[25]), "1902020202020202020202020202020202030400904eb817");
         assert_eq!(hex(&all[27]), "1b0202020202020202020202020202020203");
+        let five = "05".repeat(16);
+        assert_eq!(hex(&all[32]), format!("200300{five}0701{five}017802140179"));
     }
 
     #[test]
@@ -708,7 +731,8 @@ mod tests {
     #[test]
     fn the_best_common_version_is_taken() {
         assert_eq!(negotiate(&[9, 1]), Some(1), "an agent of last year");
-        assert_eq!(negotiate(&[3, 2, 1]), Some(2), "an agent of next year");
+        assert_eq!(negotiate(&[5, 4, 3, 2, 1]), Some(4), "an agent of next year");
+        assert_eq!(negotiate(&[2, 1]), Some(2), "an agent that tells no notices");
         assert_eq!(negotiate(&[9]), None);
         assert_eq!(negotiate(&[]), None);
     }

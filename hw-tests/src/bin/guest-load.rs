@@ -1,5 +1,6 @@
 //! Load in a guest. `acks DEVICE OFFSET SEED OUT` writes a [`load::Sequence`] and appends each number to OUT once the write has returned;
-//! `stall FILE SECONDS` writes and syncs one block after the other and says how long the longest took.
+//! `stall FILE SECONDS` writes and syncs one block after the other and says how long the longest took; `past DEVICE SECTOR` writes a sector
+//! by a SCSI command of its own, past the block layer.
 
 use anyhow::{Context, Result, bail};
 use hw_tests::load::{self, BLOCK};
@@ -24,8 +25,62 @@ fn main() -> Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["acks", device, offset, seed, out] => acks(device, offset.parse()?, seed.parse()?, out),
         ["stall", file, seconds] => stall(file, seconds.parse()?),
+        ["past", device, sector] => past(device, sector.parse()?),
         other => bail!("not understood: {other:?}"),
     }
+}
+
+/// The kernel's `sg_io_hdr`.
+#[repr(C)]
+struct SgIo {
+    interface: i32,
+    direction: i32,
+    command_len: u8,
+    sense_max: u8,
+    segments: u16,
+    len: u32,
+    data: *mut u8,
+    command: *const u8,
+    sense: *mut u8,
+    timeout_ms: u32,
+    flags: u32,
+    pack: i32,
+    user: *mut u8,
+    status: u8,
+    masked: u8,
+    message: u8,
+    sense_len: u8,
+    host: u16,
+    driver: u16,
+    residue: i32,
+    duration: u32,
+    info: u32,
+}
+
+fn past(device: &str, sector: u32) -> Result<()> {
+    use std::os::fd::AsRawFd;
+    const SG_IO: libc::c_ulong = 0x2285;
+    let device = OpenOptions::new().read(true).write(true).open(device).context("open the device")?;
+    let mut data = [0xa7u8; 512];
+    let mut sense = [0u8; 64];
+    // WRITE(10) of one sector.
+    let mut command = [0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    command[2..6].copy_from_slice(&sector.to_be_bytes());
+    // SAFETY: zeroes are a valid value of each field.
+    let mut io: SgIo = unsafe { std::mem::zeroed() };
+    io.interface = i32::from(b'S');
+    // To the device.
+    io.direction = -2;
+    (io.command_len, io.command) = (command.len() as u8, command.as_ptr());
+    (io.sense_max, io.sense) = (sense.len() as u8, sense.as_mut_ptr());
+    (io.len, io.data) = (data.len() as u32, data.as_mut_ptr());
+    io.timeout_ms = 20_000;
+    // SAFETY: the struct has the kernel's layout, and what it points to lives longer than the call.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), SG_IO, &raw mut io) };
+    if done != 0 || io.status != 0 || io.host != 0 {
+        bail!("SG_IO: {done}, status {:#x}, host {:#x}, {}", io.status, io.host, std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn acks(device: &str, offset: u64, seed: u64, out: &str) -> Result<()> {

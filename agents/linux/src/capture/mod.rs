@@ -209,6 +209,10 @@ pub trait Capture: Send {
     /// Bytes waiting and room in all, of the buffer between kernel and agent.
     fn fill(&self) -> (u64, u64);
     fn counters(&self) -> Result<Counters, CaptureError>;
+    /// [`Counters::passthrough`] of each target.
+    fn passthrough(&self) -> Result<Vec<(TargetId, u64)>, CaptureError> {
+        Ok(Vec::new())
+    }
     /// Whether this run goes on where another process stopped, with nothing missed in between.
     fn resumed(&self) -> bool;
     /// Takes the kernel half out for good.

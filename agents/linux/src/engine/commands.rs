@@ -48,7 +48,7 @@ impl Engine {
             Request::Resync { group } => match self.group_named(&group) {
                 None => fail(&answer, "no-such-group", format!("no group {group:?} is protected here"), ""),
                 Some(id) => {
-                    self.event(id, Event::Resync);
+                    self.resync(id);
                     done(&answer, serde_json::json!({ "group": id }));
                 }
             },
@@ -59,6 +59,12 @@ impl Engine {
         if let Some((running, ctx)) = self.running(id) {
             running.on(ctx, id, event);
         }
+    }
+
+    /// Everything is copied anew, so what was written past us is as well.
+    fn resync(&mut self, id: GroupId) {
+        self.unknown_writes_settled(id);
+        self.event(id, Event::Resync);
     }
 
     fn group_named(&self, name: &str) -> Option<GroupId> {
@@ -182,7 +188,8 @@ impl Engine {
                 }
             })
             .collect();
-        let record = GroupRecord { spec: spec.clone(), volumes, skips: Vec::new(), sync };
+        let unknown = Default::default();
+        let record = GroupRecord { spec: spec.clone(), volumes, skips: Vec::new(), sync, unknown };
         let id = spec.id;
         match self.add_group(record.clone(), &disks) {
             Ok(()) => {
@@ -370,8 +377,10 @@ impl Engine {
 
     pub(super) fn heard_control(&mut self, generation: u64, what: FromLink) {
         match what {
-            FromLink::Up { box_name, .. } => {
+            FromLink::Up { box_name, version } => {
                 self.control_up = Some(generation);
+                self.box_hears_notices = version >= wire::VERSION_NOTICES;
+                self.told_notices = None;
                 self.control_heard = clock::mono();
                 self.control_reason.clear();
                 self.box_name = box_name;
@@ -463,7 +472,7 @@ impl Engine {
             Command::Bookmark { group, name, consistency } => {
                 return self.bookmark(group, name, consistency, BookmarkFor::Box { id });
             }
-            Command::Resync { group } => self.event(group, Event::Resync),
+            Command::Resync { group } => self.resync(group),
             Command::Pause { group, reason } => {
                 tracing::info!(%group, %reason, "paused by the box");
                 self.event(group, Event::Pause);

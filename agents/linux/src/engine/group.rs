@@ -59,6 +59,10 @@ pub(super) struct Running {
     pub pressure: Pressure,
     /// What asked for it, for people.
     pub pressure_cause: String,
+    /// Disks of the group have their writes marked by the kernel half and not copied; see [`super::spare`].
+    pub marked_in_kernel: bool,
+    /// What the machine is told once they are copied again.
+    pub pressure_then: Option<Pressure>,
     pub state: GroupAgentState,
     /// Sum over both of what is in the spool's memory and file.
     pub spool_max: u64,
@@ -139,6 +143,8 @@ impl Running {
             spool_note,
             pressure: Pressure::None,
             pressure_cause: String::new(),
+            marked_in_kernel: false,
+            pressure_then: None,
             state: GroupAgentState::Disconnected,
             spool_max,
             ordered: VecDeque::new(),
@@ -514,7 +520,11 @@ impl Running {
             // Said once a second: an overflow brings thousands.
             if let Some(why) = self.lost_why.take() {
                 let bytes = std::mem::take(&mut self.lost_bytes);
-                tracing::warn!(group = %group, bytes, last = %why, "some writes were not captured: their places are copied");
+                if self.marked_in_kernel {
+                    tracing::debug!(group = %group, bytes, "writes were marked");
+                } else {
+                    tracing::warn!(group = %group, bytes, last = %why, "some writes were not captured: their places are copied");
+                }
             }
             let status = self.source.status();
             let lag_ms = if let replication::Lag::Known { ms } = status.lag { ms } else { 0 };
@@ -530,7 +540,11 @@ impl Running {
             let own = format!("the agent itself takes {} % of a processor", host.cost_percent);
             let (now, cause) = if host.cost > asked { (host.cost, own) } else { (asked, cause) };
             self.pressure_cause = cause;
-            if now != self.pressure {
+            self.pressure_then = None;
+            if now != self.pressure && self.marked_in_kernel && now != Pressure::DirtyMapOnly {
+                // The machine must stay in its gap until everything is captured again.
+                self.pressure_then = Some(now);
+            } else if now != self.pressure {
                 self.pressure = now;
                 self.on(ctx, group, Event::Pressure(now));
             }

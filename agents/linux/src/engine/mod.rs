@@ -20,6 +20,9 @@
 
 mod commands;
 mod group;
+mod notices;
+mod rpo;
+mod spare;
 mod spill;
 mod start;
 mod status;
@@ -192,6 +195,9 @@ pub struct Engine {
     control_up: Option<u64>,
     control_reason: String,
     control_heard: MonoTime,
+    /// The box understands [`Message::Notices`], and what it was told last on this connection.
+    box_hears_notices: bool,
+    told_notices: Option<Vec<wire::Notice>>,
     box_name: String,
     inbox: mpsc::Receiver<Input>,
     to_self: mpsc::SyncSender<Input>,
@@ -207,6 +213,7 @@ pub struct Engine {
     carried: Vec<(GroupId, Vec<u8>)>,
     cost: cost::Watch,
     own_cost: Pressure,
+    rpo: rpo::Rpo,
     /// MiB per second that copying may read right now; 0: no limit.
     copy_mib_s: u32,
     started: MonoTime,
@@ -274,6 +281,8 @@ impl Engine {
             control_up: None,
             control_reason: "not connected yet".to_owned(),
             control_heard: now,
+            box_hears_notices: false,
+            told_notices: None,
             box_name: String::new(),
             inbox,
             to_self,
@@ -287,6 +296,7 @@ impl Engine {
             carried,
             cost: cost::Watch::default(),
             own_cost: Pressure::None,
+            rpo: rpo::Rpo::default(),
             copy_mib_s: 0,
             started: now,
             last_tick: now,
@@ -300,6 +310,7 @@ impl Engine {
             _lock: lock,
             config,
         };
+        engine.rpo = rpo::Rpo::open(&engine.config.run_dir);
         engine.groups =
             records.into_iter().map(|record| Group { record, running: None, stopped: String::new() }).collect();
         engine.start_stopped()?;
@@ -388,6 +399,8 @@ impl Engine {
             let host = HostLoad { pressure: self.host_pressure, cost: self.own_cost, cost_percent: self.cost.percent };
             self.each_running(|running, ctx, id| running.tick(ctx, id, &host, second));
             if second {
+                self.fit_modes()?;
+                self.protect_rpo(now);
                 self.each_second(now);
             }
         }
@@ -597,6 +610,7 @@ impl Engine {
             }
         }
         self.give_up_pending(now);
+        self.tell_notices();
         self.watch_mirrors(now);
         self.watch_spools(now);
         if now.ms_since(self.last_retry) >= RETRY_STOPPED_MS {
@@ -676,6 +690,7 @@ impl Engine {
     /// Everything that is known is stored; capture goes on in the kernel.
     fn shut_down(mut self) -> Result<(), EngineError> {
         let begun = clock::mono();
+        self.rpo.release();
         self.take_out_mirrors(None);
         // Requests that were handed out and have not completed would look unmatched to the next agent.
         loop {

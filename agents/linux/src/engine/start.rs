@@ -241,7 +241,8 @@ impl Engine {
             self.begin_group(i, volumes, &before, false)?;
         }
         self.skips_gone(&before);
-        Ok(())
+        // The agent before may have left disks whose writes are only marked: from now on they are captured, and the marks come first.
+        self.capture_data()
     }
 
     /// Starts capture unless it runs; `on` is a volume whose disk can be read for calibration.
@@ -434,6 +435,7 @@ impl Engine {
             volumes.push(locate(disks, device, v.id).map_err(|e| chain(&e))?);
         }
         self.ensure_capture(disks, volumes.first()).map_err(|e| chain(&e))?;
+        self.capture_data().map_err(|e| chain(&e))?;
         let before = self.before();
         self.groups.push(Group { record, running: None, stopped: String::new() });
         let i = self.groups.len() - 1;

@@ -143,6 +143,12 @@ impl Engine {
             "memory_limit_bytes": memory_limit(),
             "ring": { "used_bytes": ring_used, "size_bytes": ring_size },
             "pressure": { "memory": self.host_pressure.psi_mem, "io": self.host_pressure.psi_io, "cpu": self.host_pressure.psi_cpu },
+            "protect_rpo": self.config.throttle().map(|p| json!({
+                "mib_s": p.mib_s,
+                "limits": self.rpo.limits(),
+                "why": self.rpo.why(),
+                "trouble": self.rpo.trouble,
+            })),
             "capture": counters.map(|c| json!({
                 "requests": c.requests,
                 "bytes": c.bytes,
@@ -207,6 +213,8 @@ impl Engine {
                     "durable": s.durable,
                     "next": s.next,
                     "pressure": pressure_text(running.pressure, &running.pressure_cause),
+                    "marked_in_kernel": running.marked_in_kernel,
+                    "unknown_writes": group.record.unknown.seen,
                     "captured_bytes": s.captured_bytes,
                     "captured_records": s.captured_records,
                     "journal_full": s.journal_full,

@@ -34,8 +34,10 @@ impl Agent {
         let pins = PinDir::new(test);
         let config = dir.path().join("config.toml");
         let state = state_dir.unwrap_or_else(|| dir.path().join("state"));
+        // What the machine of the tests suffers is no matter of most of them.
+        let heed = if settings.contains("heed_pressure") { "" } else { "heed_pressure = false" };
         let text = format!(
-            "state_dir = {state:?}\nrun_dir = {:?}\npin_dir = {:?}\n{settings}\nheed_pressure = false\n[log]\nlevel = \"info\"\n",
+            "state_dir = {state:?}\nrun_dir = {:?}\npin_dir = {:?}\n{settings}\n{heed}\n[log]\nlevel = \"info\"\n",
             dir.path().join("run"),
             pins.0,
         );

@@ -65,6 +65,8 @@ pub struct BoxGroup {
 #[derive(Default)]
 pub struct State {
     pub groups: HashMap<GroupId, BoxGroup>,
+    /// As the agent said last.
+    pub notices: Vec<wire::Notice>,
     /// Sent to the control connection as soon as there is one.
     pub commands: Vec<(u64, Command)>,
     pub results: Vec<(u64, CommandResult)>,
@@ -144,7 +146,7 @@ impl FakeBox {
             hold_acks: AtomicBool::new(false),
             garbage: AtomicBool::new(false),
             credit_bytes: AtomicU64::new(32 << 20),
-            version: AtomicU64::new(2),
+            version: AtomicU64::new(u64::from(wire::PROTOCOL_VERSIONS[0])),
             stop: AtomicBool::new(false),
         });
         let (s, k) = (state.clone(), knobs.clone());
@@ -385,6 +387,10 @@ fn control(conn: &mut Conn, host: HostId, state: &Mutex<State>, knobs: &Knobs) -
             match decode_message(&header, &payload).map_err(io::Error::other)? {
                 Message::ListGroups => Some(Message::Groups(state.groups.values().map(|g| g.spec.clone()).collect())),
                 Message::Heartbeat { number, .. } => Some(Message::HeartbeatAck { number }),
+                Message::Notices(notices) => {
+                    state.notices = notices;
+                    None
+                }
                 Message::Status(status) => {
                     state.statuses.push(status);
                     None

@@ -108,6 +108,12 @@ impl Loop {
     pub fn target(&self) -> Target {
         Target { disk: self.no(), sectors: self.sectors(), ranges: vec![Extent::new(0, self.sectors())], skips: vec![] }
     }
+    /// Bytes written to the device so far, by anybody.
+    pub fn written(&self) -> u64 {
+        let stat =
+            std::fs::read_to_string(format!("/sys/block/{}/stat", self.dev().trim_start_matches("/dev/"))).unwrap();
+        stat.split_whitespace().nth(6).unwrap().parse::<u64>().unwrap() * 512
+    }
     /// What the disk holds, once everything written has reached it.
     pub fn image(&self) -> Vec<u8> {
         run("blockdev", &["--flushbufs", self.dev()]);

@@ -13,7 +13,8 @@ use crate::{
     vault::{Group, VOLUME_BYTES_MAX},
 };
 use model::{
-    BookmarkName, ByteLen, Extent, GroupId, GroupPolicy, GroupSpec, HostId, SECTOR, SyncMode, VolumeId, VolumeSpec,
+    BookmarkName, ByteLen, Extent, GroupId, GroupPolicy, GroupSpec, HostId, RiskReason, SECTOR, SyncMode, VolumeId,
+    VolumeSpec,
 };
 use std::{
     collections::BTreeMap,
@@ -24,7 +25,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep_until, timeout},
 };
-use wire::{AgentStatus, Command, CommandResult, Message, READ_BACK_MAX, Refusal, RefuseCode};
+use wire::{AgentStatus, Command, CommandResult, Message, Notice, READ_BACK_MAX, Refusal, RefuseCode};
 
 /// Commands waiting to be sent to one agent; the operator's clicks, not a data path.
 const COMMANDS_QUEUED_MAX: usize = 32;
@@ -32,6 +33,10 @@ const COMMANDS_QUEUED_MAX: usize = 32;
 const GROUPS_PER_HOST_MAX: usize = super::SESSIONS_PER_HOST_MAX - 1;
 /// Commands sent and not answered.
 const COMMANDS_OPEN_MAX: usize = 64;
+/// Three of each group at most, and one of the host.
+const NOTICES_MAX: usize = 3 * GROUPS_PER_HOST_MAX + 1;
+/// Of what an agent says in words.
+const NOTICE_CHARS_MAX: usize = 300;
 /// How long an agent may take; a file-system freeze is in it.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
@@ -44,6 +49,8 @@ pub struct HostLive {
     pub status: Option<AgentStatus>,
     /// When the status came, by the box's clock.
     pub status_us: u64,
+    /// What the agent said last that holds of the host; stays when it goes away.
+    pub notices: Vec<Notice>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -232,6 +239,10 @@ async fn answer(
             });
             Ok(None)
         }
+        Message::Notices(notices) => {
+            heard_notices(links, agent, notices);
+            Ok(None)
+        }
         Message::CommandDone { id, result } => {
             // An answer to nothing is one that came after its asker had given up.
             if let Some(answer) = open.remove(&id) {
@@ -298,6 +309,46 @@ async fn answer(
             .await
         }
         other => Err(refusal(RefuseCode::OutOfPlace, format!("a {} on a control connection", other.name()))),
+    }
+}
+
+/// Keeps what an agent says of its host; what is new and what is over becomes an event.
+fn heard_notices(links: &Links, agent: &Agent, mut notices: Vec<Notice>) {
+    notices.truncate(NOTICES_MAX);
+    for notice in &mut notices {
+        if let Notice::CaptureReduced { why, .. } | Notice::HostThrottled { why, .. } = notice {
+            *why = why.chars().filter(|c| !c.is_control()).take(NOTICE_CHARS_MAX).collect();
+        }
+    }
+    let mut before = Vec::new();
+    links.hosts.change(agent.host, |known| {
+        before = std::mem::replace(&mut known.live.notices, notices.clone());
+    });
+    let what = |n: &Notice| match n {
+        Notice::UnknownWrites { group, .. } => (Event::UnknownWrite, Some(*group)),
+        Notice::CaptureReduced { group, .. } => (Event::CaptureReduced, Some(*group)),
+        Notice::HostThrottled { .. } => (Event::HostThrottled, None),
+    };
+    let subject = |group: Option<GroupId>| {
+        let found = group.and_then(|id| links.vault.get(id)).filter(|g| g.shared.host == Some(agent.host));
+        found.map_or_else(|| agent.subject(), |g| g.name().to_owned())
+    };
+    for notice in notices.iter().filter(|n| !before.iter().any(|b| what(b) == what(n))) {
+        let (event, group) = what(notice);
+        links.events.note(event, subject(group), risk_of(notice));
+    }
+    for notice in before.iter().filter(|b| !notices.iter().any(|n| what(b) == what(n))) {
+        let (event, group) = what(notice);
+        links.events.note(Event::HostNoticeOver, subject(group), event.name());
+    }
+}
+
+/// What a notice means for the host's groups.
+pub fn risk_of(notice: &Notice) -> RiskReason {
+    match notice {
+        Notice::UnknownWrites { commands, .. } => RiskReason::UnknownWrites { commands: *commands },
+        Notice::CaptureReduced { why, .. } => RiskReason::CaptureReduced { why: why.clone() },
+        Notice::HostThrottled { mib_s, why } => RiskReason::HostThrottled { mib_s: *mib_s, why: why.clone() },
     }
 }
 

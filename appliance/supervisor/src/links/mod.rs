@@ -21,7 +21,7 @@ pub mod lane;
 mod sessions;
 mod stream;
 
-pub use control::CommandError;
+pub use control::{CommandError, risk_of};
 use sessions::Sessions;
 
 use crate::{

@@ -7,4 +7,5 @@ mod enrol;
 mod full;
 mod hostile;
 mod ingest;
+mod notices;
 mod support;

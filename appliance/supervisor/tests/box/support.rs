@@ -258,17 +258,15 @@ pub struct Outside {
 }
 
 impl Outside {
-    pub fn start(data: &Path) -> Self {
+    fn spawn(data: &Path, stdout: Stdio) -> Child {
         let config = data.with_extension("toml");
         std::fs::write(&config, CONFIG).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_holdfastd"))
-            .arg("--config")
-            .arg(&config)
-            .arg("--data")
-            .arg(data)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_holdfastd"));
+        command.arg("--config").arg(&config).arg("--data").arg(data).stdout(stdout).spawn().unwrap()
+    }
+
+    pub fn start(data: &Path) -> Self {
+        let mut child = Self::spawn(data, Stdio::piped());
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert!(line.starts_with("READY listen=127.0.0.1:"), "{line:?}");
@@ -277,16 +275,7 @@ impl Outside {
     }
     /// A start that is killed after a while, wherever it has come to by then.
     pub fn kill_on_the_way_up(data: &Path, after: Duration) {
-        let config = data.with_extension("toml");
-        std::fs::write(&config, CONFIG).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_holdfastd"))
-            .arg("--config")
-            .arg(&config)
-            .arg("--data")
-            .arg(data)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child = Self::spawn(data, Stdio::null());
         std::thread::sleep(after);
         child.kill().unwrap();
         child.wait().unwrap();

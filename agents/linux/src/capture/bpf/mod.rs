@@ -977,6 +977,14 @@ impl Capture for BpfCapture {
         Ok(sum)
     }
 
+    fn passthrough(&self) -> Result<Vec<(TargetId, u64)>, CaptureError> {
+        let of = |id: &TargetId| -> Result<(TargetId, u64), CaptureError> {
+            let each = self.counters.get(&(id.0 % MAX_TARGETS as u32), 0).map_err(map_error("counters"))?;
+            Ok((*id, each.iter().map(|c| c.passthrough).sum()))
+        };
+        self.targets.keys().map(of).collect()
+    }
+
     fn resumed(&self) -> bool {
         self.resumed
     }
