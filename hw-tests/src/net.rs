@@ -55,6 +55,12 @@ impl Cable {
     pub fn address(&self) -> Ipv4Addr {
         self.address
     }
+    /// Bytes that came to us through the cable so far, all protocols.
+    pub fn received(&self) -> Result<u64> {
+        let file = format!("/sys/class/net/{}/statistics/rx_bytes", self.near);
+        let text = std::fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
+        text.trim().parse().with_context(|| format!("{file} says {text:?}"))
+    }
     pub fn pull(&self) -> Result<()> {
         ip(&["link", "set", &self.near, "down"]).map(drop)
     }

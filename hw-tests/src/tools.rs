@@ -95,6 +95,12 @@ pub const TOOLS: &[Tool] = &[
         needed_by: &[Test, Package],
     },
     Tool { name: "xz", package: "xz-utils", used_for: "modules of the guests' newer kernels", needed_by: &[Test] },
+    Tool {
+        name: "drbdsetup",
+        package: "drbd-utils",
+        used_for: "a peer of sync mode in the bench",
+        needed_by: &[Bench],
+    },
     Tool { name: "mdadm", package: "mdadm", used_for: "RAID in guests", needed_by: &[Test] },
     Tool { name: "lvm", package: "lvm2", used_for: "logical volumes in guests", needed_by: &[Test] },
     Tool { name: "cryptsetup", package: "cryptsetup-bin", used_for: "LUKS in guests", needed_by: &[Test] },

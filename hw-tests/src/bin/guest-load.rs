@@ -1,5 +1,6 @@
 //! Load in a guest. `acks DEVICE OFFSET SEED OUT` writes a [`load::Sequence`] and appends each number to OUT once the write has returned;
-//! `stall FILE SECONDS` writes and syncs one block after the other and says how long the longest took; `past DEVICE SECTOR` writes a sector
+//! `stall FILE SECONDS` writes and syncs one block after the other and says how long the longest took; `latency FILE COUNT` says how
+//! long a synced block takes, at half and at 99 of 100; `past DEVICE SECTOR` writes a sector
 //! by a SCSI command of its own, past the block layer.
 
 use anyhow::{Context, Result, bail};
@@ -25,9 +26,28 @@ fn main() -> Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["acks", device, offset, seed, out] => acks(device, offset.parse()?, seed.parse()?, out),
         ["stall", file, seconds] => stall(file, seconds.parse()?),
+        ["latency", file, count] => latency(file, count.parse()?),
         ["past", device, sector] => past(device, sector.parse()?),
         other => bail!("not understood: {other:?}"),
     }
+}
+
+fn latency(file: &str, count: u64) -> Result<()> {
+    let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(file).context("open the file")?;
+    let (mut block, mut took) = (Aligned([7; BLOCK]), Vec::new());
+    // The first ones warm up.
+    for i in 0..count + 20 {
+        block.0[..8].copy_from_slice(&i.to_le_bytes());
+        let begun = Instant::now();
+        file.write_all_at(&block.0, i * 37 % 1024 * BLOCK as u64).and_then(|()| file.sync_data()).context("write")?;
+        if i >= 20 {
+            took.push(begun.elapsed().as_micros() as u64);
+        }
+    }
+    took.sort_unstable();
+    let at = |share: usize| took.get(took.len() * share / 100).copied().unwrap_or(0);
+    println!("{{\"writes\":{count},\"p50_us\":{},\"p99_us\":{}}}", at(50), at(99));
+    Ok(())
 }
 
 /// The kernel's `sg_io_hdr`.

@@ -50,6 +50,19 @@ impl Repo {
         Ok(())
     }
 
+    /// Builds what is run: the box, its command line, the agent.
+    pub fn build_programs(&self) -> Result<()> {
+        self.show(&mut self.cargo(&[
+            "build",
+            "--package",
+            "supervisor",
+            "--package",
+            "ctl",
+            "--package",
+            "agent-linux",
+        ]))
+    }
+
     /// Asks cargo something.
     pub fn ask_cargo(&self, args: &[&str]) -> Result<Finished> {
         process::run(self.cargo(args), QUESTION_MAX)

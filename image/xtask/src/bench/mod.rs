@@ -9,6 +9,8 @@
 mod capture;
 mod fio;
 mod journal;
+mod live;
+mod mirror;
 mod report;
 mod systems;
 
@@ -26,12 +28,15 @@ pub struct Options {
     /// One short round of everything
     #[arg(long)]
     quick: bool,
-    /// Only this part: ingest, view, agent, capture, journal
+    /// Only this part: ingest, view, agent, capture, lag, cut, sync, journal
     #[arg(long)]
     only: Option<Part>,
-    /// The same as `--only capture`
+    /// Everything about capture: the parts capture, lag, cut and sync
     #[arg(long, conflicts_with = "only")]
     capture: bool,
+    /// How long the part cut leaves the cable unplugged [default: 60, with --quick 6]
+    #[arg(long)]
+    cut_seconds: Option<u64>,
     /// Keep the table of the tree as it is
     #[arg(long)]
     no_write: bool,
@@ -47,9 +52,18 @@ pub enum Part {
     Agent,
     /// What capture alone costs a host that writes
     Capture,
+    /// How far the box is behind at a sustained rate
+    Lag,
+    /// What a cut of the network costs
+    Cut,
+    /// What a synchronous write costs, beside DRBD and md
+    Sync,
     /// Opening moments and restarting with long histories
     Journal,
 }
+
+/// What `--capture` runs.
+const OF_CAPTURE: &[Part] = &[Part::Capture, Part::Lag, Part::Cut, Part::Sync];
 
 /// Size of the disk written to: larger than any cache that would hide the device, small enough to be filled first.
 const DISK_BYTES: u64 = 1 << 30;
@@ -90,21 +104,19 @@ impl Results {
 
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     deps::install(repo, Some(Purpose::Bench))?;
-    let only = if options.capture { Some(Part::Capture) } else { options.only };
-    let wanted = |part: Part| only.is_none_or(|only| only == part);
+    let whole = options.only.is_none() && !options.capture;
+    let wanted = |part: Part| match options.only {
+        Some(only) => only == part,
+        None => whole || OF_CAPTURE.contains(&part),
+    };
     if wanted(Part::Capture) {
         repo.show(&mut repo.cargo(&["build", "--package", "agent-linux", "--examples"]))?;
     }
-    if only != Some(Part::Capture) {
-        repo.show(&mut repo.cargo(&[
-            "build",
-            "--package",
-            "supervisor",
-            "--package",
-            "ctl",
-            "--package",
-            "agent-linux",
-        ]))?;
+    if options.only != Some(Part::Capture) {
+        repo.build_programs()?;
+    }
+    if wanted(Part::Sync) {
+        repo.show(&mut repo.cargo(&["build", "--package", "hw-tests", "--bins"]))?;
     }
     let dir = repo.target_dir()?.join("bench");
     if dir.exists() {
@@ -141,13 +153,27 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         let done = capture::run(&dir, options.quick, &mut results);
         results.ends("capture", done);
     }
+    if wanted(Part::Lag) {
+        let done = Binaries::beside_us().and_then(|bins| live::lag(&bins, &dir, options.quick, &mut results));
+        results.ends("lag", done);
+    }
+    if wanted(Part::Cut) {
+        let seconds = options.cut_seconds.unwrap_or(if options.quick { 6 } else { 60 });
+        let done = Binaries::beside_us().and_then(|bins| live::cut(&bins, &dir, seconds, &mut results));
+        results.ends("a cut of the network", done);
+    }
+    if wanted(Part::Sync) {
+        let cache = repo.target_dir()?.join("guest");
+        let done = Binaries::beside_us().and_then(|bins| mirror::run(&bins, &dir, &cache, options.quick, &mut results));
+        results.ends("sync latency", done);
+    }
     if wanted(Part::Journal) {
         let done = journal::run(repo, &dir, options.quick, &mut results);
         results.ends("long histories", done);
     }
     let text = report::render(&results, &repo.commit(), rounds, busy);
     println!("\n{text}");
-    if only.is_none() && !options.no_write {
+    if whole && !options.no_write {
         let file = repo.root.join("appliance/docs/measured.md");
         fs::create_dir_all(file.parent().context("a file in a folder")?)?;
         fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;

@@ -64,15 +64,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     if !options.built {
         deps::install(repo, Some(Purpose::Try))?;
         println!("building");
-        repo.show(&mut repo.cargo(&[
-            "build",
-            "--package",
-            "supervisor",
-            "--package",
-            "ctl",
-            "--package",
-            "agent-linux",
-        ]))?;
+        repo.build_programs()?;
     }
     let bins = Binaries::beside_us()?;
     let started = Instant::now();
