@@ -153,6 +153,10 @@ pub struct VerifiedBase {
 /// opened with `interrupted = Some(x)` and the same fold is done, whole: its segments are still there. Not one further: the LSN
 /// persisted must stay that of the redo file until all of it is done.
 pub trait Base: Send + Sync + fmt::Debug {
+    /// Whether it holds nothing but zeroes until the first fold is done.
+    fn begins_empty(&self) -> bool {
+        true
+    }
     /// Opens the volume's base. Makes it when it is not there, unless `must_exist` (a fold has been done): then its loss
     /// is damage. Grows it to `sectors` if it is smaller; never shrinks it.
     fn ensure_volume(&self, volume: VolumeId, sectors: Sectors, must_exist: bool) -> Result<(), BaseError>;
@@ -163,6 +167,8 @@ pub trait Base: Send + Sync + fmt::Debug {
     fn read_at_once(&self, _volume: VolumeId, _lba: u64, _buf: &mut [u8]) -> bool {
         false
     }
+    /// Has the disk bring the extent into memory, without waiting for it, where that is worth anything.
+    fn prefetch(&self, _volume: VolumeId, _extent: Extent) {}
     /// The parts of `extent` that may hold something else than zeroes, in order, disjoint, in whole blocks but for the ends.
     fn written(&self, volume: VolumeId, extent: Extent) -> Result<Vec<Extent>, BaseError>;
     /// Writes sorted, disjoint pieces and makes them durable. Reads go on meanwhile. An item that is an error ends it; what

@@ -1,6 +1,7 @@
 //! The control record: what must be known before a segment is read, kept in a [`Twin`].
 //!
-//! Body: format version (u32, little-endian), then [`ControlRecord`] in postcard. Whoever changes a fact persists it here
+//! Body: format version (u32, little-endian), then [`ControlRecord`] in postcard; in version 2 [`Branching`] in postcard behind it. A
+//! journal that is no branch and has none is written as version 1. Whoever changes a fact persists it here
 //! first and acts upon it afterwards: the incarnation before the first append, the cutoff before the base is touched, the
 //! floor before a segment is deleted, a branch before its first segment.
 //!
@@ -9,13 +10,13 @@
 
 use crate::{
     ControlError, GapState, SpecError,
-    format::{self, FORMAT_VERSION},
+    format::{self, CONTROL_VERSION_BRANCHES, FORMAT_VERSION},
 };
 use durable::{Disk, Twin, TwinError};
-use model::{GroupSpec, HistoryTime, Lsn, Term, TimelineId, VolumeId};
+use model::{GroupId, GroupSpec, HistoryTime, Lsn, Term, TimelineId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -49,6 +50,23 @@ pub struct Floor {
     pub at_boundary: bool,
 }
 
+/// The moment of another group's journal that a branch goes on from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BranchPoint {
+    pub group: GroupId,
+    pub timeline: TimelineId,
+    pub lsn: Lsn,
+}
+
+/// How this journal hangs together with others.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Branching {
+    /// What was never written here reads as it was there.
+    pub on: Option<BranchPoint>,
+    /// Journals that stand on this one, and the moment each needs.
+    pub branches: BTreeMap<GroupId, (TimelineId, Lsn)>,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ControlRecord {
     pub spec: GroupSpec,
@@ -65,6 +83,8 @@ pub struct ControlRecord {
     pub based: BTreeSet<VolumeId>,
     /// Bookmarks that were deleted.
     pub released: BTreeSet<(TimelineId, Lsn)>,
+    #[serde(skip)]
+    pub branching: Branching,
 }
 
 impl ControlRecord {
@@ -81,6 +101,7 @@ impl ControlRecord {
             cutoff: Lsn::ZERO,
             based: BTreeSet::new(),
             released: BTreeSet::new(),
+            branching: Branching::default(),
         }
     }
     pub fn timeline(&self, id: TimelineId) -> Option<&TimelineRecord> {
@@ -90,17 +111,25 @@ impl ControlRecord {
         self.timelines.iter_mut().find(|t| t.id == id)
     }
     fn encode(&self) -> Vec<u8> {
-        let mut body = FORMAT_VERSION.to_le_bytes().to_vec();
+        let branching = (self.branching != Branching::default()).then_some(&self.branching);
+        let version = if branching.is_some() { CONTROL_VERSION_BRANCHES } else { FORMAT_VERSION };
+        let mut body = version.to_le_bytes().to_vec();
         body.extend_from_slice(&postcard::to_stdvec(self).expect("a control record encodes into memory"));
+        if let Some(branching) = branching {
+            body.extend_from_slice(&postcard::to_stdvec(branching).expect("a map encodes into memory"));
+        }
         body
     }
     fn decode(body: &[u8]) -> Result<Self, ControlError> {
         let (version, rest) = body.split_first_chunk::<4>().ok_or(ControlError::Damaged)?;
         let found = u32::from_le_bytes(*version);
-        if found != FORMAT_VERSION {
-            return Err(ControlError::Version { found, known: FORMAT_VERSION });
+        if !(FORMAT_VERSION..=CONTROL_VERSION_BRANCHES).contains(&found) {
+            return Err(ControlError::Version { found, known: CONTROL_VERSION_BRANCHES });
         }
-        let this: Self = postcard::from_bytes(rest).map_err(|_| ControlError::Damaged)?;
+        let (mut this, behind): (Self, &[u8]) = postcard::take_from_bytes(rest).map_err(|_| ControlError::Damaged)?;
+        if found >= CONTROL_VERSION_BRANCHES {
+            this.branching = postcard::from_bytes(behind).map_err(|_| ControlError::Damaged)?;
+        }
         if this.timeline(this.current).is_none() || this.cutoff < this.floor.lsn {
             return Err(ControlError::Damaged);
         }
@@ -222,8 +251,17 @@ mod tests {
             assert!(ControlRecord::decode(&bytes[..len]).is_err(), "cut to {len}");
         }
         let mut newer = bytes.clone();
-        newer[0] = 2;
-        assert!(matches!(ControlRecord::decode(&newer), Err(ControlError::Version { found: 2, .. })));
+        newer[0] = 3;
+        assert!(matches!(ControlRecord::decode(&newer), Err(ControlError::Version { found: 3, .. })));
+        let mut branch = record.clone();
+        branch.branching.on = Some(BranchPoint { group: GroupId([8; 16]), timeline: TimelineId(2), lsn: Lsn(77) });
+        branch.branching.branches.insert(GroupId([9; 16]), (TimelineId(0), Lsn(5)));
+        let bytes = branch.encode();
+        assert_eq!(bytes[0], 2);
+        assert_eq!(ControlRecord::decode(&bytes).expect("its own bytes"), branch);
+        for len in 0..bytes.len() {
+            assert!(ControlRecord::decode(&bytes[..len]).is_err(), "cut to {len}");
+        }
         let mut loops = record.clone();
         loops.timelines[0].parent = Some((TimelineId(0), Lsn(1)));
         assert!(matches!(ControlRecord::decode(&loops.encode()), Err(ControlError::Damaged)));

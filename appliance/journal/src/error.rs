@@ -1,7 +1,7 @@
 //! What can go wrong, by operation. Damage of what was durable has its own type, [`Corruption`], and never looks like an
 //! ordinary failure.
 
-use crate::base::BaseError;
+use crate::{base::BaseError, control::BranchPoint};
 use durable::DiskError;
 use model::{BookmarkName, ByteLen, Extent, GapReason, GroupId, HistoryTime, Lsn, Sectors, Term, TimelineId, VolumeId};
 use std::{fmt, path::PathBuf, sync::Arc};
@@ -193,6 +193,10 @@ pub enum OpenError {
     Disk(#[source] DiskError),
     #[error("open the base")]
     Base(#[source] Box<BaseError>),
+    #[error("this journal goes on from LSN {} of timeline {} of group {}, whose journal is needed to read it", on.lsn, on.timeline, on.group)]
+    NeedsTrunk { on: BranchPoint },
+    #[error("this journal goes on from another one, and not from LSN {lsn} of timeline {timeline} of group {group}")]
+    OtherTrunk { group: GroupId, timeline: TimelineId, lsn: Lsn },
 }
 
 /// Why a record was not taken. Nothing of it is in the journal.
@@ -266,6 +270,23 @@ pub enum JobError {
         #[source]
         source: ControlError,
     },
+}
+
+/// Why a moment is not kept for another group's journal.
+#[derive(Debug, thiserror::Error)]
+pub enum HoldError {
+    #[error("there is no timeline {0}")]
+    NoTimeline(TimelineId),
+    #[error("LSN {lsn} is not written yet; the last one is {end}")]
+    AfterEnd { lsn: Lsn, end: Lsn },
+    #[error("LSN {lsn} is below the floor of the history, {floor}")]
+    BeforeFloor { lsn: Lsn, floor: Lsn },
+    #[error("LSN {lsn} of timeline {timeline} is held for it already")]
+    Other { timeline: TimelineId, lsn: Lsn },
+    #[error("{max} branches stand on this journal, which is the limit")]
+    TooMany { max: usize },
+    #[error("write the control record")]
+    Control(#[from] ControlError),
 }
 
 #[derive(Debug, thiserror::Error)]

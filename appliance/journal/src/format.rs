@@ -34,6 +34,8 @@ use zerocopy::{
 
 /// The version written; a reader refuses any other by name.
 pub const FORMAT_VERSION: u32 = 1;
+/// Of the control record of a journal that is a branch, or has branches.
+pub const CONTROL_VERSION_BRANCHES: u32 = 2;
 /// Batches, footer parts and the header are placed at multiples of this (see [`durable::ALIGN`]).
 pub const BLOCK: usize = durable::ALIGN;
 /// The longest payload of one record; longer host writes come split, flagged [`WriteFlags::MORE`].

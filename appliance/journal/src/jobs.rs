@@ -417,6 +417,14 @@ impl Journal {
             }
         }
         let pins: Vec<Pin> = leases.list().into_iter().map(|(timeline, lsn)| Pin { timeline, lsn }).collect();
+        let mut held: Vec<Pin> =
+            map.branching.branches.values().map(|(timeline, lsn)| Pin { timeline: *timeline, lsn: *lsn }).collect();
+        if map.branching.on.is_some() {
+            // It has no base to fold into.
+            held.extend(
+                map.lines.values().filter(|l| l.parent.is_none()).map(|l| Pin { timeline: l.id, lsn: Lsn::ZERO }),
+            );
+        }
         let hours = |h: u32| u64::from(h) * 3_600_000_000;
         let out = act(&Facts {
             now_us: ageing.now(now.0),
@@ -437,6 +445,7 @@ impl Journal {
             timelines: &timelines,
             bookmarks: &bookmarks,
             leases: &pins,
+            held: &held,
             fold_segments_max: FOLD_SEGMENTS_MAX,
         });
         drop(leases);

@@ -9,6 +9,7 @@
 //! seg/TIMELINE-LSN-TERM.seg     a sealed segment, ends in its own index                             (format, footer)
 //! seg/prepared-N                zero-filled ahead; never adopted after a restart                    (jobs)
 //! base/vN.img base/vN.sum       each volume at the floor, and its checksums                         (base)
+//!                               or, for a branch of another group's journal, a moment of that one (trunk)
 //! index/…                       where the newest version of a sector lies; disposable               (index)
 //! ```
 //!
@@ -38,7 +39,7 @@
 //! # Tests
 //!
 //! `tests/reads` (every LSN against a slow model), `crash` (power cut and kill at every operation, chains, failed flushes, and a
-//! disk that lies to show that the tests see), `damage` (flipped bits, lost and foreign files), `full`, `points`, `timelines`,
+//! disk that lies to show that the tests see), `damage` (flipped bits, lost and foreign files), `full`, `points`, `timelines`, `branches`,
 //! `retention` (power cut at every operation of a fold), `concurrent`, `fixtures` (version 1 opens for ever). Examples:
 //! `append_bench`, `open_bench` (both `--json`), `make_fixture`.
 
@@ -61,15 +62,17 @@ mod scan;
 mod segment;
 mod shared;
 mod stats;
+mod trunk;
 mod types;
 mod verify;
 mod view;
 mod writer;
 
 pub use base::BaseError;
+pub use control::BranchPoint;
 pub use error::{
-    AppendError, BookmarkError, BranchError, ControlError, Corruption, CreateError, Damage, JobError, OpenError,
-    OpenViewError, OptionsError, ReadError, ReadViewError, ResolveError, SharedDiskError, SpecError,
+    AppendError, BookmarkError, BranchError, ControlError, Corruption, CreateError, Damage, HoldError, JobError,
+    OpenError, OpenViewError, OptionsError, ReadError, ReadViewError, ResolveError, SharedDiskError, SpecError,
 };
 pub use format::{GapState, MAX_RECORD_BYTES, SourceMark};
 pub use index::IndexError;
@@ -82,5 +85,5 @@ pub use types::{
     RateBucket, RecoveryReport, ResolvedPoint, SourcePosition, TimelineInfo, VERIFY_DAMAGE_MAX, VerifyProgress,
     VerifyReport,
 };
-pub use view::View;
+pub use view::{View, ViewHandle};
 pub use writer::Journal;

@@ -3,21 +3,25 @@
 
 use crate::{
     Corruption, GapState, OpenError, OpenViewError, ReadError, ResolveError,
-    base::ImageBase,
-    control::Control,
-    format::{self, RECORD_HEADER, TableEntry},
+    base::{Base, ImageBase},
+    control::{BranchPoint, Control, ControlRecord},
+    format::{self, ExtentEntry, RECORD_HEADER, TableEntry},
     index::Shape,
     load::{self, Mode},
     points::History,
     segment::{self, Segment},
     shared::{LeaseError, Map, Shared},
     stats::{self, JournalStats},
+    trunk::Trunk,
     types::{Points, RateBucket, ResolvedPoint, TimelineInfo, VerifyProgress, VerifyReport},
     verify,
-    view::{Caches, Moment, Remember, View},
+    view::{Caches, Moment, Remember, View, ViewHandle},
+    writer::check_trunk,
 };
 use durable::Disk;
-use model::{GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, RecoveryPoint, TimelineId};
+use model::{
+    ExtentSet, GroupId, GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, RecoveryPoint, TimelineId, VolumeId,
+};
 use std::{path::Path, sync::Arc};
 
 /// A handle for reading; clones share their caches.
@@ -42,21 +46,28 @@ impl JournalReader {
     /// Opens a journal that no daemon has open, changes nothing, needs no index, and goes on in spite of damage: what is
     /// whole can be read, and [`JournalReader::damage`] lists the rest. A read that would need what is missing says so.
     pub fn open_offline(disk: Arc<dyn Disk>, dir: &Path) -> Result<JournalReader, OpenError> {
+        Self::offline_on(disk, dir, None)
+    }
+
+    /// The same for a branch, with a view of the moment it goes on from: that of [`OpenError::NeedsTrunk`].
+    pub fn open_offline_branch(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        on: Arc<ViewHandle>,
+    ) -> Result<JournalReader, OpenError> {
+        Self::offline_on(disk, dir, Some(on))
+    }
+
+    fn offline_on(disk: Arc<dyn Disk>, dir: &Path, on: Option<Arc<ViewHandle>>) -> Result<JournalReader, OpenError> {
         let control = Control::load(Arc::clone(&disk), dir).map_err(OpenError::Control)?;
         let record = control.ok_or_else(|| OpenError::NoJournal { dir: dir.to_owned() })?.record();
+        check_trunk(record.branching.on, on.as_deref())?;
         let loaded = load::load(&*disk, dir, &record, Mode::Lenient)?;
         let mut damage = loaded.damage;
-        let interrupted = (record.cutoff > record.floor.lsn).then_some(record.cutoff);
-        let base = ImageBase::open_read_only(Arc::clone(&disk), &format::base_dir(dir), interrupted);
-        for volume in &record.spec.volumes {
-            let opened =
-                crate::base::Base::ensure_volume(&base, volume.id, volume.sectors, record.based.contains(&volume.id));
-            match opened.map_err(crate::view::base_error) {
-                Ok(()) => {}
-                Err(ReadError::Corrupt(corruption)) => damage.push(corruption),
-                Err(e) => return Err(e.into()),
-            }
-        }
+        let base: Arc<dyn Base> = match on {
+            Some(view) => Arc::new(Trunk::new(view)),
+            None => Arc::new(offline_base(&disk, dir, &record, &mut damage)?),
+        };
         let map = Map {
             spec: Arc::new(record.spec),
             lines: loaded.lines,
@@ -64,8 +75,9 @@ impl JournalReader {
             floor: record.floor,
             cutoff: record.cutoff,
             released: Arc::new(record.released),
+            branching: Arc::new(record.branching),
         };
-        let shared = Shared::new(disk, dir.to_owned(), Shape::default(), map, Arc::new(base));
+        let shared = Shared::new(disk, dir.to_owned(), Shape::default(), map, base);
         let mut reader = Self::new(Arc::new(shared));
         reader.damage = Arc::new(damage);
         Ok(reader)
@@ -77,6 +89,30 @@ impl JournalReader {
     }
     pub fn spec(&self) -> GroupSpec {
         GroupSpec::clone(&self.shared.map().spec)
+    }
+    /// The moment of another group's journal that this one goes on from, if it is a branch.
+    pub fn branch_point(&self) -> Option<BranchPoint> {
+        self.shared.map().branching.on
+    }
+    /// Other groups' journals that go on from a moment of this one.
+    pub fn branches(&self) -> Vec<(GroupId, TimelineId, Lsn)> {
+        let map = self.shared.map();
+        map.branching.branches.iter().map(|(group, (timeline, lsn))| (*group, *timeline, *lsn)).collect()
+    }
+    /// Sectors of a volume that records of the current timeline behind `after`, up to `upto`, have changed.
+    pub fn changed(&self, volume: VolumeId, after: Lsn, upto: Lsn) -> Result<ExtentSet, ReadError> {
+        let map = self.shared.map();
+        let mut changed = ExtentSet::new();
+        for (segment, end) in map.history(map.current, upto.min(map.current().written())) {
+            if segment.last_lsn() <= after {
+                continue;
+            }
+            let inside = |e: &&ExtentEntry| e.volume == volume && e.lsn > after && e.lsn <= end;
+            for entry in self.shared.all_extents(&segment)?.iter().filter(inside) {
+                changed.insert(entry.extent);
+            }
+        }
+        Ok(changed)
     }
     pub fn timelines(&self) -> Vec<TimelineInfo> {
         let map = self.shared.map();
@@ -186,6 +222,26 @@ impl JournalReader {
         let all = map.history(map.current, map.current().written()).into_iter().flat_map(|(s, upto)| s.marks(upto));
         all.map(|m| (m.lsn, m.time, m.mark)).collect()
     }
+}
+
+/// The base as far as it is whole; what is not is noted.
+fn offline_base(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    record: &ControlRecord,
+    damage: &mut Vec<Corruption>,
+) -> Result<ImageBase, OpenError> {
+    let interrupted = (record.cutoff > record.floor.lsn).then_some(record.cutoff);
+    let base = ImageBase::open_read_only(Arc::clone(disk), &format::base_dir(dir), interrupted);
+    for volume in &record.spec.volumes {
+        let opened = base.ensure_volume(volume.id, volume.sectors, record.based.contains(&volume.id));
+        match opened.map_err(crate::view::base_error) {
+            Ok(()) => {}
+            Err(ReadError::Corrupt(corruption)) => damage.push(corruption),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(base)
 }
 
 /// A record as it stands in the journal; its payload is read when it is asked for.

@@ -106,6 +106,8 @@ pub struct Facts<'a> {
     pub bookmarks: &'a [Pin],
     /// Open views.
     pub leases: &'a [Pin],
+    /// Moments that other journals stand on; the beginning, for a journal that stands on one itself.
+    pub held: &'a [Pin],
     /// At most this many segments are folded by one plan, so that one round is bounded. At least 1.
     pub fold_segments_max: usize,
 }
@@ -127,7 +129,7 @@ pub enum KeepReason {
     Bookmark,
     /// An open view needs it.
     View,
-    /// Another timeline branches off in it or before it, or it belongs to one.
+    /// Another timeline, or another journal, branches off in it or before it, or it belongs to one.
     Branch,
     /// Due, but this round folds no more.
     Unfolded,
@@ -204,6 +206,7 @@ struct Lines {
     branch: Option<Lsn>,
     bookmarks: Vec<Pin>,
     leases: Vec<Pin>,
+    held: Vec<Pin>,
 }
 
 impl Lines {
@@ -227,9 +230,10 @@ impl Lines {
         };
         let bookmarks: Vec<Pin> = facts.bookmarks.iter().map(|pin| home(*pin)).collect();
         let leases: Vec<Pin> = facts.leases.iter().map(|pin| home(*pin)).collect();
+        let held: Vec<Pin> = facts.held.iter().map(|pin| home(*pin)).collect();
 
         let mut needed: BTreeMap<TimelineId, Option<Lsn>> = BTreeMap::new();
-        for pin in bookmarks.iter().chain(&leases) {
+        for pin in bookmarks.iter().chain(&leases).chain(&held) {
             let until = needed.entry(pin.timeline).or_insert(Some(Lsn::ZERO));
             *until = until.map(|until| until.max(pin.lsn));
         }
@@ -266,7 +270,7 @@ impl Lines {
                 branch = branches.values().min().copied();
             }
         }
-        Self { needed, trunk, branch, bookmarks, leases }
+        Self { needed, trunk, branch, bookmarks, leases, held }
     }
 
     /// The last LSN of the segment that is on the trunk; none when the segment is not on it.
@@ -313,7 +317,8 @@ impl Limits {
             let held = pins.iter().filter(|pin| on_trunk(pin) || !known(pin));
             held.map(|pin| if known(pin) { pin.lsn } else { Lsn::ZERO }).min().unwrap_or(Lsn::MAX)
         };
-        Self { bookmark: least(&lines.bookmarks), view: least(&lines.leases), branch: lines.branch.unwrap_or(Lsn::MAX) }
+        let branch = lines.branch.unwrap_or(Lsn::MAX).min(least(&lines.held));
+        Self { bookmark: least(&lines.bookmarks), view: least(&lines.leases), branch }
     }
     fn least(&self) -> Lsn {
         self.bookmark.min(self.view).min(self.branch)
@@ -472,8 +477,8 @@ fn reason_to_keep(segment: &SegmentFact, lines: &Lines, limits: &Limits, cut: &C
         () if last <= cut.target_lsn => KeepReason::Unfolded,
         () if in_window => KeepReason::Window,
         () if limits.bookmark < last => KeepReason::Bookmark,
-        () if limits.view < last => KeepReason::View,
         () if limits.branch < last => KeepReason::Branch,
+        () if limits.view < last => KeepReason::View,
         // Only what comes after the open segment's place is left, or what was shortened for.
         () => KeepReason::Window,
     })
@@ -595,6 +600,7 @@ mod tests {
         timelines: Vec<TimelineFact>,
         bookmarks: Vec<Pin>,
         leases: Vec<Pin>,
+        held: Vec<Pin>,
         fold_segments_max: usize,
         /// How far timelines went whose segments are deleted by now.
         tips: BTreeMap<TimelineId, Lsn>,
@@ -618,6 +624,7 @@ mod tests {
                 timelines: &self.timelines,
                 bookmarks: &self.bookmarks,
                 leases: &self.leases,
+                held: &self.held,
                 fold_segments_max: self.fold_segments_max,
             }
         }
@@ -647,6 +654,7 @@ mod tests {
                 timelines: vec![TimelineFact { id: TimelineId(0), parent: None, live: true }],
                 bookmarks: vec![],
                 leases: vec![],
+                held: vec![],
                 fold_segments_max: usize::MAX,
                 tips: BTreeMap::new(),
             }
@@ -713,7 +721,7 @@ mod tests {
         /// Everything a plan must never do, whatever the facts.
         fn check(&self, plan: &Plan, seed: u64) {
             assert!(plan.new_cutoff >= self.cutoff.max(self.floor), "seed {seed}: the cutoff went back");
-            for pin in self.bookmarks.iter().chain(&self.leases) {
+            for pin in self.bookmarks.iter().chain(&self.leases).chain(&self.held) {
                 self.readable(plan, pin.timeline, pin.lsn)
                     .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{self:#?}\n{plan:#?}"));
             }
@@ -792,7 +800,7 @@ mod tests {
     #[test]
     fn bookmarks_views_and_branches_hold_the_cutoff() {
         for lsn in 0..=200 {
-            for what in 0..3 {
+            for what in 0..4 {
                 let mut paper = Paper::line(20);
                 paper.window_us = 0;
                 paper.window_floor_us = 0;
@@ -804,6 +812,10 @@ mod tests {
                     1 => {
                         paper.leases.push(Paper::pin(lsn));
                         KeepReason::View
+                    }
+                    2 => {
+                        paper.held.push(Paper::pin(lsn));
+                        KeepReason::Branch
                     }
                     _ => {
                         let parent = Some((TimelineId(0), Lsn(lsn)));
@@ -976,10 +988,18 @@ mod tests {
                         let tip = paper.segments.iter().find(|s| s.open).map_or(Lsn(0), |s| s.last_lsn);
                         let lsn = Lsn(paper.cutoff.0 + draw(tip.0.saturating_sub(paper.cutoff.0) + 1));
                         let pin = Pin { timeline: current, lsn };
-                        if draw(2) == 0 { paper.bookmarks.push(pin) } else { paper.leases.push(pin) }
+                        match draw(3) {
+                            0 => paper.bookmarks.push(pin),
+                            1 => paper.leases.push(pin),
+                            _ => paper.held.push(pin),
+                        }
                     }
                     7 => {
-                        let pins = if draw(2) == 0 { &mut paper.bookmarks } else { &mut paper.leases };
+                        let pins = match draw(3) {
+                            0 => &mut paper.bookmarks,
+                            1 => &mut paper.leases,
+                            _ => &mut paper.held,
+                        };
                         if !pins.is_empty() {
                             pins.swap_remove(draw(pins.len() as u64) as usize);
                         }

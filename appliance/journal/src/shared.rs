@@ -15,7 +15,7 @@ use crate::{
     BaseError, Corruption, ReadError,
     base::Base,
     cache::Lru,
-    control::Floor,
+    control::{Branching, Floor},
     format::{self, ExtentEntry, TableEntry},
     index::{IndexStore, RunId, Shape},
     segment::{Fences, Footer, Segment, State},
@@ -79,6 +79,7 @@ pub struct Map {
     pub floor: Floor,
     pub cutoff: Lsn,
     pub released: Arc<BTreeSet<(TimelineId, Lsn)>>,
+    pub branching: Arc<Branching>,
 }
 
 /// A stretch of a view's history: the records of `timeline` up to `upto`.

@@ -20,8 +20,9 @@
 //! done again from footers, which always say the same.
 
 use crate::{
-    Corruption, Damage, ReadError, ReadViewError,
+    Corruption, Damage, JournalReader, OpenViewError, ReadError, ReadViewError,
     base::BaseError,
+    control::BranchPoint,
     format::{self, ExtentEntry, RECORD_HEADER},
     index::{IndexStore, Piece, PieceKind, Source, take_missing},
     payload::{self, Payloads, Place},
@@ -33,7 +34,7 @@ use crate::{
 use model::{
     ByteLen, Extent, ExtentSet, GroupSpec, Lsn, RecordKind, SECTOR, Sectors, TimelineId, VolumeId, VolumeSpec,
 };
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// A read is planned for so many sectors at a time (64 MiB), so that a huge range does not gather a huge plan.
 const WINDOW_SECTORS: u64 = 1 << 17;
@@ -332,7 +333,7 @@ impl Moment {
     /// Whether no fold was ever finished: what no segment has was never written. Asked after the plan was made, not of the plan's map: a
     /// first fold may have ended in between, and runs of the index made since leave out what it took.
     fn no_base(&self) -> bool {
-        self.shared.map().floor.lsn == Lsn::ZERO
+        self.shared.base.begins_empty() && self.shared.map().floor.lsn == Lsn::ZERO
     }
 
     fn read_base(&self, volume: VolumeId, lba: u64, out: &mut [u8]) -> Result<(), ReadError> {
@@ -456,6 +457,9 @@ impl Moment {
     fn prefetch(&self, volume: VolumeId, extent: Extent) -> Result<(), ReadError> {
         self.with_plan(volume, extent, |_, parts| {
             self.let_the_disk_begin(parts, true);
+            for part in parts.iter().filter(|part| matches!(part.from, From::Base)) {
+                self.shared.base.prefetch(volume, part.extent);
+            }
             Ok(())
         })
     }
@@ -558,6 +562,10 @@ impl View {
     pub fn point(&self) -> ResolvedPoint {
         self.point
     }
+    /// The moment, as a branch that goes on from it names it.
+    pub fn branch_point(&self) -> BranchPoint {
+        BranchPoint { group: self.spec.id, timeline: self.point.timeline, lsn: self.point.lsn }
+    }
     pub fn volumes(&self) -> &[VolumeSpec] {
         &self.spec.volumes
     }
@@ -604,6 +612,31 @@ impl View {
             return Err(ReadViewError::Outside { volume, offset, len, size: ByteLen(size.bytes()) });
         }
         Ok(self.moment.allocation(volume, extent)?)
+    }
+}
+
+/// A view that outlives its journal's handle. A journal that failed is opened again, as another [`Journal`](crate::Journal): a view of the
+/// earlier one holds nothing back in the new one. Whoever opens it puts a view of the same moment here before any job runs.
+#[derive(Debug)]
+pub struct ViewHandle {
+    now: RwLock<Arc<View>>,
+}
+
+impl ViewHandle {
+    pub fn new(view: View) -> Arc<Self> {
+        Arc::new(Self { now: RwLock::new(Arc::new(view)) })
+    }
+    pub fn get(&self) -> Arc<View> {
+        Arc::clone(&self.now.read().unwrap_or_else(PoisonError::into_inner))
+    }
+    pub fn point(&self) -> ResolvedPoint {
+        self.get().point
+    }
+    /// Takes the view of the same moment from the journal as it was opened again.
+    pub fn move_to(&self, reader: &JournalReader) -> Result<(), OpenViewError> {
+        let view = Arc::new(reader.view(self.point())?);
+        *self.now.write().unwrap_or_else(PoisonError::into_inner) = view;
+        Ok(())
     }
 }
 

@@ -16,10 +16,10 @@
 //! the journal is opened again and recovery has looked.
 
 use crate::{
-    AppendError, BookmarkError, BranchError, ControlError, CreateError, OpenError, SpecError,
+    AppendError, BookmarkError, BranchError, ControlError, CreateError, HoldError, OpenError, SpecError,
     ageing::Ageing,
     base::{Base, ImageBase},
-    control::{self, Control, ControlRecord, TIMELINES_MAX, TimelineRecord},
+    control::{self, BranchPoint, Control, ControlRecord, TIMELINES_MAX, TimelineRecord},
     error::SharedDiskError,
     format::{
         self, BATCH_HEADER, BLOCK, BatchHeader, Carry, MAX_DECODED_BYTES, MAX_RECORD_BYTES, MAX_SEGMENT_RECORDS,
@@ -34,12 +34,14 @@ use crate::{
     segment::{self, MemIndex, Segment, State, Unsealed},
     shared::{Line, Map, Shared},
     stats::{self, JournalStats},
-    types::{JournalOptions, NewRecord, Progress, RecoveryReport, SourcePosition},
+    trunk::Trunk,
+    types::{JournalOptions, NewRecord, Progress, RecoveryReport, ResolvedPoint, SourcePosition},
+    view::ViewHandle,
 };
 use durable::{AlignedBuf, Disk, DiskError, OpenMode, WriteQueue};
 use model::{
-    BookmarkName, ByteLen, Codec, Extent, GapReason, GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind, Sectors,
-    SourceSeq, StreamId, Term, TimelineId, VolumeId, WriteFlags,
+    BookmarkName, ByteLen, Codec, Extent, GapReason, GroupId, GroupSpec, HistoryTime, Lsn, Mark, Record, RecordKind,
+    Sectors, SourceSeq, StreamId, Term, TimelineId, VolumeId, WriteFlags,
 };
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -55,6 +57,8 @@ use std::{
 const STOPGAP_BYTES: u64 = 8 << 20;
 /// Full segments that wait to be sealed: up to 25 MiB of memory each.
 const UNSEALED_MAX: usize = 8;
+/// Journals that stand on one: some drills and a takeover; the control record stays small.
+const BRANCHES_MAX: usize = 64;
 
 /// The segment that takes appends.
 struct Current {
@@ -127,6 +131,32 @@ impl Journal {
         options: JournalOptions,
         now: HistoryTime,
     ) -> Result<Journal, CreateError> {
+        Self::create_on(disk, dir, spec, term, options, now, None)
+    }
+
+    /// Makes a journal that goes on from a moment of another group's: what is not written in it reads as it was there. That
+    /// moment must be held there ([`Journal::hold`]) before, and until this one is deleted.
+    pub fn create_branch(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        spec: &GroupSpec,
+        term: Term,
+        options: JournalOptions,
+        now: HistoryTime,
+        on: Arc<ViewHandle>,
+    ) -> Result<Journal, CreateError> {
+        Self::create_on(disk, dir, spec, term, options, now, Some(on))
+    }
+
+    fn create_on(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        spec: &GroupSpec,
+        term: Term,
+        options: JournalOptions,
+        now: HistoryTime,
+        on: Option<Arc<ViewHandle>>,
+    ) -> Result<Journal, CreateError> {
         options.check()?;
         control::check_spec(spec)?;
         let failed = |source| CreateError::Disk { dir: dir.to_owned(), source };
@@ -137,9 +167,10 @@ impl Journal {
         disk.create_dir(&format::segment_dir(dir)).map_err(failed)?;
         disk.create_dir(&format::base_dir(dir)).map_err(failed)?;
         // The control record comes last: a folder without one is no journal yet, and create may be called again.
-        Control::create(Arc::clone(&disk), dir, ControlRecord::new(spec.clone(), term))
-            .map_err(CreateError::Control)?;
-        match Self::open(disk, dir, options, now) {
+        let mut record = ControlRecord::new(spec.clone(), term);
+        record.branching.on = on.as_ref().map(|on| on.get().branch_point());
+        Control::create(Arc::clone(&disk), dir, record).map_err(CreateError::Control)?;
+        match Self::open_on(disk, dir, options, now, on) {
             Ok((journal, _)) => Ok(journal),
             Err(e) => Err(CreateError::Open(Box::new(e))),
         }
@@ -152,11 +183,33 @@ impl Journal {
         options: JournalOptions,
         now: HistoryTime,
     ) -> Result<(Journal, RecoveryReport), OpenError> {
+        Self::open_on(disk, dir, options, now, None)
+    }
+
+    /// The same for a branch, with a view of the moment it goes on from ([`JournalReader::branch_point`] says which).
+    pub fn open_branch(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: JournalOptions,
+        now: HistoryTime,
+        on: Arc<ViewHandle>,
+    ) -> Result<(Journal, RecoveryReport), OpenError> {
+        Self::open_on(disk, dir, options, now, Some(on))
+    }
+
+    fn open_on(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: JournalOptions,
+        now: HistoryTime,
+        on: Option<Arc<ViewHandle>>,
+    ) -> Result<(Journal, RecoveryReport), OpenError> {
         options.check()?;
         let control = Control::load(Arc::clone(&disk), dir).map_err(OpenError::Control)?;
         let control = control.ok_or_else(|| OpenError::NoJournal { dir: dir.to_owned() })?;
         disk.cleanup(dir).map_err(OpenError::Disk)?;
         let record = control.record();
+        check_trunk(record.branching.on, on.as_deref())?;
         let loaded = load::load(&*disk, dir, &record, Mode::Strict)?;
         let mut report = loaded.report;
         report.control_fault = control.fault();
@@ -169,15 +222,7 @@ impl Journal {
                 Err(e) => return Err(OpenError::Disk(e)),
             }
         }
-        let interrupted = (record.cutoff > record.floor.lsn).then_some(record.cutoff);
-        let base = ImageBase::open(Arc::clone(&disk), &format::base_dir(dir), interrupted);
-        let base = base.map_err(|e| OpenError::from(crate::view::base_error(e)))?;
-        if record.cutoff > Lsn::ZERO {
-            for volume in &record.spec.volumes {
-                base.ensure_volume(volume.id, volume.sectors, record.based.contains(&volume.id))
-                    .map_err(|e| OpenError::from(crate::view::base_error(e)))?;
-            }
-        }
+        let base = open_base(&disk, dir, &record, on)?;
         let ends: Vec<(TimelineId, Lsn)> = loaded.lines.values().map(|l| (l.id, l.written())).collect();
         let begun = match begin_life(&control, &ends) {
             // What there is can be read all the same; the first append tries again.
@@ -192,9 +237,10 @@ impl Journal {
             floor: record.floor,
             cutoff: record.cutoff,
             released: Arc::new(record.released.clone()),
+            branching: Arc::new(record.branching.clone()),
         };
         let shape = Shape::new(options.segments_per_generation).expect("the options were checked");
-        let shared = Arc::new(Shared::new(disk, dir.to_owned(), shape, map, Arc::new(base)));
+        let shared = Arc::new(Shared::new(disk, dir.to_owned(), shape, map, base));
         let mut journal = Journal {
             jobs: JobState::new(&options, now),
             control: Arc::new(control),
@@ -719,6 +765,47 @@ impl Journal {
         self.current.as_ref().map_or("not writing", |c| c.queue.backend())
     }
 
+    // ------------------------------------------------------------ branches of other groups
+
+    /// Keeps a moment for another group's journal that is about to go on from it, until [`Journal::release_hold`]. Doing it again
+    /// for the same moment is fine.
+    pub fn hold(&mut self, for_group: GroupId, at: ResolvedPoint) -> Result<(), HoldError> {
+        let map = self.shared.map();
+        let line = map.line(at.timeline).filter(|l| l.live).ok_or(HoldError::NoTimeline(at.timeline))?;
+        if at.lsn > line.written() {
+            return Err(HoldError::AfterEnd { lsn: at.lsn, end: line.written() });
+        }
+        let kept = (at.timeline, at.lsn);
+        match map.branching.branches.get(&for_group) {
+            Some(held) if *held == kept => return Ok(()),
+            Some((timeline, lsn)) => return Err(HoldError::Other { timeline: *timeline, lsn: *lsn }),
+            None if map.branching.branches.len() >= BRANCHES_MAX => {
+                return Err(HoldError::TooMany { max: BRANCHES_MAX });
+            }
+            None => {}
+        }
+        // No fold is planned past it while it is being written down.
+        let _lease = self
+            .shared
+            .lease(at.timeline, at.lsn, false)
+            .map_err(|_| HoldError::BeforeFloor { lsn: at.lsn, floor: self.shared.map().cutoff })?;
+        self.control.update(|r| r.branching.branches.extend([(for_group, kept)]))?;
+        self.note_branching();
+        Ok(())
+    }
+
+    /// Lets go of what was held for a group; nothing was, is fine.
+    pub fn release_hold(&mut self, for_group: GroupId) -> Result<(), HoldError> {
+        self.control.update(|r| r.branching.branches.retain(|group, _| *group != for_group))?;
+        self.note_branching();
+        Ok(())
+    }
+
+    fn note_branching(&self) {
+        let branching = Arc::new(self.control.record().branching);
+        self.shared.change_map(|m| m.branching = branching);
+    }
+
     // ------------------------------------------------------------ timelines and bookmarks
 
     pub fn timeline(&self) -> TimelineId {
@@ -788,7 +875,8 @@ impl Journal {
             return Err(BranchError::NoTimeline(id));
         }
         let leases = self.shared.leases.lock().unwrap_or_else(std::sync::PoisonError::into_inner).list();
-        if leases.iter().any(|(timeline, _)| *timeline == id) {
+        let held = map.branching.branches.values();
+        if leases.iter().chain(held).any(|(timeline, _)| *timeline == id) {
             return Err(BranchError::InUse(id));
         }
         let give_up = |r: &mut ControlRecord| {
@@ -864,6 +952,37 @@ impl Drop for Journal {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
     }
+}
+
+/// Whether the moment given is the one the journal goes on from.
+pub(crate) fn check_trunk(wanted: Option<BranchPoint>, given: Option<&ViewHandle>) -> Result<(), OpenError> {
+    match (wanted, given.map(|on| on.get().branch_point())) {
+        (wanted, given) if wanted == given => Ok(()),
+        (Some(on), _) => Err(OpenError::NeedsTrunk { on }),
+        (None, Some(BranchPoint { group, timeline, lsn })) => Err(OpenError::OtherTrunk { group, timeline, lsn }),
+        (None, None) => Ok(()),
+    }
+}
+
+/// What lies below the segments.
+fn open_base(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    record: &ControlRecord,
+    on: Option<Arc<ViewHandle>>,
+) -> Result<Arc<dyn Base>, OpenError> {
+    if let Some(view) = on {
+        return Ok(Arc::new(Trunk::new(view)));
+    }
+    let failed = |e| OpenError::from(crate::view::base_error(e));
+    let interrupted = (record.cutoff > record.floor.lsn).then_some(record.cutoff);
+    let base = ImageBase::open(Arc::clone(disk), &format::base_dir(dir), interrupted).map_err(failed)?;
+    if record.cutoff > Lsn::ZERO {
+        for volume in &record.spec.volumes {
+            base.ensure_volume(volume.id, volume.sectors, record.based.contains(&volume.id)).map_err(failed)?;
+        }
+    }
+    Ok(Arc::new(base))
 }
 
 /// A new life of the journal, persisted before its first segment: what an earlier one left behind can never pass for this one's.

@@ -15,6 +15,7 @@
 
 use crate::pki;
 use durable::{CopyFault, Disk, Twin};
+use journal::BranchPoint;
 use model::{GroupId, HostId};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -64,6 +65,9 @@ pub struct GroupEntry {
     pub host: Option<HostId>,
     pub state: GroupState,
     pub created_us: u64,
+    /// The moment of another group it goes on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<BranchPoint>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -117,6 +121,8 @@ pub enum CatalogRefusal {
     GroupName(String),
     #[error("{GROUPS_MAX} groups exist, which is the limit")]
     TooManyGroups,
+    #[error("{0:?} goes on from a moment of this group, and cannot be read without it")]
+    HasBranches(String),
 }
 
 /// A failed change: refused, or not kept.
@@ -140,6 +146,10 @@ impl Data {
             named.sort_by_key(|h| (h.revoked_us.is_some(), h.enrolled_us));
             named.first().copied()
         })
+    }
+    /// Groups whose journals go on from a moment of this one's.
+    pub fn branches_of(&self, id: GroupId) -> impl Iterator<Item = &GroupEntry> {
+        self.groups.iter().filter(move |g| g.branch.is_some_and(|on| on.group == id))
     }
     pub fn group(&self, id: GroupId) -> Option<&GroupEntry> {
         self.groups.iter().find(|g| g.id == id)
@@ -395,7 +405,12 @@ mod tests {
             let id = GroupId(i.to_le_bytes());
             let name = format!("{i}{long}");
             let state = GroupState::Deleting;
-            data.add_group(GroupEntry { id, name, host: Some(HOST), state, created_us: u64::MAX }).unwrap();
+            let branch = Some(BranchPoint {
+                group: GroupId([255; 16]),
+                timeline: model::TimelineId(u32::MAX),
+                lsn: model::Lsn(u64::MAX),
+            });
+            data.add_group(GroupEntry { id, name, host: Some(HOST), state, created_us: u64::MAX, branch }).unwrap();
         }
         let len = serde_json::to_vec(&data).unwrap().len();
         assert!(len < durable::TWIN_BODY_MAX, "{len}");
@@ -405,6 +420,7 @@ mod tests {
             host: None,
             state: GroupState::Ready,
             created_us: 0,
+            branch: None,
         });
         assert!(matches!(refused, Err(CatalogRefusal::TooManyGroups)));
     }

@@ -7,7 +7,7 @@ use crate::{
     vault::{Group, Live, Phase},
     views::OpenView,
 };
-use journal::{JournalStats, KeepReason, Pressure};
+use journal::{BranchPoint, JournalStats, KeepReason, Pressure};
 use model::{ByteLen, GroupPolicy, GroupSpec, RiskReason};
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering;
@@ -204,6 +204,10 @@ pub struct GroupReport {
     pub verdict: Verdict,
     pub host_name: Option<String>,
     pub agent: Option<GroupAgentStatus>,
+    /// What it goes on from, with that group's name.
+    pub branch: Option<(BranchPoint, Option<String>)>,
+    /// Groups that go on from a moment of this one, by name.
+    pub branches: Vec<String>,
 }
 
 impl GroupReport {
@@ -276,11 +280,14 @@ pub fn group_report(app: &App, group: &Group) -> GroupReport {
         Phase::Stopped { since_us, .. } => Some(since_us),
         Phase::Opening | Phase::Running(_) | Phase::Closed => None,
     };
-    GroupReport { spec, stopped_since_us, live, stats, verdict, host_name, agent }
+    let catalog = app.catalog.data();
+    let branch = shared.branch.map(|on| (on, catalog.group(on.group).map(|g| g.name.clone())));
+    let branches = catalog.branches_of(shared.id).map(|g| g.name.clone()).collect();
+    GroupReport { spec, stopped_since_us, live, stats, verdict, host_name, agent, branch, branches }
 }
 
 pub fn group_json(report: &GroupReport) -> Value {
-    let GroupReport { spec, stopped_since_us, live, stats, verdict, host_name, agent } = report;
+    let GroupReport { spec, stopped_since_us, live, stats, verdict, host_name, agent, branch, branches } = report;
     let syncing = matches!(verdict.state, GroupState::Syncing | GroupState::Resyncing);
     let sync = agent
         .as_ref()
@@ -294,6 +301,10 @@ pub fn group_json(report: &GroupReport) -> Value {
         "name": spec.name,
         "host_id": spec.host,
         "host_name": host_name,
+        "branch": branch.as_ref().map(|(on, name)| json!({
+            "group": on.group, "group_name": name, "timeline": on.timeline, "lsn": on.lsn,
+        })),
+        "branches": branches,
         "volumes": spec.volumes,
         "policy": spec.policy,
         "state": verdict.state.name(),

@@ -17,7 +17,7 @@ use crate::{
     vault::{Group, GroupError, Phase},
 };
 use data_encoding::HEXLOWER;
-use journal::{OpenViewError, ResolveError, ResolvedPoint, View};
+use journal::{OpenViewError, ResolveError, ResolvedPoint};
 use model::{GroupId, RecoveryPoint};
 use std::{
     collections::BTreeMap,
@@ -112,16 +112,17 @@ impl Views {
     /// Finds the point, opens it and exports its volumes. Blocking: the search may read a segment's index. Within a runtime.
     pub fn open(&self, group: &Group, at: &RecoveryPoint, wish: Wish) -> Result<Arc<OpenView>, ViewError> {
         let started = Instant::now();
+        let life = group.shared.life();
         let reader = group.reader()?;
         let point = reader.resolve(at)?;
-        let view: Arc<View> = Arc::new(reader.view(point)?);
+        let handle = group.keep_view(life, reader.view(point)?)?;
         if crate::lock(&self.open).len() >= VIEWS_MAX {
             return Err(ViewError::TooMany);
         }
         let id = HEXLOWER.encode(&pki::random_128().ok_or(ViewError::Random)?[..4]);
         let mut exports: Vec<Arc<Export>> = Vec::new();
-        for volume in view.volumes() {
-            match self.exports.add_view(format!("view-{id}-{}", volume.id), group.id(), volume, wish.tcp, &view) {
+        for volume in handle.get().volumes() {
+            match self.exports.add_view(format!("view-{id}-{}", volume.id), group.id(), volume, wish.tcp, &handle) {
                 Ok(export) => exports.push(export),
                 Err(e) => {
                     exports.iter().for_each(|e| self.exports.remove(&e.name));

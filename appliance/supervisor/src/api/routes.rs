@@ -7,7 +7,7 @@ use crate::{
     config::VIEW_IDLE_MINUTES_MAX,
     events::Event,
     pki, status,
-    vault::{CreateGroupError, Group, GroupError, Phase, VOLUME_BYTES_MAX},
+    vault::{CreateGroupError, DeleteGroupError, Group, GroupError, Phase, VOLUME_BYTES_MAX},
     views::{Idle, ViewError, Wish},
 };
 use bytes::Bytes;
@@ -72,6 +72,9 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
             Ok(ok(&json!({ "deleted": name })))
         }
         (&Method::POST, ["groups", group, "views"]) => open_view(app, find(app, group)?, body(request).await?).await,
+        (&Method::POST, ["groups", group, "branches"]) => {
+            create_branch(app, find(app, group)?, body(request).await?).await
+        }
         (&Method::POST, ["groups", group, "verify"]) => verify(app, find(app, group)?),
         (&Method::GET, ["views"]) => {
             Ok(ok(&app.views.list().iter().map(|v| status::view_json(app, v)).collect::<Value>()))
@@ -231,15 +234,52 @@ async fn create_group(app: &Arc<App>, wish: GroupWish) -> Result {
         Ok::<_, ApiError>(group)
     })
     .await??;
-    // Its journal was just made; opening it again takes a moment, and who made it wants to use it.
+    Ok(created_json(&app, &created).await)
+}
+
+/// A group that was just made, with its exports, once it is open.
+async fn created_json(app: &Arc<App>, created: &Arc<Group>) -> Answer {
+    // Its journal was just made; opening it takes a moment, and who made it wants to use it.
     let deadline = Instant::now() + OPEN_LIMIT;
     while matches!(created.shared.phase(), Phase::Opening) && Instant::now() < deadline {
         tokio::time::sleep(BOOKMARK_POLL).await;
     }
-    let exports: Vec<Value> = app.exports.of_group(created.id()).iter().map(|e| status::export_json(&app, e)).collect();
-    let mut value = group_json(&app, &created);
+    let exports: Vec<Value> = app.exports.of_group(created.id()).iter().map(|e| status::export_json(app, e)).collect();
+    let mut value = group_json(app, created);
     value["exports"] = json!(exports);
-    Ok(json_answer(StatusCode::CREATED, &value))
+    json_answer(StatusCode::CREATED, &value)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BranchWish {
+    name: String,
+    at: RecoveryPoint,
+}
+
+/// The group's disks as of a moment, to be written: a group of its own that goes on from there.
+async fn create_branch(app: &Arc<App>, group: Arc<Group>, wish: BranchWish) -> Result {
+    let name: BookmarkName = wish.name.parse().map_err(|_| {
+        bad_request("name", "1 to 128 characters are expected, no control characters, no space at the ends".into())
+    })?;
+    // What a client was told is written must be in the newest moment.
+    group.barrier().await.map_err(group_error)?;
+    let created = blocking(app, move |app| {
+        let reader = group.reader().map_err(group_error)?;
+        let at = reader.resolve(&wish.at).map_err(|e| view_error(ViewError::Resolve(e)))?;
+        let id = GroupId(pki::random_128().ok_or_else(no_random)?);
+        let branch = app.vault.create_branch(&group, at, id, name.as_str()).map_err(|e| match e {
+            CreateGroupError::Catalog(e) => change_error(e),
+            CreateGroupError::Trunk(e) => group_error(e),
+            CreateGroupError::View(e) => view_error(ViewError::Open(e)),
+            e => internal(crate::chain(&e)),
+        })?;
+        let exported = app.exports.add_ingest(&branch, &branch.shared.spec().volumes, app.nbd_listen.is_some());
+        exported.map_err(|e| internal(crate::chain(&e)))?;
+        Ok::<_, ApiError>(branch)
+    })
+    .await??;
+    Ok(created_json(app, &created).await)
 }
 
 fn check_policy(policy: &GroupPolicy) -> Result<()> {
@@ -303,7 +343,10 @@ async fn delete_group(app: &Arc<App>, group: Arc<Group>, query: &str) -> Result 
     app.views.close_group(group.id());
     app.exports.remove_group(group.id());
     blocking(app, move |app| {
-        app.vault.delete(&group).map_err(|e| internal(crate::chain(&e)))?;
+        app.vault.delete(&group).map_err(|e| match e {
+            DeleteGroupError::Catalog(e) => change_error(e),
+            e => internal(crate::chain(&e)),
+        })?;
         // What was opened while it was still there.
         app.views.close_group(group.id());
         app.exports.remove_group(group.id());
@@ -628,6 +671,9 @@ fn change_error(e: ChangeError<CatalogRefusal>) -> ApiError {
         ChangeError::Refused(CatalogRefusal::GroupName(_)) => {
             ApiError::new(StatusCode::CONFLICT, "name-taken", text, "choose another name")
         }
+        ChangeError::Refused(CatalogRefusal::HasBranches(_)) => {
+            ApiError::new(StatusCode::CONFLICT, "has-branches", text, "delete the branch first, or end what uses it")
+        }
         ChangeError::Refused(CatalogRefusal::TooManyGroups | CatalogRefusal::TooManyTokens) => {
             ApiError::new(StatusCode::CONFLICT, "limit", text, "remove what is not needed any more")
         }
@@ -657,7 +703,12 @@ fn group_error(e: GroupError) -> ApiError {
             };
             ApiError::new(StatusCode::NOT_FOUND, "no-such-bookmark", text, remedy)
         }
-        GroupError::Append(_) | GroupError::Bookmark(_) | GroupError::Control(_) => internal(text),
+        GroupError::Hold(journal::HoldError::TooMany { .. }) => {
+            ApiError::new(StatusCode::CONFLICT, "limit", text, "delete branches that are not needed any more")
+        }
+        GroupError::Hold(_) | GroupError::Append(_) | GroupError::Bookmark(_) | GroupError::Control(_) => {
+            internal(text)
+        }
     }
 }
 

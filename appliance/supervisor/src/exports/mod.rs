@@ -30,7 +30,7 @@ use crate::{
 use ahead::Streak;
 use clients::{Client, Clients};
 use driver::{Agreed, Backend, ConnectionError, HANDSHAKE_SECONDS_MAX, Op};
-use journal::View;
+use journal::{View, ViewHandle};
 use lane::Lane;
 use model::{ByteLen, GroupId, VolumeId, VolumeSpec};
 use nbd::{
@@ -78,7 +78,7 @@ pub enum ExportError {
 /// What is behind an export.
 enum Behind {
     Ingest(Arc<Group>),
-    View(Arc<View>),
+    View(Arc<ViewHandle>),
 }
 
 /// One disk that NBD clients can open.
@@ -128,7 +128,8 @@ impl Backend for Export {
                     lane.wake();
                 }
             }
-            Behind::View(view) => {
+            Behind::View(handle) => {
+                let view = &handle.get();
                 let mut at_once = AtOnce::default();
                 for op in ops {
                     match op.request.command {
@@ -272,7 +273,7 @@ impl Exports {
         group: GroupId,
         volume: &VolumeSpec,
         tcp: bool,
-        view: &Arc<View>,
+        view: &Arc<ViewHandle>,
     ) -> Result<Arc<Export>, ExportError> {
         self.add(name, group, volume, tcp, Behind::View(Arc::clone(view)))
     }

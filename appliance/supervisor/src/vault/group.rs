@@ -5,11 +5,13 @@ use crate::{
     exports::{driver::Op, lane::Lane},
     links::lane::{Inbound, LinkLane},
 };
-use journal::{JobDone, JournalReader, Progress, RecoveryReport};
+use journal::{
+    BranchPoint, JobDone, JournalReader, OpenViewError, Progress, RecoveryReport, ResolvedPoint, View, ViewHandle,
+};
 use model::{BookmarkName, GapReason, GroupId, GroupSpec, HistoryTime, HostId, Lsn, Mark, MonoTime, VolumeSpec};
 use replication::OpenFacts;
 use std::sync::{
-    Arc, Mutex,
+    Arc, Mutex, Weak,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 use tokio::{runtime::Handle, sync::oneshot};
@@ -61,6 +63,17 @@ pub enum Command {
         name: BookmarkName,
         reply: oneshot::Sender<Result<(), GroupError>>,
     },
+    /// Keep a moment for another group's journal that goes on from it.
+    Hold {
+        for_group: GroupId,
+        at: ResolvedPoint,
+        reply: oneshot::Sender<Result<(), GroupError>>,
+    },
+    /// Let go of what was kept for that group.
+    ReleaseHold {
+        for_group: GroupId,
+        reply: oneshot::Sender<Result<(), GroupError>>,
+    },
     /// What the group must free for the others on the disk; none: it is alone.
     MustFree {
         bytes: Option<u64>,
@@ -108,6 +121,8 @@ pub enum GroupError {
     Bookmark(#[source] journal::BookmarkError),
     #[error("the group's description was not kept")]
     Control(#[source] journal::ControlError),
+    #[error("the moment cannot be kept for a branch")]
+    Hold(#[source] journal::HoldError),
 }
 
 /// What the group is doing.
@@ -177,6 +192,10 @@ pub struct Shared {
     pub counters: Counters,
     /// The host stopped protecting it.
     pub released: AtomicBool,
+    /// The moment of another group's journal this one goes on from.
+    pub branch: Option<BranchPoint>,
+    /// Views of this journal that must outlive a failure of it.
+    views: Mutex<Vec<Weak<ViewHandle>>>,
     /// How often the journal has failed since the daemon started: see [`Shared::life`].
     life: AtomicU64,
     phase: Mutex<Phase>,
@@ -185,13 +204,15 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(spec: GroupSpec, released: bool) -> Self {
+    pub fn new(spec: GroupSpec, released: bool, branch: Option<BranchPoint>) -> Self {
         Self {
             id: spec.id,
             name: spec.name.clone(),
             host: spec.host,
             counters: Counters::default(),
             released: AtomicBool::new(released),
+            branch,
+            views: Mutex::default(),
             life: AtomicU64::new(0),
             phase: Mutex::new(Phase::Opening),
             live: Mutex::default(),
@@ -205,6 +226,13 @@ impl Shared {
     }
     pub(super) fn end_life(&self) {
         self.life.fetch_add(1, Ordering::AcqRel);
+    }
+    /// Has every view of an earlier life read the journal as it was opened again. Before any job of it runs: until then nothing holds
+    /// back in it what they need.
+    pub(super) fn move_views(&self, reader: &JournalReader) -> Vec<OpenViewError> {
+        let mut views = crate::lock(&self.views);
+        views.retain(|view| view.strong_count() > 0);
+        views.iter().filter_map(Weak::upgrade).filter_map(|view| view.move_to(reader).err()).collect()
     }
     pub fn phase(&self) -> Phase {
         crate::lock(&self.phase).clone()
@@ -309,6 +337,30 @@ impl Group {
         self.push(Command::Share { reply }).ok()?;
         // A thread that waits for its disk has nothing to say about room now.
         answer.recv_timeout(std::time::Duration::from_secs(5)).ok()
+    }
+
+    /// Keeps a view over failures of the journal; `life` is that of before its reader was asked for.
+    pub fn keep_view(&self, life: u64, view: View) -> Result<Arc<ViewHandle>, GroupError> {
+        let handle = ViewHandle::new(view);
+        crate::lock(&self.shared.views).push(Arc::downgrade(&handle));
+        // One that came after the others had moved on would be left behind.
+        if self.shared.life() == life { Ok(handle) } else { Err(GroupError::Opening) }
+    }
+    /// Keeps a moment for another group's journal. Blocking.
+    pub fn hold(&self, for_group: GroupId, at: ResolvedPoint) -> Result<(), GroupError> {
+        self.ask_blocking(|reply| Command::Hold { for_group, at, reply })
+    }
+    /// Blocking.
+    pub fn release_hold(&self, for_group: GroupId) -> Result<(), GroupError> {
+        self.ask_blocking(|reply| Command::ReleaseHold { for_group, reply })
+    }
+    fn ask_blocking<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, GroupError>>) -> Command,
+    ) -> Result<T, GroupError> {
+        let (reply, answer) = oneshot::channel();
+        self.push(command(reply)).map_err(|_| GroupError::Closed)?;
+        answer.blocking_recv().unwrap_or(Err(GroupError::Closed))
     }
 
     /// Asks the thread to end; [`Group::join`] waits for it.

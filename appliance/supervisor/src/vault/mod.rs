@@ -21,7 +21,7 @@ use compare::ComparePool;
 use durable::{Disk, DiskError};
 use inbox::Inbox;
 use jobs::JobPool;
-use journal::{CreateError, IndexChoice, Journal, JournalOptions};
+use journal::{BranchPoint, CreateError, IndexChoice, Journal, JournalOptions, OpenViewError, ResolvedPoint};
 use model::{ByteLen, GroupId, GroupPolicy, GroupSpec, Term};
 use std::{
     collections::BTreeMap,
@@ -49,6 +49,10 @@ pub enum CreateGroupError {
     Journal(#[source] CreateError),
     #[error("could not start a thread")]
     Thread(#[source] io::Error),
+    #[error("the group it is to go on from")]
+    Trunk(#[from] GroupError),
+    #[error("the moment it is to go on from")]
+    View(#[from] OpenViewError),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -112,8 +116,9 @@ impl Vault {
         vault.tidy()?;
         for entry in &vault.catalog.data().groups {
             if entry.state != GroupState::Deleting {
+                // In the order they were made: what a branch goes on from comes before it.
                 vault
-                    .launch(nominal_spec(entry), entry.state == GroupState::Released, None)
+                    .launch(nominal_spec(entry), entry.state == GroupState::Released, entry.branch, None)
                     .map_err(VaultError::Thread)?;
             }
         }
@@ -175,10 +180,22 @@ impl Vault {
         }
     }
 
-    fn launch(&self, spec: GroupSpec, released: bool, made: Option<Journal>) -> io::Result<Arc<Group>> {
+    fn launch(
+        &self,
+        spec: GroupSpec,
+        released: bool,
+        branch: Option<BranchPoint>,
+        made: Option<Journal>,
+    ) -> io::Result<Arc<Group>> {
         let id = spec.id;
         let inbox = Arc::new(Inbox::default());
-        let shared = Arc::new(Shared::new(spec, released));
+        let shared = Arc::new(Shared::new(spec, released, branch));
+        let trunk = branch.map(|on| {
+            let trunk = self.get(on.group).ok_or_else(|| {
+                io::Error::other(format!("group {} goes on from group {}, which is not known", shared.name, on.group))
+            })?;
+            Ok::<_, io::Error>((trunk, on))
+        });
         let context = writer::Context {
             disk: Arc::clone(&self.disk),
             dir: group_dir(id),
@@ -189,6 +206,8 @@ impl Vault {
             reads: Arc::clone(&self.reads),
             compares: Arc::clone(&self.compares),
             room_wanted: Arc::clone(&self.room_wanted),
+            catalog: Arc::clone(&self.catalog),
+            trunk: trunk.transpose()?,
         };
         let runtime = writer::runtime()?;
         let here = runtime.handle().clone();
@@ -214,6 +233,7 @@ impl Vault {
             host: spec.host,
             state: GroupState::Creating,
             created_us: self.clock.wall_us(),
+            branch: None,
         };
         self.catalog.change(|data| data.add_group(entry))?;
         let made = Journal::create(
@@ -236,8 +256,54 @@ impl Vault {
         };
         self.keep_state(spec.id, GroupState::Ready)?;
         let name = spec.name.clone();
-        let group = self.launch(spec, false, Some(journal)).map_err(CreateGroupError::Thread)?;
+        let group = self.launch(spec, false, None, Some(journal)).map_err(CreateGroupError::Thread)?;
         self.events.note(Event::GroupCreated, name, group.id());
+        Ok(group)
+    }
+
+    /// Makes a group that goes on from a moment of another one: its disks read as they were then, and are written in a journal of
+    /// their own. Nothing is copied. Blocking.
+    pub fn create_branch(
+        &self,
+        trunk: &Arc<Group>,
+        at: ResolvedPoint,
+        id: GroupId,
+        name: &str,
+    ) -> Result<Arc<Group>, CreateGroupError> {
+        let _one = crate::lock(&self.changing);
+        let life = trunk.shared.life();
+        let view = trunk.reader()?.view(at)?;
+        let on = view.branch_point();
+        let parent = trunk.shared.spec();
+        let spec = GroupSpec { id, name: name.to_owned(), host: None, ..parent };
+        let entry = GroupEntry {
+            id,
+            name: spec.name.clone(),
+            host: None,
+            state: GroupState::Creating,
+            created_us: self.clock.wall_us(),
+            branch: Some(on),
+        };
+        // Known, then held, then made: whatever a crash leaves is undone at the next start.
+        self.catalog.change(|data| data.add_group(entry))?;
+        let made = trunk.hold(id, at).map_err(CreateGroupError::Trunk).and_then(|()| {
+            let on = trunk.keep_view(life, view)?;
+            let (disk, now) = (Arc::clone(&self.disk), self.clock.history());
+            Journal::create_branch(disk, &group_dir(id), &spec, Term(1), self.options(id), now, on)
+                .map_err(CreateGroupError::Journal)
+        });
+        let journal = match made {
+            Ok(journal) => journal,
+            Err(e) => {
+                if remove_tree(&*self.disk, &group_dir(id)).is_ok() && self.forget(id).is_ok() {
+                    let _ = trunk.release_hold(id);
+                }
+                return Err(e);
+            }
+        };
+        self.keep_state(id, GroupState::Ready)?;
+        let group = self.launch(spec, false, Some(on), Some(journal)).map_err(CreateGroupError::Thread)?;
+        self.events.note(Event::GroupCreated, name, format!("{id}, from LSN {} of {:?}", on.lsn, trunk.name()));
         Ok(group)
     }
 
@@ -252,7 +318,13 @@ impl Vault {
     /// Ends the group's thread and removes its history. The caller has taken down what uses it. Blocking.
     pub fn delete(&self, group: &Group) -> Result<(), DeleteGroupError> {
         let _one = crate::lock(&self.changing);
-        self.keep_state(group.id(), GroupState::Deleting)?;
+        self.catalog.change(|data| {
+            if let Some(branch) = data.branches_of(group.id()).next() {
+                return Err(CatalogRefusal::HasBranches(branch.name.clone()));
+            }
+            data.set_group_state(group.id(), GroupState::Deleting);
+            Ok(())
+        })?;
         crate::lock(&self.groups).remove(&group.id());
         group.close();
         group.join();
@@ -261,6 +333,10 @@ impl Vault {
             data.remove_group(group.id());
             Ok::<_, CatalogRefusal>(())
         })?;
+        // Gone: nothing needs the moment it went on from. Where this fails, the next opening of that journal does it.
+        if let Some(trunk) = group.shared.branch.and_then(|on| self.get(on.group)) {
+            let _ = trunk.release_hold(group.id());
+        }
         self.events.note(Event::GroupDeleted, group.name(), group.id());
         Ok(())
     }

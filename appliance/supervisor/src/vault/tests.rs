@@ -309,6 +309,68 @@ fn what_a_crash_left_half_made_or_half_deleted_is_finished() {
 }
 
 #[test]
+fn a_branch_is_made_and_deleted_whole_or_not_at_all_whenever_power_is_cut() {
+    let branch_id = GroupId([77; 16]);
+    for cut in 0..90 {
+        let disk = SimDisk::new(cut + 1, ByteLen(1 << 30));
+        let world = start(&disk);
+        let trunk = world.vault.create(spec()).unwrap();
+        wait_running(&trunk);
+        let latest = || {
+            let mut found = None;
+            until("the first moment", || {
+                found = trunk.reader().ok().and_then(|r| r.resolve(&RecoveryPoint::Latest).ok());
+                found.is_some()
+            });
+            found.unwrap()
+        };
+        let at = latest();
+        disk.cut_after(cut);
+        let made = world.vault.create_branch(&trunk, at, branch_id, "b");
+        let next = disk.power_cut();
+        world.vault.close();
+        let world = start(&next);
+        let trunk = world.vault.find("g").unwrap();
+        wait_running(&trunk);
+        let held = |trunk: &Group| trunk.reader().unwrap().branches();
+        match world.vault.find("b") {
+            Some(branch) => {
+                wait_running(&branch);
+                assert_eq!(held(&trunk), [(branch_id, at.timeline, at.lsn)], "cut {cut}");
+            }
+            None => {
+                assert!(made.is_err(), "cut {cut}: a branch that was made is gone");
+                assert!(held(&trunk).is_empty(), "cut {cut}: a moment is held for nothing");
+                let branch = world.vault.create_branch(&trunk, at, branch_id, "b").unwrap();
+                wait_running(&branch);
+            }
+        }
+        assert_eq!(world.events.count(Event::Stray), 0, "cut {cut}: something was left behind");
+        let branch = world.vault.find("b").unwrap();
+        assert!(world.vault.delete(&trunk).is_err(), "cut {cut}: deleted under its branch");
+        next.cut_after(cut);
+        let deleted = world.vault.delete(&branch);
+        let last = next.power_cut();
+        world.vault.close();
+        let world = start(&last);
+        let trunk = world.vault.find("g").unwrap();
+        wait_running(&trunk);
+        if deleted.is_ok() {
+            assert!(world.vault.find("b").is_none(), "cut {cut}: a deleted branch is back");
+        }
+        match world.vault.find("b") {
+            Some(branch) => wait_running(&branch),
+            None => {
+                assert!(held(&trunk).is_empty(), "cut {cut}: a moment is held for nothing");
+                let folder = format!("groups/{branch_id}");
+                assert!(last.paths().iter().all(|p| !p.starts_with(&folder)), "cut {cut}: {:?}", last.paths());
+            }
+        }
+        world.vault.close();
+    }
+}
+
+#[test]
 fn groups_that_share_a_disk_give_up_history_by_priority() {
     let disk = SimDisk::new(9, ByteLen(64 << 20));
     // With seven segments for a fold and two prepared ones 29 MiB: more than two histories leave, less than one does.

@@ -41,13 +41,14 @@ mod pace;
 mod source;
 
 use super::{
-    Command, Counters, GroupError, Marked, Phase, Shared,
+    Command, Counters, Group, GroupError, Marked, Phase, Shared,
     compare::ComparePool,
     group::Live,
     inbox::{Inbox, Wait},
     jobs::JobPool,
 };
 use crate::{
+    catalog::Catalog,
     clock::Clock,
     events::{Event, Events},
     exports::{driver::Op, lane::Lane, pool::ReadPool},
@@ -56,7 +57,10 @@ use crate::{
 };
 use durable::Disk;
 use ears::Ears;
-use journal::{AppendError, Journal, JournalOptions, JournalReader, OpenError, Progress, RecoveryReport};
+use journal::{
+    AppendError, BranchPoint, Journal, JournalOptions, JournalReader, OpenError, Progress, RecoveryReport,
+    ResolvedPoint,
+};
 use model::{HistoryTime, Lsn, Mark, MonoTime, SourceSeq, StreamId};
 use nbd::Errno;
 use pace::Pace;
@@ -90,6 +94,8 @@ const BALANCE_MS_MAX: u64 = 5_000;
 const JOBS_EVERY_BYTES: u64 = 8 << 20;
 /// Connections served before the journal has its turn: more than a box takes, so all that are ready.
 const READY_MAX: u32 = 256;
+/// How often a branch looks whether the group it goes on from is open.
+const TRUNK_MS: u64 = 50;
 /// Waits before a stopped group is tried again.
 const RETRY_MS: [u64; 5] = [500, 2_000, 5_000, 15_000, 30_000];
 
@@ -106,6 +112,9 @@ pub struct Context {
     pub compares: Arc<ComparePool>,
     /// Told when a record does not fit: who has to give up history is decided for all groups together.
     pub room_wanted: Arc<Notify>,
+    pub catalog: Arc<Catalog>,
+    /// The group whose journal a branch goes on from, and where.
+    pub trunk: Option<(Arc<Group>, BranchPoint)>,
 }
 
 /// What the thread's connections and its waiting run on.
@@ -139,10 +148,26 @@ async fn live(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command
         let now = context.clock.history();
         let opened = match made.take() {
             Some(journal) => Ok((journal, RecoveryReport::default())),
-            None => Journal::open(Arc::clone(&context.disk), &context.dir, context.options.clone(), now),
+            None => match open(context, now) {
+                Ok(opened) => opened,
+                Err(NoTrunk::Wait) => {
+                    if !refuse_until(context, inbox, "the group it goes on from is being opened", Some(TRUNK_MS)).await
+                    {
+                        return;
+                    }
+                    continue;
+                }
+                Err(NoTrunk::Broken(reason)) => {
+                    if !stop(context, shared, inbox, reason, false, &mut failures).await {
+                        return;
+                    }
+                    continue;
+                }
+            },
         };
         let (reason, damaged) = match opened {
-            Ok((journal, report)) => {
+            Ok((mut journal, report)) => {
+                settle(context, shared, &mut journal);
                 note_opened(context, shared, &report, failures);
                 shared.change_live(|live| *live = Live { recovery: Some(report), ..Live::default() });
                 match Writer::new(context, shared, inbox, journal).run_guarded().await {
@@ -152,15 +177,79 @@ async fn live(context: &Context, shared: &Arc<Shared>, inbox: &Arc<Inbox<Command
             }
             Err(e) => (crate::chain(&e), is_damage(&e)),
         };
-        context.events.note(Event::GroupStopped, &shared.name, &reason);
-        let since_us = context.clock.wall_us();
-        shared.end_life();
-        shared.set_phase(Phase::Stopped { reason: reason.clone(), damaged, since_us });
-        shared.change_live(|live| *live = Live { recovery: live.recovery.take(), ..Live::default() });
-        let retry_ms = (!damaged).then(|| RETRY_MS[failures.min(RETRY_MS.len() - 1)]);
-        failures += 1;
-        if !refuse_until(context, inbox, &reason, retry_ms).await {
+        if !stop(context, shared, inbox, reason, damaged, &mut failures).await {
             return;
+        }
+    }
+}
+
+/// The group takes nothing until it is tried again; false when it is closed meanwhile.
+async fn stop(
+    context: &Context,
+    shared: &Shared,
+    inbox: &Inbox<Command>,
+    reason: String,
+    damaged: bool,
+    failures: &mut usize,
+) -> bool {
+    context.events.note(Event::GroupStopped, &shared.name, &reason);
+    let since_us = context.clock.wall_us();
+    shared.end_life();
+    shared.set_phase(Phase::Stopped { reason: reason.clone(), damaged, since_us });
+    shared.change_live(|live| *live = Live { recovery: live.recovery.take(), ..Live::default() });
+    let retry_ms = (!damaged).then(|| RETRY_MS[(*failures).min(RETRY_MS.len() - 1)]);
+    *failures += 1;
+    refuse_until(context, inbox, &reason, retry_ms).await
+}
+
+/// Why a branch cannot be opened now.
+enum NoTrunk {
+    /// The group it goes on from is being opened.
+    Wait,
+    Broken(String),
+}
+
+type Opened = Result<(Journal, RecoveryReport), OpenError>;
+
+/// Opens the group's journal; a branch on a view of the moment it goes on from.
+fn open(context: &Context, now: HistoryTime) -> Result<Opened, NoTrunk> {
+    let (disk, dir, options) = (Arc::clone(&context.disk), &context.dir, context.options.clone());
+    let Some((trunk, point)) = &context.trunk else { return Ok(Journal::open(disk, dir, options, now)) };
+    let life = trunk.shared.life();
+    let broken = |e: &dyn std::error::Error| {
+        NoTrunk::Broken(format!("the moment of {:?} it goes on from: {}", trunk.name(), crate::chain(e)))
+    };
+    let reader = match trunk.reader() {
+        Ok(reader) => reader,
+        Err(GroupError::Opening) => return Err(NoTrunk::Wait),
+        Err(e) => return Err(broken(&e)),
+    };
+    let at = ResolvedPoint { timeline: point.timeline, lsn: point.lsn, time: HistoryTime::default() };
+    let on = match reader.view(at).map(|view| trunk.keep_view(life, view)) {
+        Ok(Ok(on)) => on,
+        Ok(Err(_)) => return Err(NoTrunk::Wait),
+        Err(e) => return Err(broken(&e)),
+    };
+    Ok(Journal::open_branch(disk, dir, options, now, on))
+}
+
+/// Before any job of a journal that was just opened: what others need of it.
+fn settle(context: &Context, shared: &Shared, journal: &mut Journal) {
+    let reader = journal.reader();
+    for e in shared.move_views(&reader) {
+        context.events.note(
+            Event::ViewDamaged,
+            &shared.name,
+            format!("after the journal was opened again: {}", crate::chain(&e)),
+        );
+    }
+    // A crash in the middle of making or deleting a branch leaves its moment held.
+    let known = context.catalog.data();
+    for (branch, ..) in reader.branches() {
+        if known.group(branch).is_none()
+            && let Err(e) = journal.release_hold(branch)
+        {
+            context.events.note(Event::JobFailed, &shared.name, crate::chain(&e));
         }
     }
 }
@@ -232,7 +321,11 @@ fn refuse(command: Command, text: &str) {
         Command::Mark { reply, .. } => {
             let _ = reply.send(Err(stopped()));
         }
-        Command::Barrier { reply } | Command::SetSpec { reply, .. } | Command::ReleaseBookmark { reply, .. } => {
+        Command::Barrier { reply }
+        | Command::SetSpec { reply, .. }
+        | Command::ReleaseBookmark { reply, .. }
+        | Command::Hold { reply, .. }
+        | Command::ReleaseHold { reply, .. } => {
             let _ = reply.send(Err(stopped()));
         }
         Command::Detach { .. }
@@ -584,6 +677,13 @@ impl<'a> Writer<'a> {
             Command::ReleaseBookmark { name, reply } => {
                 let result = self.journal.release_bookmark(&name).map_err(GroupError::Bookmark);
                 let _ = reply.send(result);
+                self.start_jobs();
+            }
+            Command::Hold { for_group, at, reply } => {
+                let _ = reply.send(self.journal.hold(for_group, at).map_err(GroupError::Hold));
+            }
+            Command::ReleaseHold { for_group, reply } => {
+                let _ = reply.send(self.journal.release_hold(for_group).map_err(GroupError::Hold));
                 self.start_jobs();
             }
             Command::MustFree { bytes } => {
