@@ -203,6 +203,126 @@ impl Host {
     }
 }
 
+/// Bytes of each write that a test makes while the mirror is out, and of the piece that is marked for it.
+const PIECE: u64 = 64 << 10;
+
+impl Host {
+    fn stop_agent(&mut self, signal: &str) -> Result<()> {
+        let wait = "n=0; while kill -0 $(cat /tmp/agent) 2>/dev/null && [ $n -lt 60 ]; do n=$((n+1)); sleep 1; done";
+        self.sh(&format!("kill -{signal} $(cat /tmp/agent); {wait}; ! kill -0 $(cat /tmp/agent) 2>/dev/null")).map(drop)
+    }
+
+    /// Writes noise to `count` pieces in random places, past every cache; answers how many different ones.
+    fn scatter(&mut self, draw: &mut Draw, count: u64) -> Result<u64> {
+        let places: std::collections::BTreeSet<u64> = (0..count).map(|_| draw.below(DISK_BYTES / PIECE)).collect();
+        let volume = self.volume();
+        let list = places.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
+        self.sh(&format!(
+            "for i in {list}; do dd if=/dev/urandom of={volume} bs=64k count=1 seek=$i iflag=fullblock oflag=direct conv=notrunc 2>/dev/null || exit 1; done"
+        ))?;
+        Ok(places.len() as u64 * PIECE)
+    }
+
+    /// Bytes read from the disk, and bytes sent over the network, since the guest was started.
+    fn traffic(&mut self) -> Result<[u64; 2]> {
+        let text = self.sh("set -- $(cat /sys/block/vda/stat); echo $3; cat /sys/class/net/e*/statistics/tx_bytes")?;
+        let mut numbers = text.split_whitespace().map(str::parse::<u64>);
+        let mut next = || numbers.next().with_context(|| format!("counters {text:?}"))?.context("a counter");
+        Ok([next()? * 512, next()?])
+    }
+
+    /// Waits until nothing is remembered that the box has.
+    fn wait_forgotten(&mut self) -> Result<()> {
+        let mut last = Value::Null;
+        wait_for("what the box has to be forgotten", SYNC_MAX, || {
+            last = self.group()?["marked_bytes"].clone();
+            Ok((last == json!(0)).then_some(()))
+        })
+        .with_context(|| format!("still marked: {last}"))
+    }
+}
+
+/// What was read and sent stays within 1.2 of what was written while the mirror was out, and a fixed part for starting: the beginnings of
+/// all devices are looked at (some 70 KiB each, at every try), certificates, the status each second.
+fn assert_only_what_was_written(how: &str, dirtied: u64, before: [u64; 2], after: [u64; 2]) -> Result<()> {
+    const LOOKS: u64 = 6 << 20;
+    const TALK: u64 = 512 << 10;
+    let [read, sent] = [after[0] - before[0], after[1] - before[1]];
+    println!("{how}: {dirtied} bytes written while the mirror was out, {read} read and {sent} sent for them");
+    ensure!(
+        read <= dirtied * 12 / 10 + LOOKS && sent <= dirtied * 12 / 10 + TALK,
+        "{how}: {dirtied} bytes were written while the mirror was out, {read} were read and {sent} sent"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_mirror_that_was_out_costs_what_was_written_meanwhile() -> Result<()> {
+    out_and_in_again(&kernel()?)
+}
+
+fn out_and_in_again(kernel: &Kernel) -> Result<()> {
+    let dir = Scratch::new()?;
+    let seed = std::env::var("HOLDFAST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122u64);
+    println!("HOLDFAST_SEED={seed}");
+    let mut draw = Draw::new(seed);
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(kernel, &bins, dir.path(), Kind::Plain)?;
+    host.join(&appliance)?;
+    let volume = host.volume();
+    host.sh(&format!("dd if=/dev/urandom of={volume} bs=1M count=32 iflag=fullblock oflag=direct 2>/dev/null"))?;
+    host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
+    host.wait_gate("sync")?;
+    host.scatter(&mut draw, 4)?;
+
+    for (how, signal) in [("agent killed", "KILL"), ("agent stopped and started", "TERM")] {
+        host.wait_forgotten()?;
+        host.stop_agent(signal)?;
+        let dirtied = host.scatter(&mut draw, 48)?;
+        let before = host.traffic()?;
+        host.start_agent(&appliance)?;
+        host.wait_gate("sync")?;
+        assert_only_what_was_written(how, dirtied, before, host.traffic()?)?;
+        assert_identical(&appliance, &At::Latest, &host.disk)?;
+    }
+
+    // Somebody loads another table, as LVM's tools do, and writes past us.
+    host.wait_forgotten()?;
+    let sectors = DISK_BYTES / 512;
+    let before = host.traffic()?;
+    host.sh(&format!(
+        "/programs/dmsetup load data --table '0 {sectors} linear /dev/vda 0' && /programs/dmsetup resume data --noudevsync"
+    ))?;
+    let dirtied = host.scatter(&mut draw, 24)?;
+    host.wait_whole()?;
+    assert_only_what_was_written("table replaced", dirtied, before, host.traffic()?)?;
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // Killed under load: what was not acknowledged is made good too.
+    host.sh(&format!(
+        "rm -f /tmp/stop /tmp/stopped; (while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of={volume} bs=64k count=1 seek=$((i%300)) iflag=fullblock oflag=direct conv=notrunc; i=$((i+7)); done; touch /tmp/stopped) >/dev/null 2>&1 &"
+    ))?;
+    host.stop_agent("KILL")?;
+    host.start_agent(&appliance)?;
+    host.wait_gate("sync")?;
+    host.stop_writer()?;
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // Where the kernel cannot be asked, everything is compared, and the agent says so.
+    host.sh("echo 'pin_dir = \"/var/agent/pins\"' >>/etc/agent.toml")?;
+    host.stop_agent("KILL")?;
+    let before = host.traffic()?;
+    host.start_agent(&appliance)?;
+    let group = host.wait_gate("sync")?;
+    ensure!(group["compared_whole"].as_str().is_some_and(|t| t.contains("BPF")), "{group}");
+    let read = host.traffic()?[0] - before[0];
+    ensure!(read >= DISK_BYTES, "only {read} bytes were read of a volume of {DISK_BYTES} that nobody watched");
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+    appliance.stop()?;
+    dir.done()
+}
+
 /// What the box holds at `at` is what the disk's file holds.
 fn assert_identical(appliance: &Appliance, at: &At, disk: &Path) -> Result<()> {
     let view = appliance.view("data", at)?;

@@ -5,7 +5,7 @@ mod show;
 use agent_linux::{
     capture::{
         Capture, CaptureError,
-        bpf::{BpfCapture, Options, Pins},
+        bpf::{BpfCapture, Options, Pins, watch},
         dm::{ioctl::DeviceMapper, mirror},
     },
     carry,
@@ -350,6 +350,7 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
         pins.remove()?;
         println!("capture is out of the kernel");
     }
+    watch::remove(&watch::dir_beside(&config.pin_dir))?;
     // A host without the device mapper has no mirrors.
     if let Ok(dm) = DeviceMapper::open() {
         for name in mirror::take_out_all(&dm)? {

@@ -37,7 +37,7 @@ impl Backend {
             }
             Self::DmMirror => {
                 "a write returns when the box has it durable, or a stated time later with an alarm; what is written while the agent does \
-                 not run is copied afterwards"
+                 not run is marked by the kernel and compared afterwards (where BPF is refused, and after a reboot, the whole volume is)"
             }
         }
     }

@@ -20,6 +20,7 @@
 
 mod commands;
 mod group;
+mod memory;
 mod notices;
 mod rpo;
 mod spare;

@@ -151,12 +151,27 @@ pub(super) fn source_config(config: &Config, record: &GroupRecord, spool_max: u6
 pub(super) struct Before {
     targets: Vec<(TargetId, Target)>,
     resumed: bool,
+    /// Of mirrored volumes: where they may have been written since the group's state was stored.
+    marks: HashMap<TargetId, Vec<Extent>>,
 }
 
 impl Before {
     /// What was written until now was seen by nobody.
     pub(super) fn nothing() -> Self {
-        Self { targets: Vec::new(), resumed: false }
+        Self { targets: Vec::new(), resumed: false, marks: HashMap::new() }
+    }
+
+    pub(super) fn marked(&mut self, marks: HashMap<TargetId, Vec<Extent>>) {
+        self.marks = marks;
+    }
+
+    /// What was written to a volume and seen by nobody, as far as it is known; all of it may have been when `stored` is not of this boot.
+    fn missed(&self, volume: &VolumeAt, stored: bool) -> Vec<Extent> {
+        match self.marks.get(&volume.target) {
+            _ if stored && self.covers(volume.target, &volume.range) => Vec::new(),
+            Some(marks) if stored => marks.clone(),
+            _ => vec![Extent::new(0, volume.range.sectors.0)],
+        }
     }
 
     /// Whether nothing of the volume was missed since.
@@ -272,8 +287,8 @@ impl Engine {
 
     pub(super) fn before(&self) -> Before {
         match &self.ctx.capture {
-            Some(c) => Before { targets: c.targets(), resumed: c.resumed() },
-            None => Before { targets: Vec::new(), resumed: false },
+            Some(c) => Before { targets: c.targets(), resumed: c.resumed(), marks: HashMap::new() },
+            None => Before::nothing(),
         }
     }
 
@@ -364,17 +379,14 @@ impl Engine {
             tracing::warn!(group = %id, "nothing is stored of this group: everything is copied");
             return fresh(config, actions);
         };
-        let missed: Vec<_> = volumes
-            .iter()
-            .filter(|v| !same_boot || !before.covers(v.target, &v.range))
-            .map(|v| (v.id, Extent::new(0, v.range.sectors.0)))
-            .collect();
-        let count = missed.len();
-        let missed = (count > 0).then_some((GapReason::Verify, Lost::Extents(missed)));
+        let missed: Vec<_> =
+            volumes.iter().flat_map(|v| before.missed(v, same_boot).into_iter().map(|extent| (v.id, extent))).collect();
+        let bytes: u64 = missed.iter().map(|(_, e)| e.bytes()).sum();
+        let missed = (bytes > 0).then_some((GapReason::Verify, Lost::Extents(missed)));
         match Source::restore_after(config.clone(), &stored, missed.as_ref(), now, actions) {
             Ok(source) => {
-                if count > 0 {
-                    tracing::warn!(group = %id, volumes = count, same_boot, "what was written while nobody captured is not known: it is copied");
+                if bytes > 0 {
+                    tracing::warn!(group = %id, bytes, same_boot, "what was written while nobody captured is not known: these places are compared");
                 }
                 Ok(source)
             }
@@ -458,6 +470,7 @@ impl Engine {
         let group = self.groups.remove(i);
         let id = group.id();
         drop(group.running);
+        self.stop_watching(id);
         self.take_out_mirrors(Some(id));
         restore_requests(&group.record);
         self.ctx.open_losses.retain(|(g, _)| *g != id);

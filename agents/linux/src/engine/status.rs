@@ -92,6 +92,7 @@ impl Engine {
                                 &held_back(running),
                                 &running.last_alarm,
                                 &running.spool_note,
+                                &self.ctx.sync.remembering.note(group.id()),
                             ]),
                             lag_ms: if let Lag::Known { ms } = s.lag { Some(ms) } else { None },
                             spool_bytes: s.window_bytes,
@@ -219,6 +220,8 @@ impl Engine {
                     "captured_records": s.captured_records,
                     "journal_full": s.journal_full,
                     "gate": group.record.sync.then(|| s.gate.to_string()),
+                    "marked_bytes": group.record.sync.then(|| self.ctx.sync.marked_bytes(spec.id)),
+                    "compared_whole": group.record.sync.then(|| self.ctx.sync.remembering.note(spec.id)),
                 })
             }
         };

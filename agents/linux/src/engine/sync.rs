@@ -9,11 +9,13 @@
 //! `replication`): **sync** they wait; **degraded** after the bound, until the box has caught up; **not yet** during the first copy.
 //!
 //! **A leg that is out stops its group**: nothing may be called consistent while writes go unseen. A second later, then ever
-//! more seldom, up to [`RETRY_MS_MAX`], the mirror is put in again, and everything is copied: the machine is told that all was lost.
+//! more seldom, up to [`RETRY_MS_MAX`], the mirror is put in again, and what was written meanwhile is compared with the box: the watch
+//! knows it ([`super::memory`]). Where there is no watch, everything is.
 //!
 //! The guard of a leg answers for an engine that is late; what it let pass was not on the box, so the machine is made to degrade.
 
 use super::group::{Group, VolumeAt};
+use super::memory::{About, Memory, Remembering};
 use super::start::{self, Before, VolumeRefusal};
 use super::{Engine, EngineError, Input, READERS};
 use crate::{
@@ -30,7 +32,7 @@ use crate::{
     config::Config,
     disks::{Backend, Class, Device, Disks, DisksError, Leaf, Resolution},
     reader::{self, Pool},
-    state::GroupRecord,
+    state::{GroupRecord, StateError},
 };
 use model::{Bound, Extent, GroupId, MonoTime, SECTOR, SyncMode};
 use replication::{Event, GateState};
@@ -75,6 +77,8 @@ pub(super) enum SyncRefusal {
     },
     #[error("could not start reader threads")]
     Threads(#[source] io::Error),
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// Nothing a read could wait for comes by the ring.
@@ -86,13 +90,19 @@ impl Barrier for NoBarrier {
     }
 }
 
-struct Mirrored {
-    target: TargetId,
-    group: GroupId,
-    mirror: Mirror,
-    order: Order,
+pub(super) struct Mirrored {
+    pub target: TargetId,
+    pub group: GroupId,
+    pub mirror: Mirror,
+    pub order: Order,
     fencing: bool,
     local_failed: bool,
+    pub memory: Memory,
+    /// How many writes had arrived when what is remembered was last closed.
+    pub arrived: u64,
+    /// The last request of the leg that the engine has handled, and the last number a write of it got.
+    pub heard: LegNo,
+    pub last_capture: u64,
 }
 
 /// A piece of a read that the local disk could not serve.
@@ -116,7 +126,8 @@ struct Reading {
 pub(super) struct Legs {
     dm: Option<Arc<DeviceMapper>>,
     pub pool: Option<Pool>,
-    mirrors: Vec<Mirrored>,
+    pub(super) mirrors: Vec<Mirrored>,
+    pub(super) remembering: Remembering,
     waiting: HashMap<u64, (TargetId, LegNo)>,
     /// What the box is asked for.
     asked: HashMap<u64, Asked>,
@@ -137,6 +148,7 @@ impl Legs {
             dm: None,
             pool: None,
             mirrors: Vec::new(),
+            remembering: Remembering::default(),
             waiting: HashMap::new(),
             asked: HashMap::new(),
             reading: Vec::new(),
@@ -347,8 +359,8 @@ impl Engine {
                 continue;
             }
             match self.put_in(&self.groups[i].record.clone(), disks) {
-                Ok(volumes) => {
-                    self.begin_group(i, volumes, &Before::nothing(), false)?;
+                Ok((volumes, before)) => {
+                    self.begin_group(i, volumes, &before, false)?;
                     self.ctx.sync.retry_ms = RETRY_MS_MIN;
                 }
                 Err(e) => self.stopped_because(i, &crate::error_chain(&e)),
@@ -369,9 +381,9 @@ impl Engine {
     pub(super) fn add_sync_group(&mut self, record: GroupRecord, disks: &Disks) -> Result<(), String> {
         let chain = |e: &dyn std::error::Error| crate::error_chain(e);
         let id = record.spec.id;
-        let volumes = self.put_in(&record, disks).map_err(|e| chain(&e))?;
+        let (volumes, before) = self.put_in(&record, disks).map_err(|e| chain(&e))?;
         self.groups.push(Group { record, running: None, stopped: String::new() });
-        let begun = self.begin_group(self.groups.len() - 1, volumes, &Before::nothing(), true);
+        let begun = self.begin_group(self.groups.len() - 1, volumes, &before, true);
         if let Err(e) = begun {
             self.take_out_mirrors(Some(id));
             return Err(chain(&e));
@@ -384,7 +396,7 @@ impl Engine {
     }
 
     /// Puts a group's mirrors in; all of them or none.
-    fn put_in(&mut self, record: &GroupRecord, disks: &Disks) -> Result<Vec<VolumeAt>, SyncRefusal> {
+    fn put_in(&mut self, record: &GroupRecord, disks: &Disks) -> Result<(Vec<VolumeAt>, Before), SyncRefusal> {
         let id = record.spec.id;
         let put = self.put_in_each(record, disks);
         if put.is_err() {
@@ -393,7 +405,7 @@ impl Engine {
         put
     }
 
-    fn put_in_each(&mut self, record: &GroupRecord, disks: &Disks) -> Result<Vec<VolumeAt>, SyncRefusal> {
+    fn put_in_each(&mut self, record: &GroupRecord, disks: &Disks) -> Result<(Vec<VolumeAt>, Before), SyncRefusal> {
         let dm = self.ctx.sync.dm()?;
         if !std::mem::replace(&mut self.ctx.sync.firm, true) {
             process::stand_firm();
@@ -407,6 +419,7 @@ impl Engine {
             self.ctx.sync.pool =
                 Some(Pool::start(READERS, Arc::new(NoBarrier), deliver).map_err(SyncRefusal::Threads)?);
         }
+        let known = self.remembered(&dm, record, disks)?;
         let mut volumes = Vec::new();
         for volume in &record.volumes {
             let device = start::find(disks, volume)?;
@@ -420,6 +433,7 @@ impl Engine {
             let mirror = Mirror::put_in(&dm, device.number, volume.sectors, bounds, deliver)?;
             tracing::info!(group = %record.spec.name, volume = mirror.name, stall_ms_max = bounds.stall_ms_max(), "mirror is in");
             let path = node(mirror.inner());
+            let memory = legs.begin_memory(device.number, crate::clock::mono());
             legs.mirrors.push(Mirrored {
                 target,
                 group: record.spec.id,
@@ -427,6 +441,10 @@ impl Engine {
                 order: Order::default(),
                 fencing: false,
                 local_failed: false,
+                memory,
+                arrived: 0,
+                heard: 0,
+                last_capture: 0,
             });
             let file = reader::open(&path).map_err(|source| SyncRefusal::Open { path, source })?;
             volumes.push(VolumeAt {
@@ -438,7 +456,26 @@ impl Engine {
                 target,
             });
         }
-        Ok(volumes)
+        // Read when all writes go by the new legs: what went past them is marked.
+        let mut before = Before::nothing();
+        if known {
+            let legs = &self.ctx.sync;
+            let of = |m: &Mirrored| (m.target, legs.remembering.marks(m.mirror.outer()));
+            before.marked(legs.mirrors.iter().filter(|m| m.group == record.spec.id).map(of).collect());
+        }
+        Ok((volumes, before))
+    }
+
+    /// Whether it is known where all of a group's volumes were written since its state was stored.
+    fn remembered(&mut self, dm: &DeviceMapper, record: &GroupRecord, disks: &Disks) -> Result<bool, SyncRefusal> {
+        let mut about = Vec::new();
+        for volume in &record.volumes {
+            let disk = start::find(disks, volume)?.number;
+            about.push(About { disk, sectors: volume.sectors, mirrored: mirror::is_in(dm, disk)? });
+        }
+        let (state, id) = (&self.ctx.state, record.spec.id);
+        let forget = || state.forget_run(id);
+        Ok(self.ctx.sync.remembering.prepare(&self.config.pin_dir, id, &about, forget)?)
     }
 
     /// Takes the mirrors of a group, or all, out of the host's volumes.
@@ -471,6 +508,9 @@ impl Engine {
     pub(super) fn heard_from_leg(&mut self, target: TargetId, what: FromLeg) {
         let Some(at) = self.ctx.sync.get(target) else { return };
         let group = at.group;
+        if let FromLeg::Read { id, .. } = &what {
+            at.heard = *id;
+        }
         match what {
             FromLeg::Write(write) => self.leg_write(target, group, write),
             FromLeg::Read { id, extent } => self.leg_read(target, group, id, extent),
@@ -529,13 +569,18 @@ impl Engine {
         let extents = if op == Op::Flush { Vec::new() } else { vec![extent] };
         let request =
             capture::Request { target, id: RequestId(id), op, fua, preflush: false, mono, extents, data: Vec::new() };
+        let mut last = None;
         match self.running(group) {
             Some((running, ctx)) => {
-                running.request(ctx, group, &request, &Arc::new(data));
+                last = running.request(ctx, group, &request, &Arc::new(data));
                 running.on(ctx, group, Event::FlushWaiting { id: flush });
             }
             // Everything is copied when it starts.
             None => self.ctx.sync.release(flush),
+        }
+        if let Some(at) = self.ctx.sync.get(target) {
+            at.heard = id;
+            at.last_capture = last.unwrap_or(at.last_capture);
         }
     }
 
@@ -549,7 +594,17 @@ impl Engine {
         }
     }
 
-    /// Writes may go unseen from here on: the group stops, and starts anew with everything to be copied.
+    /// Nothing of a group that is protected no longer is watched; with the last sync group, nothing at all.
+    pub(super) fn stop_watching(&mut self, group: GroupId) {
+        let legs = &mut self.ctx.sync;
+        let of: Vec<_> = legs.mirrors.iter().filter(|m| m.group == group).map(|m| m.mirror.outer()).collect();
+        of.into_iter().for_each(|disk| legs.remembering.drop_device(disk));
+        if self.groups.iter().all(|g| !g.record.sync || g.id() == group) {
+            self.ctx.sync.remembering.end(&self.config.pin_dir);
+        }
+    }
+
+    /// Writes may go unseen from here on: the group stops, and starts anew with what is marked meanwhile.
     fn stop_sync(&mut self, group: GroupId, why: &str) {
         let Some(i) = self.groups.iter().position(|g| g.id() == group) else { return };
         self.groups[i].running = None;
@@ -583,9 +638,10 @@ impl Engine {
         let dm = self.ctx.sync.dm.clone();
         let look = |m: &Mirrored| Some((m.target, m.group, m.mirror.name.clone(), m.mirror.look(dm.as_ref()?)));
         let looks: Vec<_> = self.ctx.sync.mirrors.iter().filter_map(look).collect();
+        let mut whole = Vec::new();
         for (target, group, name, seen) in looks {
             match seen {
-                Ok(Seen::Whole) => {}
+                Ok(Seen::Whole) => whole.push((target, group)),
                 Ok(Seen::LocalFailed) => self.local_failed(target, group, &name),
                 Ok(Seen::LegOut) => self.stop_sync(group, "the kernel has left the mirror's second leg out"),
                 Ok(Seen::Replaced) => {
@@ -599,6 +655,7 @@ impl Engine {
                 Err(e) => tracing::warn!(volume = name, error = %crate::error_chain(&e), "could not look at a mirror"),
             }
         }
+        self.forget_written(&whole, now);
         let waits = self.groups.iter().any(|g| g.record.sync && g.running.is_none());
         if waits && now >= self.ctx.sync.retry_at {
             let legs = &mut self.ctx.sync;

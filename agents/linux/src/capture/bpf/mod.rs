@@ -41,6 +41,7 @@ mod calibrate;
 pub mod layout;
 mod pins;
 mod ring;
+pub mod watch;
 
 pub use btf::BtfError;
 pub use pins::{PIN_ROOT, Pins};
@@ -212,6 +213,11 @@ fn bio_arguments(facts: &btf::Facts) -> Result<(u32, u32), String> {
         // Swap and some file systems hand single pages to zram, pmem and ramdisks by it, with no bio.
         return Err("this kernel writes single pages past everything that could be watched (rw_page)".to_owned());
     }
+    bio_places(facts)
+}
+
+/// Which arguments of the two tracepoints are the bio.
+fn bio_places(facts: &btf::Facts) -> Result<(u32, u32), String> {
     let place = |name: &str, table: &[(u32, u32)]| match facts.tracepoint_args.get(name) {
         None => Err(format!("this kernel has no tracepoint {name}")),
         Some(have) => table

@@ -181,6 +181,11 @@ impl Leg {
         self.shared.answer_older_than(0);
     }
 
+    /// Number of the last request that was handed on, or is about to be.
+    pub fn last(&self) -> LegNo {
+        locked(&self.shared.inner).next - 1
+    }
+
     pub fn waiting(&self) -> usize {
         locked(&self.shared.inner).waiting.len()
     }

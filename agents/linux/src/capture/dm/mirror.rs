@@ -144,6 +144,13 @@ pub fn check(dm: &DeviceMapper, outer: DevNo) -> Result<(), MirrorError> {
     }
 }
 
+/// Whether our mirror is in a volume's table, whoever put it in.
+pub fn is_in(dm: &DeviceMapper, outer: DevNo) -> Result<bool, DmError> {
+    let info = dm.info(outer)?;
+    let ours = dm.by_uuid(&uuid_of(&info.uuid, &info.name))?.map(|i| i.number);
+    Ok(matches!(table::judge(&dm.table(outer)?, ours), Ok(Found::Mirrored { .. })))
+}
+
 impl Mirror {
     /// Puts a mirror into a live volume, or a new leg into a mirror that an agent before us left. Writes arrive at `deliver` from before
     /// this returns; when they began, only the caller can say: everything before is to be copied.

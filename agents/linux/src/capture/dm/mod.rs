@@ -29,10 +29,15 @@
 //! | the agent hangs in the kernel | the kernel's time limit: bound + 5.5 s, once; then as if killed |
 //! | the agent's engine hangs | the leg's guard answers at the bound |
 //! | the local disk fails | the host's writes go on to the box and an alarm is raised; reads are served from the box while it has everything (state sync), else they fail (EIO) |
-//! | LVM loads another table | seen within a second; the mirror is put in again; everything is copied |
+//! | LVM loads another table | seen within a second; the mirror is put in again; what was written in between is compared |
 //!
-//! **Limits.** What is written while no leg is in (agent dead or stopped, before it starts at boot) is not seen: everything is copied
-//! afterwards and the box says since when. Stacks that keep metadata of their own (thin, cache, snapshot, dm-raid) are refused. A LUKS volume
+//! **Out and in again.** What is written while no leg is in (agent dead or stopped, another table) is marked in the kernel by the watch
+//! ([`super::bpf::watch`], `engine/memory.rs`); only that is compared when the mirror is in again. Not so after a reboot of the host, where BPF
+//! is refused, and where the watch says that it does not know: then everything is compared, and the status says why. Kernels
+//! before 5.15 do not tell whether a volume's device was made anew, so there a mirror that is not in the table any more (a planned stop,
+//! another table) counts as not known.
+//!
+//! **Limits.** What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot, dm-raid) are refused. A LUKS volume
 //! whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
 //! dm volumes and are refused. The agent's state directory must not lie on a volume it mirrors. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
