@@ -1,4 +1,4 @@
-//! A deterministic world for replication and journal. Never shipped.
+//! Deterministic worlds. Never shipped. This page is about replication and journal; who owns a host is in [`ownership`].
 //!
 //! ```text
 //!   host disks ── issue ──▶ ring ──▶ agent: Source, spool ══ network ══▶ box: Target ──▶ journal on a lying disk, beside
@@ -38,6 +38,7 @@ mod journal_store;
 mod neighbour;
 mod net;
 mod oracle;
+pub mod ownership;
 mod rng;
 mod store;
 mod world;

@@ -8,6 +8,9 @@ pub struct Options {
     /// The seed a failing run printed
     #[arg(long)]
     seed: u64,
+    /// A world of ownership and takeover instead of replication and journal
+    #[arg(long)]
+    ownership: bool,
     /// Print every step of the world
     #[arg(long)]
     trace: bool,
@@ -16,6 +19,9 @@ pub struct Options {
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     let seed = options.seed.to_string();
     let mut args = vec!["run", "--quiet", "--package", "sim", "--example", "world", "--", "--seed", &seed];
+    if options.ownership {
+        args.push("--ownership");
+    }
     if options.trace {
         args.push("--trace");
     }

@@ -72,7 +72,8 @@
 //!
 //! # Tests
 //!
-//! Each transition by hand, and noise.
+//! Each transition by hand, and noise. In `sim::ownership` ten thousand worlds of box, host, standby and network, and variants broken on
+//! purpose, which it must find out.
 
 mod grantor;
 mod holder;

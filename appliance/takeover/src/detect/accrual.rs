@@ -18,6 +18,8 @@ const STRETCH_MAX: u64 = 2;
 const HALF_LIFE_PERIODS: u64 = 60;
 /// So many missed of the last while (with beats between them) make a channel unsteady. In thousandths, as they fade.
 const UNSTEADY_MILLI: u64 = 8_000;
+/// No more are remembered: after two half-lives any channel is steady again.
+const REMEMBERED_MILLI: u64 = 31_000;
 
 /// What a channel says now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -72,13 +74,24 @@ impl Beats {
         if let Some(last) = self.heard {
             let missed = self.missed_since(last, now);
             self.fade(now);
-            self.missed_milli = self.missed_milli.saturating_add(u64::from(missed) * 1000).min(1_000_000);
+            // A whole outage is no sign of a bad line: who counts returns counts those.
+            if missed < self.missed_max {
+                self.missed_milli = self.missed_milli.saturating_add(u64::from(missed) * 1000).min(REMEMBERED_MILLI);
+            }
             // A gap with missed beats in it says that they were lost, not that they come later.
             if missed == 0 {
                 self.learn(now.ms_since(last));
             }
         }
         self.heard = Some(self.heard.map_or(now, |last| last.max(now)));
+    }
+
+    /// Nobody listened for so long, until now.
+    pub fn excuse(&mut self, away_ms: u64, now: MonoTime) {
+        let later =
+            |at: MonoTime| MonoTime(at.0.saturating_add(away_ms.saturating_mul(1_000_000)).min(now.0.max(at.0)));
+        self.heard = self.heard.map(later);
+        self.began = later(self.began);
     }
 
     pub fn pulse(&self, now: MonoTime) -> Pulse {

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 const WITNESSES_MAX: usize = 64;
 /// Returns remembered; the doubling has long met its bound by then.
 const RETURNS_MAX: usize = 16;
+/// Who looks more rarely was away: paused, starved, without power. What was not heard then was not missed by the host.
+const AWAY_MS: u64 = 1_000;
 /// Of a probe's explanation; it is printed with each decision.
 const WHY_MAX: usize = 200;
 
@@ -41,12 +43,16 @@ struct ProbeState {
 pub struct Detector {
     policy: Policy,
     channels: Vec<(ChannelRule, Beats)>,
-    witnesses: BTreeMap<Witness, MonoTime>,
+    /// Since when each answers without a break, and when it did last.
+    witnesses: BTreeMap<Witness, (MonoTime, MonoTime)>,
     probes: BTreeMap<String, ProbeState>,
     /// When the host came back after all required channels had been silent.
     returns: VecDeque<MonoTime>,
     was_silent: bool,
     button: Option<(String, MonoTime)>,
+    /// When anything was said or asked last, and since when that happens without a break.
+    awake: MonoTime,
+    listening: MonoTime,
 }
 
 /// The required channels, all together.
@@ -75,6 +81,8 @@ impl Detector {
             returns: VecDeque::new(),
             was_silent: false,
             button: None,
+            awake: now,
+            listening: now,
         })
     }
     pub fn policy(&self) -> &Policy {
@@ -84,7 +92,7 @@ impl Detector {
     /// The host was heard.
     pub fn heard(&mut self, channel: Channel, now: MonoTime) {
         // Looked at first: silence that ends here must be known to have been.
-        self.note_silence(now);
+        self.look(now);
         let Some((rule, beats)) = self.channels.iter_mut().find(|(r, _)| r.channel == channel) else { return };
         beats.heard(now);
         if rule.weight == Weight::Required && self.was_silent {
@@ -97,8 +105,15 @@ impl Detector {
     }
     /// Somebody else was heard, on the same network the host is reached by.
     pub fn witness(&mut self, witness: Witness, now: MonoTime) {
-        if self.witnesses.len() < WITNESSES_MAX || self.witnesses.contains_key(&witness) {
-            self.witnesses.insert(witness, now);
+        self.look(now);
+        let fresh_ms = self.policy.uplink.fresh_ms;
+        if let Some((since, last)) = self.witnesses.get_mut(&witness) {
+            if now.ms_since(*last) > fresh_ms {
+                *since = now;
+            }
+            *last = (*last).max(now);
+        } else if self.witnesses.len() < WITNESSES_MAX {
+            self.witnesses.insert(witness, (now, now));
         }
     }
     /// A probe ended. Names that no rule has are ignored.
@@ -133,9 +148,9 @@ impl Detector {
         self.was_silent = false;
     }
 
-    /// What follows, now.
+    /// What follows, now. The caller has handed over everything that had arrived by then.
     pub fn decide(&mut self, now: MonoTime) -> Decision {
-        self.note_silence(now);
+        self.look(now);
         let mut reasons: Vec<Reason> = self.channels.iter().map(|(r, b)| channel_reason(r, b, now)).collect();
         let together = self.together(now);
         let silent = match together {
@@ -159,11 +174,16 @@ impl Detector {
         Decision { verdict, at: now, reasons }
     }
 
-    /// When the decision can change although nothing is heard.
+    /// When the decision can change although nothing is heard. Who asks more rarely than each second is taken to have been away.
     pub fn next_look(&self, now: MonoTime) -> MonoTime {
         let period = self.channels.iter().map(|(r, _)| r.period_ms).min().unwrap_or(1_000);
         let steps = [period / 4, self.policy.hold_ms.max(50)];
         now.plus_ms(steps.into_iter().min().unwrap_or(250).max(25))
+    }
+
+    /// Whether silence has to last longer than the policy says, for what happened lately.
+    pub fn is_damped(&self, now: MonoTime) -> bool {
+        self.hold_ms(now) > self.policy.hold_ms
     }
 
     fn of_silence(&self, since: MonoTime, ever: bool, uplink: bool, now: MonoTime) -> Verdict {
@@ -171,7 +191,9 @@ impl Detector {
         if !ever && !self.policy.unheard {
             return Verdict::Doubt(Doubt::NeverHeard);
         }
-        if now.ms_since(since) < self.policy.hold_ms {
+        // What came while nobody listened may still have to be read.
+        let listened = now.ms_since(self.listening) >= self.silent_after_ms();
+        if now.ms_since(since) < self.policy.hold_ms || !listened {
             return Verdict::Watching;
         }
         if !uplink {
@@ -188,6 +210,11 @@ impl Detector {
 
     fn required(&self) -> impl Iterator<Item = &Beats> {
         self.channels.iter().filter(|(r, _)| r.weight == Weight::Required).map(|(_, beats)| beats)
+    }
+
+    /// From the last beat to silence, by the slowest of the required channels.
+    fn silent_after_ms(&self) -> u64 {
+        self.required().map(Beats::silent_after_ms).max().unwrap_or(0)
     }
 
     fn together(&self, now: MonoTime) -> Together {
@@ -214,7 +241,14 @@ impl Detector {
         }
     }
 
-    fn note_silence(&mut self, now: MonoTime) {
+    fn look(&mut self, now: MonoTime) {
+        let away = now.ms_since(self.awake);
+        self.awake = self.awake.max(now);
+        // Beats that came meanwhile are still to be read, and perhaps an answer of the gateway before them.
+        if away > AWAY_MS {
+            self.listening = now;
+            self.channels.iter_mut().for_each(|(_, beats)| beats.excuse(away, now));
+        }
         if let Together::Silent { since, ever: true } = self.together(now) {
             self.was_silent |= now.ms_since(since) >= self.policy.hold_ms;
         }
@@ -230,13 +264,16 @@ impl Detector {
         base.saturating_mul(1 << doublings).min(self.policy.damping.hold_ms_max.max(self.policy.hold_ms))
     }
 
-    /// Whether the box's own uplink is proved: by answers that came after the host had fallen silent, so that what cut the host off
-    /// would have cut these off too, had it been the box's own line.
+    /// Whether the box's own uplink is proved: by answers that came after the host had fallen silent, and without a break for as long as
+    /// silence takes to be one. What cut the host off would have cut these off too, had it been the box's own line; and a line
+    /// that has just come back has not had the time to bring the host's beats.
     fn uplink(&self, silent: Option<MonoTime>, now: MonoTime, reasons: &mut Vec<Reason>) -> bool {
         let rule = self.policy.uplink;
         let (mut gateway, mut others) = (false, 0);
-        for (witness, at) in &self.witnesses {
-            let fresh = now.ms_since(*at) <= rule.fresh_ms && silent.is_none_or(|since| *at >= since);
+        let steady_ms = self.silent_after_ms();
+        for (witness, (since, at)) in &self.witnesses {
+            let long = now.ms_since(*since) >= steady_ms;
+            let fresh = now.ms_since(*at) <= rule.fresh_ms && silent.is_none_or(|silent| long && *at >= silent);
             if fresh {
                 match witness {
                     Witness::Gateway => gateway = true,
@@ -249,7 +286,8 @@ impl Detector {
             };
             // A working uplink is a reason only beside a silent host.
             let points = if silent.is_none() { Points::Neither } else { points };
-            reasons.push(Reason { points, fact, since: *at, advisory: false });
+            let since = if fresh { *since } else { *at };
+            reasons.push(Reason { points, fact, since, advisory: false });
         }
         (gateway || !rule.gateway) && others >= rule.others_min
     }

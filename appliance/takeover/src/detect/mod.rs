@@ -13,13 +13,15 @@
 //! # What is decided
 //!
 //! - *Takeover, the host is silent*: all required channels have missed as many beats as their rules say, for as long as the policy says, and
-//!   witnesses have answered **after** that began: what silenced the host was not the box's own line.
+//!   witnesses have answered all the while and **after** that began: what silenced the host was not the box's own line.
 //! - *Takeover, the application fails*: the host is heard, and its probe or the operator's script has failed so often and so long. Not when
 //!   the probe could not be made, and not by an old result.
 //! - *Takeover, the button*: at once.
 //! - *Doubt*: an alarm, and no takeover. Channels disagree; the uplink is not proved; the host came back lately, so that silence has to
 //!   last longer (twice as long for each return in the window, to a bound: a dead host is taken over in the end); the box has not heard it since
 //!   its own start; the policy leaves it to a person.
+//!
+//! Time in which nobody listened (the box was paused or starved) is not counted against the host.
 //!
 //! # What it cannot know
 //!

@@ -105,7 +105,7 @@ pub struct Policy {
 }
 
 impl Default for Policy {
-    /// Detects in less than six seconds: five for four missed beats, half of one for holding.
+    /// Detects in less than six seconds: five for four missed beats, a quarter of one for holding, the rest for a line that is sometimes late.
     fn default() -> Self {
         let rule = |channel, weight| ChannelRule { channel, weight, period_ms: 1_000, missed_max: 4 };
         Self {
@@ -115,7 +115,7 @@ impl Default for Policy {
                 rule(Channel::Beat, Weight::Required),
                 rule(Channel::Icmp, Weight::Required),
             ],
-            hold_ms: 500,
+            hold_ms: 250,
             uplink: UplinkRule { gateway: true, others_min: 0, fresh_ms: 3_000 },
             probes: Vec::new(),
             damping: Damping { window_ms: 600_000, hold_ms_max: 120_000 },

@@ -84,7 +84,8 @@ fn a_box_that_is_cut_off_itself_takes_nothing_over() {
     assert_eq!(taken_over(&mut detector, false, 20, 120), None);
     assert_eq!(detector.decide(at(120_000)).verdict, Verdict::Doubt(Doubt::UplinkUnproved));
     // The line is back: if the host is, it is heard; if it is not, it is taken over.
-    assert!(taken_over(&mut detector, true, 121, 125).is_some());
+    let decided = taken_over(&mut detector, true, 121, 140).unwrap();
+    assert!(decided >= 126_000, "its beats had no time to come: {decided}");
     // An answer of before the silence proves nothing.
     let mut detector = Detector::new(automatic(), at(0)).unwrap();
     live(&mut detector, &ALL, true, 0, 20);
@@ -98,10 +99,16 @@ fn other_hosts_prove_the_uplink_when_the_policy_says_so() {
     let mut detector = Detector::new(Policy { uplink, ..automatic() }, at(0)).unwrap();
     live(&mut detector, &ALL, true, 0, 20);
     let now = at(26_000);
-    detector.witness(Witness::Gateway, now);
-    detector.witness(Witness::Host(HostId([1; 16])), now);
+    for half in 40..=52 {
+        let now = at(half * 500);
+        detector.witness(Witness::Gateway, now);
+        detector.witness(Witness::Host(HostId([1; 16])), now);
+        assert!(!matches!(detector.decide(now).verdict, Verdict::Takeover(_)));
+    }
     assert_eq!(detector.decide(now).verdict, Verdict::Doubt(Doubt::UplinkUnproved));
-    detector.witness(Witness::Peer("b".into()), now);
+    for half in 40..=52 {
+        detector.witness(Witness::Peer("b".into()), at(half * 500));
+    }
     assert_eq!(detector.decide(now).verdict, Verdict::Takeover(Cause::HostSilent));
 }
 
@@ -203,4 +210,18 @@ fn policies_that_cannot_work_are_refused_with_a_remedy() {
         let error = policy.check().unwrap_err().to_string();
         assert!(error.contains(said), "{error:?} lacks {said:?}");
     }
+}
+
+#[test]
+fn time_in_which_nobody_listened_is_not_held_against_the_host() {
+    let mut detector = Detector::new(automatic(), at(0)).unwrap();
+    live(&mut detector, &ALL, true, 0, 20);
+    // Back after a pause: the gateway's answer is read before the beats that wait beside it.
+    let back = at(60_000);
+    detector.witness(Witness::Gateway, back);
+    assert_eq!(detector.decide(back).verdict, Verdict::Well);
+    ALL.iter().for_each(|c| detector.heard(*c, back.plus_ms(5)));
+    assert_eq!(detector.decide(back.plus_ms(10)).verdict, Verdict::Well);
+    let decided = taken_over(&mut detector, true, 61, 90).unwrap();
+    assert!((65_000..=67_000).contains(&decided), "no return was counted, and silence counts from there: {decided}");
 }
