@@ -37,9 +37,7 @@ pub enum ExtentsError {
     TooMany,
     #[error("a part of the file has no fixed place on the disk")]
     NoPlace,
-    #[error(
-        "its file system (type {kind:#x}) is none of ext2, ext3, ext4 and XFS: it may write a block to another place each time"
-    )]
+    #[error("its file system ({}) is none of ext2, ext3, ext4 and XFS: a block that is written again may lie elsewhere", kind_name(*kind))]
     Moves { kind: i64 },
     #[error("its file system writes data to its journal as well (ext4 with data=journal, or the file's attribute j)")]
     Journalled,
@@ -139,11 +137,11 @@ impl Below for Here {
 pub fn places(disks: &Disks, file: &File, below: &dyn Below) -> Result<Vec<(String, Extent)>, ExtentsError> {
     const EXT: i64 = 0xef53;
     const XFS: i64 = 0x5846_5342;
-    let device = device_of(disks, file)?;
     let kind = kind_of(file).unwrap_or(0);
     if kind != EXT && kind != XFS {
         return Err(ExtentsError::Moves { kind });
     }
+    let device = device_of(disks, file)?;
     if kind == EXT && journals_data(file, device.number) {
         return Err(ExtentsError::Journalled);
     }
@@ -281,6 +279,22 @@ fn mounted_with_journal(mountinfo: &str, device: DevNo) -> bool {
         let options = l.split_once(" - ").and_then(|(_, right)| right.split(' ').nth(2)).unwrap_or_default();
         options.split(',').any(|o| o == "data=journal")
     })
+}
+
+/// A file system as people call it, by the number that `statfs` gives it.
+fn kind_name(kind: i64) -> String {
+    let name = match kind {
+        0x9123_683e => "btrfs",
+        0xf2f5_2010 => "f2fs",
+        0x2fc1_2fc1 => "ZFS",
+        0xca45_1a4e => "bcachefs",
+        0x794c_7630 => "overlayfs",
+        0x6969 => "NFS",
+        0xff53_4d42 | 0xfe53_4d42 => "SMB",
+        0x6573_5546 => "FUSE",
+        _ => return format!("type {kind:#x}"),
+    };
+    name.to_owned()
 }
 
 fn kind_of(file: &File) -> Option<i64> {

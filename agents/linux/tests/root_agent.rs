@@ -843,6 +843,44 @@ fn root_a_spool_file_that_moves_is_left_out_at_its_new_place() {
     agent.ok(&["remove"]);
 }
 
+/// On btrfs no block stays where it is: a spool file there is used while nobody protects its disk, and not a moment longer.
+#[test]
+fn root_a_spool_file_that_cannot_be_left_out_is_not_written() {
+    if !root("spool on btrfs") {
+        return;
+    }
+    let fake = FakeBox::start();
+    let (disk, other) = (Loop::new(256), Loop::new(32));
+    run("mkfs.btrfs", &["-q", "-f", disk.dev()]);
+    let mount = match Mount::new(&disk.device) {
+        Ok(mount) => mount,
+        Err(e) => return println!("SKIPPED: spool on btrfs: {e}"),
+    };
+    let settings = "ring_mib = 16\nmemory_mib = 64\nspool_memory_mib = 4\nspool_mib = 32";
+    let mut agent = Agent::new("btrfsspool", Some(mount.at.join("state")), settings);
+    agent.ok(&["enrol", "--box", &fake.address, "--token", &fake.token().to_string()]);
+    agent.start();
+    agent.connected();
+    agent.ok(&["protect", other.dev(), "--group", "other"]);
+    let group = |a: &Agent, name: &str| {
+        let status = a.status().unwrap_or_default();
+        let groups = status["groups"].as_array().cloned().unwrap_or_default();
+        groups.into_iter().find(|g| g["name"] == name).unwrap_or_default()
+    };
+    let first = group(&agent, "other");
+    assert_eq!((&first["spool_note"], &first["spool_file_io"]), (&"".into(), &"direct".into()), "{first}");
+    agent.ok(&["protect", disk.dev(), "--group", "g"]);
+    for name in ["g", "other"] {
+        let now = group(&agent, name);
+        let note = now["spool_note"].as_str().unwrap();
+        assert!(note.contains("its file system (btrfs)"), "{name}: {note}");
+        assert!(now["spool_file_io"].is_null(), "{now}");
+    }
+    agent.wait("copied", |a| group(a, "g")["state"] == "replicating");
+    agent.stop();
+    agent.ok(&["remove"]);
+}
+
 /// With the configuration as it is packaged, whatever the host does and however slow the box is.
 #[test]
 fn root_memory_stays_below_its_ceiling() {

@@ -161,6 +161,13 @@ impl Running {
         }
     }
 
+    /// What comes from now on stays in memory; what is in the file is still read.
+    pub fn give_up_spool_file(&mut self, note: String) {
+        self.spool.close_file();
+        self.spool_max = self.spool.memory_max();
+        self.spool_note = note;
+    }
+
     /// Hands a request of the host in, as far as it touches this group's volumes. Answers the last capture number given.
     pub fn request(
         &mut self,

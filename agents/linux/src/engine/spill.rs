@@ -2,7 +2,8 @@
 //!
 //! A file's places are told to the kernel half before the group begins, whether or not their disk is protected by then: the next
 //! group may protect it. They are looked at again every [`LOOK_AGAIN_MS`]: a file or volume that somebody moved is left out at its new place,
-//! what lies at the old one is copied, and a file whose place cannot be told any more is written no more.
+//! what lies at the old one is copied, and a file whose place cannot be told any more is written no more. A file whose place was never
+//! told, because nobody protects what it lies on, is written no more either once somebody does.
 
 use super::Engine;
 use super::group::VolumeAt;
@@ -148,7 +149,9 @@ impl Engine {
     fn lies_on_protected(&self, disks: &Disks, file: &File, volumes: &[VolumeAt]) -> Option<bool> {
         let dev = file.metadata().ok()?.dev();
         let number = DevNo { major: libc::major(dev), minor: libc::minor(dev) };
-        let device = disks.by_number(number)?;
+        // btrfs has a number of its own; its mount is known.
+        let device =
+            disks.by_number(number).or_else(|| disks.iter().find(|d| d.mounts.iter().any(|m| mounted(m, dev))))?;
         // A mirrored volume is captured where it is a volume, above its leaves.
         let mut below = vec![device.name.clone()];
         let mut at = 0;
@@ -175,10 +178,11 @@ impl Engine {
 
     /// Sees to it that what is left out is what the files take, every few seconds.
     pub(super) fn watch_spools(&mut self, now: MonoTime) {
-        if now.ms_since(self.last_spool_look) < LOOK_AGAIN_MS || self.groups.iter().all(|g| g.record.skips.is_empty()) {
+        if now.ms_since(self.last_spool_look) < LOOK_AGAIN_MS {
             return;
         }
         self.last_spool_look = now;
+        self.close_what_feeds_itself();
         let look = |path: &Path| -> Result<(Disks, Vec<(String, Extent)>), String> {
             let file = File::open(path).map_err(|e| format!("could not open {}: {e}", path.display()))?;
             let chain = |e: &dyn std::error::Error| crate::error_chain(e);
@@ -210,9 +214,7 @@ impl Engine {
                     tracing::warn!(group = %id, %note, "spool");
                     group.record.skips.clear();
                     if let Some(running) = &mut group.running {
-                        running.spool.close_file();
-                        running.spool_max = running.spool.memory_max();
-                        running.spool_note = note;
+                        running.give_up_spool_file(note);
                     }
                 }
             }
@@ -220,6 +222,29 @@ impl Engine {
         }
         if moved {
             self.tell_skips();
+        }
+    }
+
+    /// Files that are not left out, on a disk that is protected by now.
+    pub(super) fn close_what_feeds_itself(&mut self) {
+        let unplaced = |g: &super::Group| {
+            g.record.skips.is_empty() && g.running.as_ref().is_some_and(|r| r.spool.file_io().is_some())
+        };
+        if !self.groups.iter().any(unplaced) {
+            return;
+        }
+        let disks = Disks::here().unwrap_or_default();
+        for i in 0..self.groups.len() {
+            let Ok(file) = File::open(self.ctx.state.spool_path(self.groups[i].id())) else { continue };
+            if !unplaced(&self.groups[i]) {
+                continue;
+            }
+            let Err(e) = self.may_spill_to(&disks, i, &[], &file) else { continue };
+            let note = format!("the spool file is not used any more: {}", crate::error_chain(&e));
+            tracing::warn!(group = %self.groups[i].id(), %note, "spool");
+            if let Some(running) = &mut self.groups[i].running {
+                running.give_up_spool_file(note);
+            }
         }
     }
 
@@ -237,4 +262,9 @@ impl Engine {
             Err(why) => tracing::error!(%why, "could not tell the kernel where the spool files lie now"),
         }
     }
+}
+
+/// Whether a mount point shows files of this device number.
+fn mounted(at: &str, dev: u64) -> bool {
+    std::fs::metadata(at).is_ok_and(|m| m.dev() == dev)
 }

@@ -459,6 +459,7 @@ impl Engine {
         }
         let Some((i, volumes)) = new.pop() else { return Ok(()) };
         self.begin_group(i, volumes, &before, true).map_err(|e| chain(&e))?;
+        self.close_what_feeds_itself();
         if !self.store_groups() {
             return Err("could not store the list of groups; see the log".to_owned());
         }

@@ -187,6 +187,13 @@ struct Lagged {
 impl Lagged {
     fn text(mut self, own_ms: f64) -> String {
         let all = self.samples.len() + self.in_gap;
+        if self.samples.is_empty() {
+            return format!(
+                "{:.0} MiB/s reached: more than can be sent; in a gap all the time ({all} samples), in step {:.2} s after the last write",
+                self.mib_s,
+                self.until_in_step.as_secs_f64()
+            );
+        }
         let (half, most) = spread(&mut self.samples);
         let gap = if self.in_gap > 0 {
             format!("; in a gap {} % of the time: more than can be sent", self.in_gap * 100 / all.max(1))
