@@ -14,6 +14,8 @@
 //! flushed and needs no format. A payload is checked when it is read back; one that is damaged or cannot be read is lost from the stream, and its
 //! place is copied ([`replication::Event::SpoolLost`]).
 //!
+//! **Limits.** The engine waits for the disk while it writes a chunk; the host does not, and what overflows the capture ring meanwhile is marked.
+//!
 //! Bounds: memory at most `memory_max` and one record more, a chunk while it is written, and a chunk for each connection that reads from the file;
 //! the file at most its size. The source machine counts charged bytes (payload and header) against memory and [`usable`], so that in
 //! order there is always room in one of them; when there is not, [`SpoolError::Full`] says so and the machine opens a gap.
