@@ -1,4 +1,4 @@
-//! The two clocks of the host.
+//! The clocks of the host.
 
 use model::MonoTime;
 
@@ -13,4 +13,12 @@ pub fn mono() -> MonoTime {
 /// Microseconds since 1970 on the wall clock; zero when it is set before that.
 pub fn wall_us() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64)
+}
+
+/// CLOCK_BOOTTIME, which also counts while the host sleeps: leases run by it. One boot's times mean nothing in another.
+pub fn boot() -> MonoTime {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: as above.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    MonoTime(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
 }

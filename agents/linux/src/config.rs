@@ -4,6 +4,7 @@ use crate::schedule::TimeLimit;
 use model::ByteLen;
 use serde::Deserialize;
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
 };
@@ -48,7 +49,27 @@ pub struct Config {
     pub sync_hold_s: u32,
     /// Carry the dirty maps over a clean reboot; needs the hooks of the package.
     pub carry_over: bool,
+    /// Services of a takeover plan that are no systemd units: the box knows their names and never their commands.
+    pub fence: Fencing,
     pub log: Log,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fencing {
+    pub services: BTreeMap<String, FenceCommands>,
+}
+
+/// Commands with their arguments, not run by a shell.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FenceCommands {
+    pub start: Vec<String>,
+    pub stop: Vec<String>,
+    /// When `stop` was not enough.
+    pub kill: Vec<String>,
+    /// Ends with 0 while it runs.
+    pub check: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
@@ -92,6 +113,7 @@ impl Default for Config {
             protect_rpo_lag_s: 0,
             sync_hold_s: 300,
             carry_over: true,
+            fence: Fencing::default(),
             log: Log::default(),
         }
     }
@@ -157,6 +179,12 @@ impl Config {
         for (key, dir) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir), ("pin_dir", &self.pin_dir)] {
             if !dir.is_absolute() {
                 return value(key, format!("{:?}", dir.display()), "an absolute path");
+            }
+        }
+        for (name, commands) in &self.fence.services {
+            let all = [&commands.start, &commands.stop, &commands.kill, &commands.check];
+            if all.iter().any(|c| c.is_empty()) {
+                return value("fence.services", format!("{name:?}"), "four commands: start, stop, kill and check");
             }
         }
         // The kernel wants a power of two; 1 GiB is the largest that its 32-bit length can say with room to spare.
@@ -293,8 +321,20 @@ mod tests {
         let every = Config::parse(&all, Path::new("config.toml")).unwrap();
         assert_eq!(every, Config::default(), "with every key");
         // `deny_unknown_fields` finds a key too many; this finds one too few.
-        let fields = format!("{:?}", Config::default()).matches(": ").count() - "log: ".matches(": ").count();
+        // Tables are no keys, and `services` has none of its own: the example says what one looks like.
+        let tables = ["log: ", "fence: ", "services: "].len();
+        let fields = format!("{:?}", Config::default()).matches(": ").count() - tables;
+        assert!(example.contains("# [fence.services.web]"));
         assert_eq!(keys, fields, "the example leaves out a key");
+    }
+
+    #[test]
+    fn services_of_a_takeover_plan_need_all_their_commands() {
+        let web = "[fence.services.web]\nstart = [\"a\"]\nstop = [\"b\"]\nkill = [\"c\", \"d\"]\ncheck = [\"e\"]\n";
+        let config = Config::parse(web, Path::new("x")).unwrap();
+        assert_eq!(config.fence.services["web"].kill, ["c", "d"]);
+        assert!(refused(&web.replace("[\"e\"]", "[]")).contains("four commands"));
+        assert!(refused(&web.replace("check = [\"e\"]", "")).contains("check"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod disks;
 pub mod engine;
 pub mod enrol;
 pub mod extents;
+pub mod fence;
 pub mod freeze;
 pub mod link;
 pub mod local;

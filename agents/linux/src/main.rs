@@ -12,7 +12,9 @@ use agent_linux::{
     config::{Config, LogFormat},
     disks::{Backend, Cost, Disks},
     engine::Engine,
-    enrol, freeze,
+    enrol,
+    fence::Store,
+    freeze,
     local::{self, Failure},
     state::{StateDir, boot_id},
     throttle::{Kernel, Throttle},
@@ -346,6 +348,9 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
     release_throttle(config)?;
+    if Store::new(&config.state_dir, &config.run_dir, &boot_id()).forget()? {
+        println!("no takeover plan fences this host any more; tell the box, which does not know");
+    }
     if let Some(pins) = Pins::existing(&config.pin_dir) {
         pins.remove()?;
         println!("capture is out of the kernel");

@@ -380,6 +380,7 @@ impl Engine {
             FromLink::Up { box_name, version } => {
                 self.control_up = Some(generation);
                 self.box_hears_notices = version >= wire::VERSION_NOTICES;
+                self.box_leases = version >= wire::VERSION_OWNERSHIP;
                 self.told_notices = None;
                 self.control_heard = clock::mono();
                 self.control_reason.clear();
@@ -427,6 +428,8 @@ impl Engine {
             Message::Command { id, what } => self.command(id, what),
             Message::ReadBackDone { id, data } => self.ctx.sync.read_back(id, data),
             Message::Enrolled { host, certificate_pem, ca_pem } => self.renewed(host, &certificate_pem, &ca_pem),
+            Message::HostPlan(plan) => self.host_plan(plan),
+            Message::LeaseAnswer(_) | Message::LeaseRevoke(_) => self.lease(message),
             other => tracing::debug!(message = other.name(), "not for a control connection"),
         }
     }

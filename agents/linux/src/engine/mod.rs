@@ -19,6 +19,7 @@
 //! configured ceiling.
 
 mod commands;
+mod fencing;
 mod group;
 mod memory;
 mod notices;
@@ -117,6 +118,8 @@ enum Input {
         result: Result<Frozen, FreezeError>,
     },
     Leg(TargetId, FromLeg),
+    /// The fence has something to say to the box.
+    Tell(Box<Message>),
     /// A moment without I/O under way was made for a mirrored volume, after so many writes had arrived.
     Fenced(TargetId, u64),
     Stop,
@@ -199,6 +202,9 @@ pub struct Engine {
     /// The box understands [`Message::Notices`], and what it was told last on this connection.
     box_hears_notices: bool,
     told_notices: Option<Vec<wire::Notice>>,
+    /// Holds the lease, when a takeover plan gives this host one.
+    fence: Option<crate::fence::Fence>,
+    box_leases: bool,
     box_name: String,
     inbox: mpsc::Receiver<Input>,
     to_self: mpsc::SyncSender<Input>,
@@ -284,6 +290,8 @@ impl Engine {
             control_heard: now,
             box_hears_notices: false,
             told_notices: None,
+            fence: None,
+            box_leases: false,
             box_name: String::new(),
             inbox,
             to_self,
@@ -311,6 +319,7 @@ impl Engine {
             _lock: lock,
             config,
         };
+        engine.start_fence();
         engine.rpo = rpo::Rpo::open(&engine.config.run_dir);
         engine.groups =
             records.into_iter().map(|record| Group { record, running: None, stopped: String::new() }).collect();
@@ -581,6 +590,7 @@ impl Engine {
             Input::Request(request, answer) => self.request(request, answer),
             Input::Frozen { group, id, name, result } => self.frozen(group, id, name, result),
             Input::Leg(target, what) => self.heard_from_leg(target, what),
+            Input::Tell(message) => self.tell_of_lease(*message),
             Input::Fenced(target, number) => self.ctx.sync.fenced(target, number),
         }
     }

@@ -1,0 +1,388 @@
+//! The host's end of a takeover plan: holds the lease, and when it runs out takes the addresses down and stops the services before anybody
+//! else may begin. The protocol, and why two never serve, is in `replication::ownership`; this page is what it does to a host.
+//!
+//! ```text
+//!  box ◀── control connection (engine) ──▶ Fence thread: Holder ── addresses, itself, by netlink
+//!                                              │ order                └─ each with the lease's rest as its lifetime: the kernel's own end
+//!                                              ▼
+//!                                          worker: services, one order at a time, each command limited
+//! ```
+//!
+//! A thread of its own, because the engine may be slow and a lease may not. It never waits for the engine, for a service or for the box. It
+//! begins when the box has sent a plan for this host, and at each start after that; a host without a plan has no such thread, and nothing
+//! is ever stopped on it.
+//!
+//! # What holds when the agent does not
+//!
+//! The agent killed: it is started again within seconds and goes on with the lease of this boot. The agent stopped or starved: the kernel takes the
+//! addresses down when their lifetime ends, at the end of the lease rounded down to whole seconds. The host frozen whole: the same, when it goes on.
+//! Rebooted: down until the box grants (as soon as this thread runs; what starts a service before the agent does is not held back).
+//!
+//! # Limits
+//!
+//! An address that the host's own network configuration brings up comes up at a boot until this thread runs. Services without an
+//! address in the plan that are stopped too late are stopped too late: what must not serve twice has its address in the plan. A thread that
+//! is stopped between reading the clock and the system call gives an address as many seconds more as it was stopped; it looks at the clock again
+//! after it and takes the address down then.
+//!
+//! # Power loss
+//!
+//! `ownership.json` and `takeover-plan.json` are replaced whole and flushed before what follows from them; a damaged one counts as fenced.
+
+pub mod addresses;
+mod services;
+mod store;
+
+pub use services::{Orders, ServiceError, Services};
+pub use store::{Store, StoreError};
+
+use crate::clock;
+use addresses::Lifetime;
+use model::{HostId, MonoTime, Term};
+use replication::ownership::{
+    Holder, HolderAction, HolderEvent, HolderRecord, HolderState, RENEW_MS, StopReason, Until,
+};
+use std::{
+    io,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+use wire::{HostPlan, Message, PlanService};
+
+/// How long stopping may take where no lease has said so.
+const STOP_MS: u64 = 10_000;
+/// One service may take this long to start; databases replay their logs.
+const START_LIMIT: Duration = Duration::from_secs(300);
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+/// What is not yet as ordered is looked at again after this.
+const AGAIN: Duration = Duration::from_millis(200);
+/// Messages that wait for the thread; it takes them at once.
+const INBOX_MAX: usize = 64;
+
+/// To the thread.
+enum Input {
+    Message(Box<Message>),
+    Plan(Box<HostPlan>),
+    /// All of an order's services are as it says; or starting one failed.
+    Done {
+        order: u64,
+    },
+    Failed {
+        order: u64,
+    },
+    Stop,
+}
+
+/// Takes what is to be sent to the box. Must not wait.
+pub type Tell = Box<dyn Fn(Message) + Send>;
+
+/// How the engine holds it.
+pub struct Fence {
+    to: mpsc::SyncSender<Input>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Fence {
+    /// Goes on with what is stored for `plan`'s host. The network namespace is that of the calling thread.
+    pub fn start(whose: HostId, plan: HostPlan, store: Store, services: Services, tell: Tell) -> io::Result<Self> {
+        let (to, inbox) = mpsc::sync_channel(INBOX_MAX);
+        let random = crate::state::random_128()?;
+        let nonce = u64::from_ne_bytes(random[..8].try_into().unwrap_or([0; 8]));
+        let mut keeper = Keeper { whose, plan, store, services, tell, to_self: to.clone(), nonce };
+        let thread = thread::Builder::new().name("fence".to_owned()).spawn(move || keeper.run(&inbox))?;
+        Ok(Self { to, thread: Some(thread) })
+    }
+    /// From the box. Dropped when the thread has no room for it: it will be said again.
+    pub fn message(&self, message: Message) {
+        let _ = self.to.try_send(Input::Message(Box::new(message)));
+    }
+    pub fn plan(&self, plan: HostPlan) {
+        let _ = self.to.try_send(Input::Plan(Box::new(plan)));
+    }
+}
+
+impl Drop for Fence {
+    /// Ends the thread and stops nothing: the next agent goes on with the lease, and the kernel ends the addresses if there is none.
+    fn drop(&mut self) {
+        let _ = self.to.send(Input::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Keeper {
+    whose: HostId,
+    plan: HostPlan,
+    store: Store,
+    services: Services,
+    tell: Tell,
+    to_self: mpsc::SyncSender<Input>,
+    nonce: u64,
+}
+
+impl Keeper {
+    fn run(&mut self, inbox: &mpsc::Receiver<Input>) {
+        let mut holder = self.begin();
+        let mut next_request = clock::boot();
+        loop {
+            let now = clock::boot();
+            if now >= next_request {
+                next_request = now.plus_ms(RENEW_MS);
+                // The clock is read before it is sent: the lease counts from here.
+                let request = holder.request(clock::boot());
+                (self.tell)(Message::Lease(request));
+            }
+            let wake = holder.next_tick().map_or(next_request, |tick| tick.min(next_request));
+            let wait = Duration::from_millis(wake.ms_since(clock::boot()) + 1);
+            let event = match inbox.recv_timeout(wait) {
+                Ok(Input::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                Ok(Input::Plan(plan)) => {
+                    self.plan = *plan;
+                    continue;
+                }
+                Ok(Input::Message(message)) => match *message {
+                    Message::LeaseAnswer(answer) => HolderEvent::Answer(answer),
+                    Message::LeaseRevoke(end) => HolderEvent::Revoke(end),
+                    _ => continue,
+                },
+                Ok(Input::Failed { order }) => HolderEvent::RaiseFailed { order },
+                Ok(Input::Done { order }) => match self.finish(&holder, order) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                Err(mpsc::RecvTimeoutError::Timeout) => HolderEvent::Tick,
+            };
+            // Read after the event has arrived.
+            let actions = holder.on(event, clock::boot());
+            self.act(&mut holder, actions);
+        }
+    }
+
+    fn begin(&mut self) -> Holder {
+        let record = match self.store.holder() {
+            Ok(record) => record.unwrap_or(HolderRecord::UNFENCED),
+            Err(e) => {
+                tracing::error!(error = %crate::error_chain(&e), "what this host knows of its ownership cannot be read: it stays down until the box says that it may serve");
+                HolderRecord { fenced: true, term: Term::ZERO }
+            }
+        };
+        // Another life, other nonces: no answer to the one before is taken for one to this.
+        self.nonce = self.nonce.wrapping_add(1 << 32);
+        let (mut holder, actions) =
+            Holder::new(self.whose, record, self.store.lease(), self.nonce, STOP_MS, clock::boot());
+        self.act(&mut holder, actions);
+        holder
+    }
+
+    /// In order; when something cannot be stored nothing after it is done, and all begins from what is stored.
+    fn act(&mut self, holder: &mut Holder, actions: Vec<HolderAction>) {
+        for action in actions {
+            if let Err(e) = self.act_one(action) {
+                tracing::error!(error = %crate::error_chain(&e), "could not store who owns this host");
+                thread::sleep(AGAIN);
+                *holder = self.begin();
+                return;
+            }
+        }
+    }
+
+    fn act_one(&mut self, action: HolderAction) -> Result<(), StoreError> {
+        match action {
+            HolderAction::Persist(record) => {
+                tracing::info!(fenced = record.fenced, term = record.term.0, "ownership of this host");
+                self.store.store_holder(record)?;
+            }
+            HolderAction::Remember(run) => self.store.store_lease(run)?,
+            HolderAction::Extend { until } => self.extend(until),
+            HolderAction::Raise { order, .. } => {
+                tracing::warn!("this host serves again: its services are started");
+                self.work(order, Work::Start);
+            }
+            HolderAction::Stop { order, why, by } => {
+                tracing::error!(%why, "this host stops serving: its addresses are taken down and its services stopped");
+                // First, and here: nothing that can wait stands before it.
+                self.addresses_down();
+                let limit = Duration::from_millis(by.ms_since(clock::boot()).max(1));
+                self.work(order, Work::Stop { limit, boot: why == StopReason::Booted });
+            }
+            HolderAction::LastResort { order } => {
+                tracing::error!("services did not stop in time and are killed");
+                self.addresses_down();
+                self.work(order, Work::Kill);
+            }
+            HolderAction::Released(end) => (self.tell)(Message::LeaseReleased(end)),
+        }
+        Ok(())
+    }
+
+    /// The services of an order are done: the addresses' turn, and what the machine is told.
+    fn finish(&mut self, holder: &Holder, order: u64) -> Option<HolderEvent> {
+        match holder.state() {
+            HolderState::Raising { until, order: current } if current == order => {
+                let raised = self.raise_addresses(until);
+                Some(if raised { HolderEvent::Raised { order } } else { HolderEvent::RaiseFailed { order } })
+            }
+            HolderState::ByHand => {
+                self.raise_addresses(Until::Forever);
+                None
+            }
+            HolderState::Stopping { order: current, .. } if current == order => {
+                self.addresses_down();
+                if self.addresses_are_down() {
+                    return Some(HolderEvent::Stopped { order });
+                }
+                let to = self.to_self.clone();
+                again(move || {
+                    let _ = to.try_send(Input::Done { order });
+                });
+                None
+            }
+            _ => None,
+        }
+    }
+
+    fn addresses_down(&self) {
+        for address in &self.plan.addresses {
+            if let Err(e) = addresses::down(address) {
+                tracing::error!(error = %crate::error_chain(&e), "an address stays up");
+            }
+        }
+    }
+    fn addresses_are_down(&self) -> bool {
+        self.plan.addresses.iter().all(|a| matches!(addresses::is_up(a), Ok(false)))
+    }
+
+    fn raise_addresses(&self, until: Until) -> bool {
+        self.plan.addresses.iter().all(|address| match put_up(address, until) {
+            Ok(up) => up,
+            Err(e) => {
+                tracing::error!(error = %crate::error_chain(&e), "an address could not be put up");
+                false
+            }
+        })
+    }
+
+    /// Those that are up stay until then; one that has gone is not brought back by a renewal.
+    fn extend(&self, until: Until) {
+        for address in &self.plan.addresses {
+            let done = match addresses::is_up(address) {
+                Ok(true) => put_up(address, until).map(drop),
+                Ok(false) => continue,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = done {
+                tracing::warn!(error = %crate::error_chain(&e), "the lease of an address could not be renewed in the kernel");
+            }
+        }
+    }
+
+    fn work(&self, order: u64, work: Work) {
+        self.services.orders.begin(order);
+        let (plan, services, to) = (self.plan.services.clone(), self.services.clone(), self.to_self.clone());
+        let name = "fence-work".to_owned();
+        let spawned = thread::Builder::new().name(name).spawn(move || {
+            let input = match work {
+                Work::Start => start_all(&services, order, &plan),
+                Work::Stop { limit, boot } => stop_all(&services, order, &plan, limit, boot),
+                Work::Kill => kill_all(&services, order, &plan),
+            };
+            if let Some(input) = input {
+                let _ = to.send(input);
+            }
+        });
+        if let Err(e) = spawned {
+            tracing::error!(error = %e, "could not start a thread for the services");
+            let _ = self.to_self.try_send(Input::Failed { order });
+        }
+    }
+}
+
+enum Work {
+    Start,
+    Stop { limit: Duration, boot: bool },
+    Kill,
+}
+
+/// False: it may not be up any more, and is down again.
+fn put_up(address: &wire::PlanAddress, until: Until) -> Result<bool, addresses::AddressError> {
+    let end = match until {
+        Until::Forever => return addresses::up(address, Lifetime::Forever).map(|()| true),
+        Until::At { end, .. } => end,
+    };
+    let seconds = |now: MonoTime| u32::try_from(end.ms_since(now) / 1000).unwrap_or(u32::MAX);
+    let before = seconds(clock::boot());
+    if before == 0 {
+        addresses::down(address)?;
+        return Ok(false);
+    }
+    addresses::up(address, Lifetime::Seconds(before))?;
+    // Stopped in between, this thread would have given it as much more.
+    if seconds(clock::boot()) + 1 < before {
+        addresses::down(address)?;
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+fn start_all(services: &Services, order: u64, plan: &[PlanService]) -> Option<Input> {
+    for service in plan {
+        match services.start(order, service, START_LIMIT) {
+            Ok(()) => {}
+            Err(ServiceError::Overtaken { .. }) => return None,
+            Err(e) => {
+                tracing::error!(error = %crate::error_chain(&e), "a service could not be started");
+                return Some(Input::Failed { order });
+            }
+        }
+    }
+    Some(Input::Done { order })
+}
+
+/// In the order's time, the last first; done when each has been looked at and is stopped.
+fn stop_all(services: &Services, order: u64, plan: &[PlanService], limit: Duration, boot: bool) -> Option<Input> {
+    let begun = Instant::now();
+    for service in plan.iter().rev() {
+        let left = limit.saturating_sub(begun.elapsed()).max(AGAIN);
+        match services.stop(order, service, left) {
+            Ok(()) => {}
+            Err(ServiceError::Overtaken { .. }) => return None,
+            // At a boot a unit may not be known yet; it is looked at below like the others.
+            Err(e) if boot => tracing::info!(error = %crate::error_chain(&e), "a service was not stopped"),
+            Err(e) => tracing::error!(error = %crate::error_chain(&e), "a service did not stop"),
+        }
+    }
+    until_stopped(services, order, plan)
+}
+
+fn kill_all(services: &Services, order: u64, plan: &[PlanService]) -> Option<Input> {
+    for service in plan.iter().rev() {
+        if let Err(e) = services.kill(order, service, KILL_LIMIT) {
+            tracing::error!(error = %crate::error_chain(&e), "a service could not be killed");
+        }
+    }
+    until_stopped(services, order, plan)
+}
+
+fn until_stopped(services: &Services, order: u64, plan: &[PlanService]) -> Option<Input> {
+    loop {
+        let running = plan.iter().find(|s| !services.is_stopped(order, s, KILL_LIMIT));
+        let Some(service) = running else { return Some(Input::Done { order }) };
+        // Somebody else may have started it, or it would not stop.
+        match services.stop(order, service, KILL_LIMIT) {
+            Err(ServiceError::Overtaken { .. }) => return None,
+            _ => thread::sleep(AGAIN),
+        }
+    }
+}
+
+fn again(f: impl FnOnce() + Send + 'static) {
+    let spawned = thread::Builder::new().name("fence-again".to_owned()).spawn(move || {
+        thread::sleep(AGAIN);
+        f();
+    });
+    if let Err(e) = spawned {
+        tracing::error!(error = %e, "could not start a thread");
+    }
+}
