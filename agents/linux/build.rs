@@ -1,4 +1,4 @@
-//! Compiles the kernel halves (of the `bpf-rq` capture backend, and of the watch over mirrored volumes) with clang and hands their places to
+//! Compiles the kernel halves (of the capture backends `bpf-rq` and `bpf-legacy`, and of the watch over mirrored volumes) with clang and hands their places to
 //! the crate.
 //!
 //! A machine without clang still builds the agent: the objects are then empty, cargo prints a warning, and the backends say at
@@ -7,8 +7,9 @@
 use std::{env, error::Error, fs, path::Path, process::Command};
 
 /// Source, object, and the variable that names the object to the crate.
-const OBJECTS: [(&str, &str, &str); 2] = [
+const OBJECTS: [(&str, &str, &str); 3] = [
     ("src/capture/bpf/capture.bpf.c", "capture.bpf.o", "HOLDFAST_BPF_OBJECT"),
+    ("src/capture/legacy/legacy.bpf.c", "legacy.bpf.o", "HOLDFAST_BPF_LEGACY_OBJECT"),
     ("src/capture/bpf/watch.bpf.c", "watch.bpf.o", "HOLDFAST_WATCH_OBJECT"),
 ];
 

@@ -1,11 +1,11 @@
 //! Records what `bpf-rq` captures, for tests in guests: `record OUT STOP DISK…` begins to capture the disks, makes the file
 //! `STOP.ready`, and writes every request to `OUT` (a file or a whole disk) until the file `STOP` is there; then it prints the
-//! counters as JSON. The test replays the record and compares it with the disks, outside of the guest.
+//! counters as JSON. `HOLDFAST_CAPTURE` names the backend, if not the one that fits this kernel best. The test replays the record and compares it with the disks, outside of the guest.
 //!
 //! Format, all numbers little-endian: per request `fe ed`, operation (0 write, 1 zero, 2 discard, 3 flush; 255: a loss, by range), disk
 //! number, u32 count of extents, each u64 sector and u64 sectors, u64 length of data, data. `ed fe` ends it.
 
-use agent_linux::capture::{Capture, Captured, DevNo, Op, Target, bpf};
+use agent_linux::capture::{Captured, DevNo, Op, Target, bpf, legacy};
 use model::Extent;
 use std::{
     fs::File,
@@ -35,8 +35,12 @@ fn main() -> anyhow::Result<()> {
         pins.clear()?;
     }
     let on = first.as_ref().map(|(path, number)| (path.as_path(), *number));
-    let mut capture =
-        bpf::BpfCapture::start(&options, on).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;
+    let choice = match std::env::var("HOLDFAST_CAPTURE").as_deref() {
+        Ok("bpf-legacy") => legacy::Choice::BpfLegacy,
+        Ok("bpf-rq") => legacy::Choice::BpfRq,
+        _ => legacy::Choice::Auto,
+    };
+    let mut capture = legacy::start(&options, on, choice).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;
     let ids = capture.set_targets(&targets)?;
     File::create(ready(&stop))?;
     let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&out)?;
@@ -85,7 +89,7 @@ fn main() -> anyhow::Result<()> {
     println!(
         "{}",
         serde_json::json!({
-            "requests": requests, "lost": lost, "drops": c.drops, "faults": c.faults, "truncated": c.truncated,
+            "backend": capture.name(), "requests": requests, "lost": lost, "drops": c.drops, "faults": c.faults, "truncated": c.truncated,
             "passthrough": c.passthrough, "in_flight": capture.in_flight(),
         })
     );

@@ -7,6 +7,7 @@ use agent_linux::{
         Capture, CaptureError,
         bpf::{BpfCapture, Options, Pins, watch},
         dm::{ioctl::DeviceMapper, mirror},
+        legacy,
     },
     carry,
     config::{Config, LogFormat},
@@ -237,7 +238,8 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<()> {
-    let disks = Disks::here()?;
+    let mut disks = Disks::here()?;
+    disks.legacy |= config.capture == legacy::Choice::BpfLegacy;
     if choice.is_empty() {
         match json {
             true => println!("{}", serde_json::to_string_pretty(&disks.json())?),
@@ -426,7 +428,8 @@ fn run(config: Config) -> anyhow::Result<()> {
     }
     signals.thread_block().context("could not block signals")?;
     let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
-    let start = move |on: Option<(&Path, agent_linux::capture::DevNo)>| start_capture(&options, on);
+    let choice = config.capture;
+    let start = move |on: Option<(&Path, agent_linux::capture::DevNo)>| start_capture(&options, on, choice);
     let engine = Engine::new(config, Box::new(start))?;
     let stopper = engine.stopper();
     let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -469,16 +472,17 @@ impl Drop for WakeMain {
 fn start_capture(
     options: &Options,
     on: Option<(&Path, agent_linux::capture::DevNo)>,
+    choice: legacy::Choice,
 ) -> Result<Box<dyn Capture>, CaptureError> {
-    match BpfCapture::start(options, on) {
+    match legacy::start(options, on, choice) {
         Err(e @ CaptureError::Layout { .. }) => {
             tracing::warn!(why = %e, "the capture in the kernel is made anew");
             if let Some(pins) = Pins::existing(&options.pins) {
                 pins.clear()?;
             }
-            Ok(Box::new(BpfCapture::start(options, on)?))
+            legacy::start(options, on, choice)
         }
-        other => Ok(Box::new(other?)),
+        other => other,
     }
 }
 

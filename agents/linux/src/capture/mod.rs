@@ -1,6 +1,6 @@
 //! Capture: what the host writes, in the order in which it may be replayed.
 //!
-//! [`Capture`] is the seam; a backend stands behind it ([`bpf::BpfCapture`], name `bpf-rq`, is the first). A backend
+//! [`Capture`] is the seam; a backend stands behind it ([`bpf::BpfCapture`], name `bpf-rq`; [`legacy::LegacyCapture`] for old kernels). A backend
 //! promises:
 //!
 //! - **Order.** If write B could depend on write A (A had completed when B was issued), A is handed out before B, over all
@@ -16,6 +16,7 @@
 pub mod assemble;
 pub mod bpf;
 pub mod dm;
+pub mod legacy;
 
 use model::{Extent, MonoTime};
 use std::{fmt, sync::Arc};
@@ -285,6 +286,35 @@ pub enum CaptureError {
     DirtyMapFull { max_tib: u64 },
     #[error("pinned by another version of the agent (layout {found}, this one has {ours})")]
     Layout { found: u64, ours: u64 },
+    #[error("the kernel lost records of CPU {cpu} that it had room for: capture begins anew")]
+    BufferFull { cpu: u32 },
+    #[error("could not {what}, which bpf-legacy needs for its self-test")]
+    TestDisk {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("calibration failed: {what} could not be found; this kernel's requests are not known to bpf-legacy")]
+    Unknown { what: &'static str },
+    #[error("self-test failed: {what}; capture would send wrong data and stays off")]
+    LegacySelfTest { what: &'static str },
+    #[error("neither bpf-rq ({}) nor bpf-legacy works here", crate::error_chain(first.as_ref()))]
+    Neither {
+        first: Box<CaptureError>,
+        #[source]
+        source: Box<CaptureError>,
+    },
     #[error("the capture buffer is damaged at {at}: a record of {len} bytes")]
     Damaged { at: u64, len: u32 },
+}
+
+impl CaptureError {
+    /// Whether the kernel lacks what was asked of it, so that a backend that asks for less may do.
+    pub fn asks_too_much_of_the_kernel(&self) -> bool {
+        match self {
+            Self::Btf { .. } | Self::Feature { .. } | Self::Load(_) | Self::Program { .. } | Self::Map { .. } => true,
+            Self::Pin { .. } | Self::Calibration { .. } => true,
+            _ => false,
+        }
+    }
 }

@@ -164,6 +164,8 @@ pub struct Disks {
     devices: BTreeMap<String, Device>,
     /// Whether disks without a request queue can be captured here.
     pub bio: BioCapture,
+    /// This kernel is too old for `bpf-rq`, or the configuration asks for the other backend.
+    pub legacy: bool,
 }
 
 fn read_trimmed(path: &Path) -> Option<String> {
@@ -250,7 +252,7 @@ impl Disks {
             }
             devices.insert(name, disk);
         }
-        let mut this = Self { devices, bio: BioCapture::default() };
+        let mut this = Self { devices, bio: BioCapture::default(), legacy: false };
         this.dax_mounts(&roots.proc);
         this.mounts_of_btrfs(&roots.proc);
         Ok(this)
@@ -262,6 +264,7 @@ impl Disks {
         if this.devices.values().any(|d| matches!(d.class, Class::Disk) && d.sectors > 0 && !d.queue) {
             this.bio = crate::capture::bpf::bio_capture();
         }
+        this.legacy = !crate::capture::bpf::is_described();
         Ok(this)
     }
 

@@ -10,6 +10,8 @@ use std::fmt;
 pub enum Backend {
     /// At the request queue of the disk.
     BpfRq,
+    /// The same for kernels without type information and BPF ring buffer.
+    BpfLegacy,
     /// At the bios, for disks without a queue.
     BpfBio,
     /// At a mirror's second leg, for volumes of the device mapper in sync mode.
@@ -20,6 +22,7 @@ impl Backend {
     pub fn name(self) -> &'static str {
         match self {
             Self::BpfRq => "bpf-rq",
+            Self::BpfLegacy => crate::capture::legacy::NAME,
             Self::BpfBio => "bpf-bio",
             Self::DmMirror => crate::capture::dm::NAME,
         }
@@ -30,6 +33,10 @@ impl Backend {
             Self::BpfRq => {
                 "every write, in one order over all disks of the host: each moment is what a power cut would have left; \
                  asynchronous, the lag is shown; nothing of it stands in the way of the host's writes"
+            }
+            Self::BpfLegacy => {
+                "as bpf-rq, on a kernel that is too old for it; the agent's end, in whatever way, ends capture: the next one compares all \
+                 of the disks"
             }
             Self::BpfBio => {
                 "as bpf-rq, taken before the disk's driver sees the write, because the disk has no request queue; memory that \
@@ -145,7 +152,7 @@ impl Disks {
             return Err(DisksError::Zoned { device: disk.title() });
         }
         if disk.queue {
-            return Ok(Backend::BpfRq);
+            return Ok(if self.legacy { Backend::BpfLegacy } else { Backend::BpfRq });
         }
         if let BioCapture::Not { why } = &self.bio {
             return no(why.clone());

@@ -63,7 +63,9 @@ impl Engine {
                     (true, _) => {
                         group.running.as_ref().map_or("out".to_owned(), |r| r.source.status().gate.to_string())
                     }
-                    (false, true) => "async (capture backend bpf-rq cannot make the host wait)".to_owned(),
+                    (false, true) => {
+                        format!("async (capture backend {} cannot make the host wait)", self.ring_backend())
+                    }
                     (false, false) => "async".to_owned(),
                 };
                 match &group.running {

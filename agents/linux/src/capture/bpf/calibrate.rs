@@ -36,12 +36,12 @@ pub(crate) fn open_direct(path: &Path) -> io::Result<File> {
 }
 
 /// A page of memory that stays where it is.
-struct LockedPage {
+pub(crate) struct LockedPage {
     ptr: NonNull<u8>,
 }
 
 impl LockedPage {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE | libc::MAP_LOCKED;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice.
         let raw = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
@@ -52,17 +52,17 @@ impl LockedPage {
         Ok(Self { ptr })
     }
     /// Fills the page with a word. Volatile, so that the kernel sees it whatever the compiler thinks.
-    fn fill(&self, word: u64) {
+    pub(crate) fn fill(&self, word: u64) {
         for i in 0..PAGE / 8 {
             // SAFETY: inside the page, aligned.
             unsafe { self.ptr.as_ptr().cast::<u64>().add(i).write_volatile(word) };
         }
     }
-    fn as_mut_slice(&mut self) -> &mut [u8] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: the whole page is ours and initialised.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), PAGE) }
     }
-    fn frame(&self) -> io::Result<u64> {
+    pub(crate) fn frame(&self) -> io::Result<u64> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let mut entry = [0u8; 8];
         pagemap.read_exact_at(&mut entry, self.ptr.as_ptr() as u64 / PAGE as u64 * 8)?;
@@ -88,7 +88,7 @@ fn file_error(what: &'static str, path: &str) -> impl FnOnce(io::Error) -> Captu
 }
 
 /// A word that memory does not hold by chance; the low 16 bits are zero.
-fn magic() -> u64 {
+pub(crate) fn magic() -> u64 {
     let mut bytes = [0u8; 8];
     // SAFETY: the buffer is ours and as long as said. Falls back to a mix of time and pid when the call is not there.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), 8, 0) };

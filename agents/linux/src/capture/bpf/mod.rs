@@ -44,7 +44,9 @@ mod ring;
 pub mod watch;
 
 pub use btf::BtfError;
+pub(crate) use calibrate::{LockedPage, magic};
 pub use pins::{PIN_ROOT, Pins};
+pub(crate) use ring::Mapping;
 
 use super::assemble::Assembler;
 use super::{
@@ -165,7 +167,7 @@ impl Held {
     }
 }
 
-fn granules_of(sectors: u64) -> u64 {
+pub(crate) fn granules_of(sectors: u64) -> u64 {
     sectors.div_ceil(GRANULE_BYTES / 512)
 }
 
@@ -173,7 +175,7 @@ fn chunks_of(sectors: u64) -> u32 {
     granules_of(sectors).div_ceil(GRANULES_PER_CHUNK).min(u64::from(DIRTY_CHUNKS)) as u32
 }
 
-fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
+pub(crate) fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
     move |e| CaptureError::Map { map, source: Box::new(e) }
 }
 
@@ -193,6 +195,12 @@ fn facts() -> Result<btf::Facts, CaptureError> {
     let btf_error = |source| CaptureError::Btf { path: PATH, source };
     let bytes = std::fs::read(PATH).map_err(|e| btf_error(BtfError::Read(e)))?;
     btf::read_facts(&bytes).map_err(btf_error)
+}
+
+/// Whether the running kernel describes what `bpf-rq` must know. Asked once: the answer is megabytes long and never changes.
+pub fn is_described() -> bool {
+    static ANSWER: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *ANSWER.get_or_init(|| constants().is_ok())
 }
 
 /// Whether disks without a request queue can be captured on this kernel.
@@ -322,7 +330,7 @@ fn loaded<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTr
 }
 
 /// Loads one program of the object.
-fn load<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTracePoint, CaptureError> {
+pub(crate) fn load<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut RawTracePoint, CaptureError> {
     let raw = loaded(ebpf, program)?;
     raw.load().map_err(|e| CaptureError::Program { program, source: Box::new(e) })?;
     Ok(raw)
@@ -336,7 +344,7 @@ fn missed(program: &RawTracePoint) -> Option<u64> {
 }
 
 /// Whether the kernel has no write of a disk under way. Unknown counts as no.
-fn at_rest(disk: DevNo) -> bool {
+pub(crate) fn at_rest(disk: DevNo) -> bool {
     let text = std::fs::read_to_string(format!("/sys/dev/block/{disk}/inflight")).unwrap_or_default();
     text.split_whitespace().nth(1) == Some("0")
 }
@@ -346,7 +354,11 @@ pub(crate) fn attach(ebpf: &mut Ebpf, program: &'static str, tracepoint: &str) -
     attach_loaded(load(ebpf, program)?, program, tracepoint)
 }
 
-fn attach_loaded(raw: &mut RawTracePoint, program: &'static str, tracepoint: &str) -> Result<FdLink, CaptureError> {
+pub(crate) fn attach_loaded(
+    raw: &mut RawTracePoint,
+    program: &'static str,
+    tracepoint: &str,
+) -> Result<FdLink, CaptureError> {
     let error = |e| CaptureError::Program { program, source: Box::new(e) };
     let id = raw.attach(tracepoint).map_err(error)?;
     Ok(FdLink::from(raw.take_link(id).map_err(error)?))
@@ -363,7 +375,7 @@ pub(crate) fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, Captu
 }
 
 /// Kernels before 5.11 charge maps to RLIMIT_MEMLOCK instead of the memory cgroup.
-fn lift_memlock() {
+pub(crate) fn lift_memlock() {
     let all = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the struct is valid for the call. A refusal is harmless: on newer kernels the limit plays no part, on older ones
     // the load then fails with its own error.
@@ -748,13 +760,13 @@ impl BpfCapture {
 }
 
 /// Sorted, with neighbours joined.
-fn merged(extents: &[Extent]) -> Vec<Extent> {
+pub(crate) fn merged(extents: &[Extent]) -> Vec<Extent> {
     let mut set = model::ExtentSet::new();
     extents.iter().for_each(|e| set.insert(*e));
     set.iter().collect()
 }
 
-fn key_of(disk: DevNo) -> u64 {
+pub(crate) fn key_of(disk: DevNo) -> u64 {
     u64::from(disk.major) << 32 | u64::from(disk.minor)
 }
 
@@ -777,7 +789,7 @@ fn marked(held: &Held, mark: u8) -> Vec<u64> {
     out
 }
 
-fn push_granule(extents: &mut Vec<Extent>, granule: u64, sectors: u64) {
+pub(crate) fn push_granule(extents: &mut Vec<Extent>, granule: u64, sectors: u64) {
     const PER: u64 = GRANULE_BYTES / 512;
     let extent = Extent::between(granule * PER, ((granule + 1) * PER).min(sectors));
     match extents.last_mut() {
