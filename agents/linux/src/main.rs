@@ -13,9 +13,7 @@ use agent_linux::{
     config::{Config, LogFormat},
     disks::{Backend, Cost, Disks},
     engine::Engine,
-    enrol,
-    fence::Store,
-    freeze,
+    enrol, fence, freeze,
     local::{self, Failure},
     state::{StateDir, boot_id},
     throttle::{Kernel, Throttle},
@@ -350,7 +348,7 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
     release_throttle(config)?;
-    if Store::new(&config.state_dir, &config.run_dir, &boot_id()).forget()? {
+    if fence::let_go(&fence::Store::new(&config.state_dir, &config.run_dir, &boot_id()))? {
         println!("no takeover plan fences this host any more; tell the box, which does not know");
     }
     if let Some(pins) = Pins::existing(&config.pin_dir) {

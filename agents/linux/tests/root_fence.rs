@@ -8,6 +8,7 @@ use agent_linux::{
     fence::{
         Fence, Orders, Services, Store,
         addresses::{self, Lifetime},
+        let_go,
     },
 };
 use common::{root, run};
@@ -265,4 +266,14 @@ fn root_an_agent_that_is_restarted_stops_nothing_and_a_boot_does() {
     rig.until("the grant", |rig| rig.serves() && rig.runs());
     // Owned again only because nobody else was.
     assert_eq!(rig.grantor.record().owner, Owner::Host);
+    // The agent is removed: what serves goes on, for longer than the lease.
+    rig.fence = None;
+    let store = Store::new(rig.dir.path(), rig.dir.path(), "boot-2");
+    store.store_plan(&rig.plan).unwrap();
+    assert!(run("ip", &["address", "show", "dev", "lo", "to", "192.0.2.7"]).contains("sec "));
+    assert!(let_go(&store).unwrap());
+    let shown = run("ip", &["address", "show", "dev", "lo", "to", "192.0.2.7"]);
+    assert!(shown.contains("valid_lft forever") && rig.runs(), "{shown}");
+    assert_eq!((store.plan().unwrap(), store.holder().unwrap(), store.lease()), (None, None, None));
+    assert!(!let_go(&store).unwrap());
 }

@@ -139,6 +139,8 @@ impl Keeper {
             let event = match inbox.recv_timeout(wait) {
                 Ok(Input::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(Input::Plan(plan)) => {
+                    let gone = self.plan.addresses.iter().filter(|a| !plan.addresses.contains(a));
+                    keep(gone);
                     self.plan = *plan;
                     continue;
                 }
@@ -297,6 +299,33 @@ impl Keeper {
             let _ = self.to_self.try_send(Input::Failed { order });
         }
     }
+}
+
+/// Addresses that no lease ends any more stay for good, if they are up; the kernel would take them down at the end of the last lease.
+fn keep<'a>(all: impl Iterator<Item = &'a wire::PlanAddress>) {
+    for address in all {
+        let kept = match addresses::is_up(address) {
+            Ok(true) => addresses::up(address, Lifetime::Forever),
+            Ok(false) => Ok(()),
+            Err(e) => Err(e),
+        };
+        if let Err(e) = kept {
+            tracing::error!(error = %crate::error_chain(&e), "an address will go with its last lease");
+        }
+    }
+}
+
+/// The host is its own again, as before it had a plan; what serves goes on, and what is down stays down. Answers whether there was a plan. The
+/// agent must not run.
+pub fn let_go(store: &Store) -> Result<bool, StoreError> {
+    // A plan that cannot be read must not keep the agent from being removed.
+    match store.plan() {
+        Ok(plan) => keep(plan.iter().flat_map(|p| &p.addresses)),
+        Err(e) => {
+            tracing::error!(error = %crate::error_chain(&e), "addresses of the plan may go with their last lease")
+        }
+    }
+    store.forget()
 }
 
 enum Work {
