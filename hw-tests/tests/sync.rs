@@ -242,6 +242,111 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Waits until the agent has heard of a policy, and the mirror is in by it: the two kinds need different legs.
+    fn wait_policy(&mut self, at_bound: &str) -> Result<()> {
+        wait_for("the agent to hear of the policy", STEP_MAX, || {
+            Ok((self.group()?["policy"]["mode"]["sync"]["at_bound"] == at_bound).then_some(()))
+        })?;
+        self.wait_whole()
+    }
+
+    /// Begins to write one piece after the other, noting each that has returned, and the first error.
+    fn start_pieces(&mut self) -> Result<()> {
+        let volume = self.volume();
+        self.sh(&format!(
+            "rm -f /tmp/stop /tmp/stopped /tmp/error; echo 0 >/tmp/pieces; (i=0; while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of={volume} bs=64k count=1 seek=$((i%400)) iflag=fullblock oflag=direct conv=notrunc 2>/tmp/why || {{ cp /tmp/why /tmp/error; break; }}; i=$((i+1)); echo $i >/tmp/pieces; done; touch /tmp/stopped) >/dev/null 2>&1 &"
+        ))
+        .map(drop)
+    }
+    fn pieces(&mut self) -> Result<u64> {
+        let text = self.sh("cat /tmp/pieces")?;
+        Ok(text.trim().parse().unwrap_or(0))
+    }
+    /// Waits until so many more pieces have been written.
+    fn wait_pieces(&mut self, more: u64) -> Result<()> {
+        let from = self.pieces()?;
+        wait_for("the host's writes to go on", STEP_MAX, || Ok((self.pieces()? >= from + more).then_some(())))
+            .with_context(|| format!("{from} pieces were written before"))
+    }
+    /// Ends the writing; answers the error that ended it before, if one did.
+    fn stop_pieces(&mut self) -> Result<String> {
+        self.stop_writer()?;
+        Ok(self.sh("cat /tmp/error 2>/dev/null; true")?.trim().to_owned())
+    }
+}
+
+/// Under the strict policy the host's writes wait for an agent that died, and for no longer than they are to.
+#[test]
+fn a_strict_host_waits_for_its_agent_but_not_for_ever() -> Result<()> {
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(&kernel()?, &bins, dir.path(), Kind::Plain)?;
+    host.sh("echo 'sync_hold_s = 6' >>/etc/agent.toml")?;
+    host.join(&appliance)?;
+    let volume = host.volume();
+    host.sh(&format!("{AGENT} protect --sync=strict --wait-ms 1000 {volume} --group data"))?;
+    host.wait_gate("sync")?;
+    host.start_pieces()?;
+    host.wait_pieces(3)?;
+
+    // Killed: what is written waits, and what the host has heard of is on the box; the next agent takes it up.
+    host.stop_agent("KILL")?;
+    let (stood, again) = (host.pieces()?, host.sh("sleep 2; cat /tmp/pieces")?);
+    ensure!(again.trim().parse::<u64>()? <= stood + 1, "the host went on alone: {stood} pieces, then {again}");
+    ensure!(host.table()?.contains("mirror core"), "the mirror is out");
+    let status = host.sh("/programs/dmsetup status data")?;
+    ensure!(status.contains(" 1 AA "), "the leg is out: {status}");
+    host.start_agent(&appliance)?;
+    host.wait_pieces(3)?;
+    host.wait_gate("sync")?;
+    let status = host.sh("/programs/dmsetup status data")?;
+    ensure!(status.contains(" 1 AA "), "the leg is out: {status}");
+    assert_eq!(host.stop_pieces()?, "", "a write failed");
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // The box hangs for longer than a request may be under way: the kernel keeps the writes, and they come again.
+    host.start_pieces()?;
+    host.wait_pieces(2)?;
+    appliance.program()?.signal(libc::SIGSTOP)?;
+    host.sh("sleep 10")?;
+    let stood = host.pieces()?;
+    appliance.program()?.signal(libc::SIGCONT)?;
+    host.wait_pieces(3)?;
+    host.wait_gate("sync")?;
+    let status = host.sh("/programs/dmsetup status data")?;
+    ensure!(status.contains(" 1 AA "), "after {stood} pieces the leg is out: {status}");
+    assert_eq!(host.stop_pieces()?, "", "a write failed");
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // Nobody comes: after its time the host goes on without an error, and what it writes then is made good.
+    host.start_pieces()?;
+    host.wait_pieces(2)?;
+    host.stop_agent("KILL")?;
+    host.wait_pieces(3)?;
+    host.start_agent(&appliance)?;
+    host.wait_whole()?;
+    let told = host.group()?;
+    ensure!(told["reason"].as_str().is_some_and(|r| r.contains("went on without the box")), "{told}");
+    assert_eq!(host.stop_pieces()?, "", "a write failed");
+    assert_identical(&appliance, &At::Latest, &host.disk)?;
+
+    // Killed once more and taken out: what waits is let go at once.
+    host.start_pieces()?;
+    host.wait_pieces(1)?;
+    host.stop_agent("KILL")?;
+    host.sh(&format!("{AGENT} remove"))?;
+    host.wait_pieces(3)?;
+    assert_eq!(host.stop_pieces()?, "", "a write failed");
+    let left = host.sh(
+        "/programs/dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; ls -d /sys/fs/bpf/holdfast* 2>/dev/null; true",
+    )?;
+    ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
+    appliance.stop()?;
+    dir.done()
+}
+
 /// What was read and sent stays within 1.2 of what was written while the mirror was out, and a fixed part for starting: the beginnings of
 /// all devices are looked at (some 70 KiB each, at every try), certificates, the status each second.
 fn assert_only_what_was_written(how: &str, dirtied: u64, before: [u64; 2], after: [u64; 2]) -> Result<()> {
@@ -401,7 +506,8 @@ fn mirrored_live(kernel: &Kernel) -> Result<()> {
     println!("agent killed: {killed}");
     host.start_writer()?;
     host.start_agent(&appliance)?;
-    host.wait_gate("sync")?;
+    let back = host.wait_gate("sync")?;
+    assert_eq!(back["compared_whole"], "", "what was written meanwhile was not known");
     host.stop_writer()?;
     host.sh("umount /mnt && sync")?;
     let end = appliance.bookmark("data", "end")?;
@@ -532,9 +638,7 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
 
     // The same under the other policy: the write stands still as long as the box does, and returns with it.
     appliance.run_cli(&["group", "policy", "data", "--at-bound", "hold"])?;
-    wait_for("the agent to hear of it", STEP_MAX, || {
-        Ok((host.group()?["policy"]["mode"]["sync"]["at_bound"] == "hold").then_some(()))
-    })?;
+    host.wait_policy("hold")?;
     appliance.program()?.signal(libc::SIGSTOP)?;
     host.sh("(dd if=/dev/urandom of=/mnt/held bs=16k count=4 conv=fsync 2>/dev/null && echo done >/tmp/held) >/dev/null 2>&1 &")?;
     wait_for("the agent to say that the host is held", STEP_MAX, || {
@@ -544,7 +648,7 @@ fn neither_box_nor_agent_nor_disk_can_fail_the_hosts_writes() -> Result<()> {
     appliance.program()?.signal(libc::SIGCONT)?;
     host.sh("while ! [ -e /tmp/held ]; do sleep 1; done")?;
     appliance.run_cli(&["group", "policy", "data", "--at-bound", "degrade"])?;
-    host.wait_gate("sync")?;
+    host.wait_policy("degrade")?;
 
     // The agent hangs whole: the kernel takes its leg for dead.
     host.stalls_during(10)?;

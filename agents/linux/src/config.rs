@@ -47,7 +47,7 @@ pub struct Config {
     pub protect_rpo_spool_percent: u32,
     /// From how much lag on. 0: whatever the lag.
     pub protect_rpo_lag_s: u32,
-    /// Sync mode with the policy to hold: even so the host waits for the box no longer than this.
+    /// Sync mode with the policy to hold: even so the host waits for the box, or for an agent, no longer than this.
     pub sync_hold_s: u32,
     /// Carry the dirty maps over a clean reboot; needs the hooks of the package.
     pub carry_over: bool,

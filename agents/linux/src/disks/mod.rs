@@ -172,6 +172,17 @@ fn read_trimmed(path: &Path) -> Option<String> {
     fs::read_to_string(path).ok().map(|s| s.trim().to_owned()).filter(|s| !s.is_empty())
 }
 
+/// Whether a device is the served leg of a mirror of ours. Not to be read: it holds nothing of its own, and while it waits for an agent a
+/// read waits too, which the agent that comes must not.
+fn is_our_leg(block: &Path, dir: &Path, name: &str) -> bool {
+    let ours = |device: &str| {
+        let uuid = read_trimmed(&block.join(device).join("dm/uuid")).unwrap_or_default();
+        uuid.starts_with(crate::capture::dm::mirror::UUID_PREFIX)
+    };
+    let mirrored = |holder: &String| names_in(&block.join(holder).join("slaves")).iter().any(|lower| ours(lower));
+    name.starts_with("nbd") && names_in(&dir.join("holders")).iter().any(mirrored)
+}
+
 fn names_in(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .map(|entries| entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect())
@@ -291,8 +302,8 @@ impl Disks {
             Class::Disk
         };
         // Empty drives and unused loops have no size and nothing to probe.
-        let signature =
-            (sectors > 0).then(|| read_head(&roots.dev.join(name))).flatten().and_then(|b| probe::probe(&b));
+        let probed = sectors > 0 && !is_our_leg(&roots.sys.join("block"), dir, name);
+        let signature = probed.then(|| read_head(&roots.dev.join(name))).flatten().and_then(|b| probe::probe(&b));
         Some(Device {
             name: name.to_owned(),
             number,

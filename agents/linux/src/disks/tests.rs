@@ -350,3 +350,22 @@ fn a_replaced_disk_is_known() {
     assert_eq!(disks.get("sda").unwrap().identity.to_string(), "serial:S-sda");
     assert_eq!(disks.get("sda1").unwrap().identity.to_string(), "serial:S-sda#1");
 }
+
+/// A leg that waits for an agent would make who reads it wait.
+#[test]
+fn the_served_leg_of_a_mirror_is_not_read() {
+    let mut host = Host::new();
+    let mut head = vec![0; probe::PROBE_BYTES];
+    head[4086..4096].copy_from_slice(b"SWAPSPACE2");
+    for nbd in ["nbd0", "nbd1"] {
+        host.disk(nbd, 8);
+        host.heads.insert(nbd.to_owned(), head.clone());
+    }
+    host.dm("dm-0", "data", "", 8);
+    host.dm("dm-1", "data-holdfast", "HOLDFAST-data", 8);
+    host.stack("dm-1", "dm-0");
+    host.stack("nbd0", "dm-0");
+    let disks = host.read();
+    assert!(disks.get("nbd0").is_some_and(|d| d.signature.is_none()), "our leg was read");
+    assert!(disks.get("nbd1").is_some_and(|d| d.signature.is_some()), "somebody else's is a disk like others");
+}

@@ -95,6 +95,7 @@ impl Engine {
                                 &running.last_alarm,
                                 &running.spool_note,
                                 &self.ctx.sync.remembering.note(group.id()),
+                                &self.ctx.sync.let_go_note(group.id()),
                             ]),
                             lag_ms: if let Lag::Known { ms } = s.lag { Some(ms) } else { None },
                             spool_bytes: s.window_bytes,
@@ -195,7 +196,7 @@ impl Engine {
                 let (state, reason) = state_text(&s);
                 json!({
                     "state": state,
-                    "reason": text_of(&[&reason, &running.box_reason, &running.last_alarm]),
+                    "reason": text_of(&[&reason, &running.box_reason, &running.last_alarm, &self.ctx.sync.let_go_note(spec.id)]),
                     "stream": s.stream,
                     "lag_ms": lag,
                     "unknown_for_ms": since,

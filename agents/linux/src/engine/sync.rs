@@ -24,7 +24,7 @@ use crate::{
         dm::{
             ioctl::{DeviceMapper, DmError},
             leg::{FromLeg, LegNo, LegWrite},
-            mirror::{self, Bounds, Mirror, MirrorError, Seen},
+            mirror::{self, Bounds, Hold, Mirror, MirrorError, Seen},
             order::Order,
             process,
         },
@@ -103,6 +103,8 @@ pub(super) struct Mirrored {
     /// The last request of the leg that the engine has handled, and the last number a write of it got.
     pub heard: LegNo,
     pub last_capture: u64,
+    /// The leg's connection has ended, and the kernel holds the host's writes until it is made again.
+    parted: bool,
 }
 
 /// A piece of a read that the local disk could not serve.
@@ -171,6 +173,13 @@ impl Legs {
 
     fn get(&mut self, target: TargetId) -> Option<&mut Mirrored> {
         self.mirrors.iter_mut().find(|m| m.target == target)
+    }
+
+    /// A host that was to be held went on alone before its mirror was put in as it is now: it must be said, for as long as that is in.
+    pub fn let_go_note(&self, group: GroupId) -> String {
+        let let_go = self.mirrors.iter().any(|m| m.group == group && m.mirror.let_go);
+        let told = "the host went on without the box before: nobody took its writes up in time (sync_hold_s)";
+        if let_go { told.to_owned() } else { String::new() }
     }
 
     /// How many writes have arrived; none for a target of the ring.
@@ -280,13 +289,16 @@ impl Legs {
 }
 
 fn bounds(config: &Config, mode: SyncMode) -> Bounds {
-    let hold_ms = u64::from(config.sync_hold_s) * 1000;
-    let answer_ms = match mode {
-        SyncMode::Sync { wait_ms_max, at_bound: Bound::Degrade } => wait_ms_max,
-        SyncMode::Sync { wait_ms_max, at_bound: Bound::Hold } => hold_ms.max(wait_ms_max),
-        SyncMode::Async => RETRY_MS_MAX,
-    };
-    Bounds { answer_ms }
+    match mode {
+        SyncMode::Sync { wait_ms_max, at_bound: Bound::Degrade } => Bounds { answer_ms: wait_ms_max, hold: None },
+        SyncMode::Sync { wait_ms_max, at_bound: Bound::Hold } => {
+            let reconnect_ms = u64::from(config.sync_hold_s) * 1000;
+            let hold = Hold { wait_ms: wait_ms_max, reconnect_ms };
+            // By then the kernel has what waits; the guard is for a kernel that does not keep its time limit.
+            Bounds { answer_ms: reconnect_ms.max(wait_ms_max), hold: Some(hold) }
+        }
+        SyncMode::Async => Bounds { answer_ms: RETRY_MS_MAX, hold: None },
+    }
 }
 
 /// The volumes of a choice, each as it is: what lies under a mirrored volume is its own business.
@@ -361,6 +373,10 @@ impl Engine {
             match self.put_in(&self.groups[i].record.clone(), disks) {
                 Ok((volumes, before)) => {
                     self.begin_group(i, volumes, &before, false)?;
+                    let told = self.ctx.sync.let_go_note(self.groups[i].id());
+                    if !told.is_empty() {
+                        tracing::error!(group = %self.groups[i].record.spec.name, %told, "the promise to hold the host was broken");
+                    }
                     self.ctx.sync.retry_ms = RETRY_MS_MIN;
                 }
                 Err(e) => self.stopped_because(i, &crate::error_chain(&e)),
@@ -445,6 +461,7 @@ impl Engine {
                 arrived: 0,
                 heard: 0,
                 last_capture: 0,
+                parted: false,
             });
             let file = reader::open(&path).map_err(|source| SyncRefusal::Open { path, source })?;
             volumes.push(VolumeAt {
@@ -493,7 +510,7 @@ impl Engine {
         for at in taken {
             let name = at.mirror.name.clone();
             let done = match self.ctx.sync.dm() {
-                Ok(dm) => at.mirror.take_out(&dm),
+                Ok(dm) => at.mirror.take_out(&dm, at.parted),
                 Err(e) => Err(e.into()),
             };
             match done {
@@ -526,7 +543,45 @@ impl Engine {
                     running.on(ctx, group, Event::Mode(mode));
                 }
             }
+            FromLeg::Gone { why } if self.held_by_kernel(target) => {
+                tracing::warn!(%group, %why, "the kernel holds the host's writes until the box has answered, as the policy says");
+            }
             FromLeg::Gone { why } => self.stop_sync(group, &format!("a mirror's leg is out: {why}")),
+        }
+    }
+
+    /// Notes that a leg's connection ended; says whether the kernel holds the host's writes meanwhile.
+    fn held_by_kernel(&mut self, target: TargetId) -> bool {
+        let Some(at) = self.ctx.sync.get(target) else { return false };
+        at.parted = at.mirror.holds();
+        at.parted
+    }
+
+    /// A leg that the kernel gave up because the box was late comes back when the box has what was under way then: what the kernel sends
+    /// again is answered soon.
+    fn come_back(&mut self, target: TargetId, group: GroupId) {
+        let legs = &self.ctx.sync;
+        let parted = legs.mirrors.iter().any(|m| m.target == target && m.parted);
+        if !parted || legs.waiting.values().any(|(waits, _)| *waits == target) {
+            return;
+        }
+        let Some(mode) = self.groups.iter().find(|g| g.id() == group).map(|g| g.record.spec.policy.mode) else {
+            return;
+        };
+        let bounds = bounds(&self.config, mode);
+        let to_engine = self.to_self.clone();
+        let deliver = move |what| to_engine.send(Input::Leg(target, what)).is_ok();
+        let Ok(dm) = self.ctx.sync.dm() else { return };
+        let Some(at) = self.ctx.sync.get(target) else { return };
+        match at.mirror.again(&dm, bounds, deliver) {
+            Ok(()) => {
+                at.parted = false;
+                tracing::info!(%group, "the box has answered: the host's writes go on");
+            }
+            // The next look at the mirror tells whether the kernel has let the host go.
+            Err(e) => {
+                tracing::warn!(%group, error = %crate::error_chain(&e), "could not take the host's writes up again")
+            }
         }
     }
 
@@ -613,7 +668,7 @@ impl Engine {
         drop(self.ctx.sync.take(Some(group)));
         let legs = &mut self.ctx.sync;
         legs.retry_at = crate::clock::mono().plus_ms(legs.retry_ms);
-        legs.retry_ms = (legs.retry_ms * 2).min(RETRY_MS_MAX);
+        legs.retry_ms = (legs.retry_ms * 2).clamp(RETRY_MS_MIN, RETRY_MS_MAX);
         self.stopped_because(i, why);
     }
 
@@ -623,7 +678,13 @@ impl Engine {
             return;
         }
         let bounds = bounds(&self.config, mode);
-        for at in self.ctx.sync.mirrors.iter().filter(|m| m.group == group) {
+        let of = |m: &&Mirrored| m.group == group;
+        if self.ctx.sync.mirrors.iter().filter(of).any(|m| m.mirror.holds() != bounds.hold.is_some()) {
+            // Another kind of leg: out and in again, which costs what is written in that moment.
+            self.ctx.sync.retry_ms = 0;
+            return self.stop_sync(group, "the policy has changed: the mirror is put in anew");
+        }
+        for at in self.ctx.sync.mirrors.iter().filter(of) {
             if let Err(e) = at.mirror.set_bounds(bounds) {
                 tracing::warn!(%group, error = %crate::error_chain(&e), "the kernel's own time limit for the leg stays as it was");
             }
@@ -641,7 +702,10 @@ impl Engine {
         let mut whole = Vec::new();
         for (target, group, name, seen) in looks {
             match seen {
-                Ok(Seen::Whole) => whole.push((target, group)),
+                Ok(Seen::Whole) => {
+                    self.come_back(target, group);
+                    whole.push((target, group));
+                }
                 Ok(Seen::LocalFailed) => self.local_failed(target, group, &name),
                 Ok(Seen::LegOut) => self.stop_sync(group, "the kernel has left the mirror's second leg out"),
                 Ok(Seen::Replaced) => {

@@ -127,9 +127,21 @@ impl Leg {
         mirror_reads: impl Fn() -> bool + Send + Sync + 'static,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
     ) -> io::Result<Self> {
+        Self::serve_from(1, ours, info, bound_ms, mirror_reads, deliver)
+    }
+
+    /// The same for a leg that goes on where another ended: its requests are numbered from `first`.
+    pub fn serve_from(
+        first: LegNo,
+        ours: UnixStream,
+        info: ExportInfo,
+        bound_ms: u64,
+        mirror_reads: impl Fn() -> bool + Send + Sync + 'static,
+        deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             session: Session::agreed(info),
-            inner: Mutex::new(Inner { waiting: BTreeMap::new(), next: 1, open: false }),
+            inner: Mutex::new(Inner { waiting: BTreeMap::new(), next: first, open: false }),
             writer: Mutex::new(ours.try_clone()?),
             mirror_reads: Box::new(mirror_reads),
             bound_ms: AtomicU64::new(bound_ms),

@@ -20,15 +20,22 @@
 
 use super::{
     ioctl::{DeviceMapper, DmError, InFlight, NAME_MAX, UUID_MAX},
-    leg::{self, FromLeg, GUARD_MARGIN_MS, Leg},
+    leg::{self, FromLeg, GUARD_MARGIN_MS, Leg, LegNo},
     nbdk::{self, Connected, NbdError, Setup},
     table::{self, Found, Health, TableRefusal},
 };
 use crate::capture::DevNo;
 use model::{ByteLen, SECTOR};
-use std::{fs, io, os::unix::net::UnixStream, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
-const UUID_PREFIX: &str = "HOLDFAST-";
+/// With it begin the identifiers of devices of ours.
+pub const UUID_PREFIX: &str = "HOLDFAST-";
 const NAME_SUFFIX: &str = "-holdfast";
 /// The kernel ends a leg whose agent hangs this long after the guard should have answered.
 const KERNEL_MARGIN_MS: u64 = 5_000;
@@ -96,12 +103,33 @@ fn sysfs(device: DevNo, file: &str) -> PathBuf {
 pub struct Bounds {
     /// The leg's guard answers what is older.
     pub answer_ms: u64,
+    /// The host is held without an answer, and without an agent.
+    pub hold: Option<Hold>,
+}
+
+/// A host that would rather wait than write what only it has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hold {
+    /// How long the box has before it counts as late: after that the kernel keeps the requests, not the agent.
+    pub wait_ms: u64,
+    /// How long the kernel keeps them for an agent to come.
+    pub reconnect_ms: u64,
 }
 
 impl Bounds {
-    /// After this the kernel takes a leg for dead that says nothing at all: the worst stall of the host.
+    /// After this the kernel takes a leg for dead that says nothing at all.
+    pub fn kernel_ms(self) -> u64 {
+        self.hold.map_or(self.answer_ms, |h| h.wait_ms) + GUARD_MARGIN_MS + KERNEL_MARGIN_MS
+    }
+    /// The worst stall of the host.
     pub fn stall_ms_max(self) -> u64 {
-        self.answer_ms + GUARD_MARGIN_MS + KERNEL_MARGIN_MS
+        self.kernel_ms() + self.hold.map_or(0, |h| h.reconnect_ms)
+    }
+    fn timeout(self) -> Duration {
+        Duration::from_millis(self.kernel_ms())
+    }
+    fn reconnect(self) -> Option<Duration> {
+        self.hold.map(|h| Duration::from_millis(h.reconnect_ms))
     }
 }
 
@@ -124,8 +152,11 @@ pub struct Mirror {
     pub name: String,
     outer: DevNo,
     inner: DevNo,
+    sectors: u64,
     nbd: Connected,
     pub leg: Leg,
+    /// It was to hold the host, and found that the kernel had let it go: nobody came in time.
+    pub let_go: bool,
 }
 
 /// Whether a mirror of ours could be put in: the same looks as [`Mirror::put_in`], and nothing changed.
@@ -195,8 +226,23 @@ impl Mirror {
             }
             (Found::Plain { .. }, None) => Self::make_inner(dm, &name_of(&name), &uuid, &table)?,
         };
-        let made = Self::connect(dm, [outer, inner], sectors, bounds, deliver).and_then(|(leg, nbd)| {
-            let mirror = Self { name, outer, inner, nbd, leg };
+        let (leg, kernel) = Self::serve(dm, [outer, inner], sectors, bounds, 1, deliver)?;
+        let mut let_go = false;
+        if let Found::Mirrored { leg: old, .. } = &found {
+            // What waits in the kernel for an agent goes on with this one, if the host is to be held; else it goes on without.
+            let whole = health_of(dm, outer)? == Some((Health::Alive, Health::Alive));
+            let taken = bounds
+                .reconnect()
+                .filter(|_| whole)
+                .and_then(|reconnect| nbdk::adopt(*old, &kernel, bounds.timeout(), reconnect));
+            if let Some(nbd) = taken {
+                return Ok(Self { name, outer, inner, sectors, nbd, leg, let_go });
+            }
+            nbdk::let_go(*old);
+            let_go = bounds.hold.is_some() && !whole;
+        }
+        let made = Self::connect(kernel, sectors, bounds).and_then(|nbd| {
+            let mirror = Self { name, outer, inner, sectors, nbd, leg, let_go };
             mirror.swap_in(dm, sectors, again).map(|()| mirror)
         });
         if made.is_err() && matches!(found, Found::Plain { .. }) {
@@ -221,38 +267,66 @@ impl Mirror {
         Ok(inner)
     }
 
-    fn connect(
+    /// Serves a leg; answers it and the kernel's end of it.
+    fn serve(
         dm: &Arc<DeviceMapper>,
         [outer, inner]: [DevNo; 2],
         sectors: u64,
         bounds: Bounds,
+        first: LegNo,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
-    ) -> Result<(Leg, Connected), MirrorError> {
+    ) -> Result<(Leg, OwnedFd), MirrorError> {
         let system = |what| move |source| MirrorError::System { what, source };
         // Without it the count of writes under way is always zero.
         if fs::read_to_string(sysfs(inner, "queue/iostats")).is_ok_and(|t| t.trim() == "0") {
             fs::write(sysfs(inner, "queue/iostats"), "1").map_err(system("make the kernel count writes under way"))?;
         }
         let (kernel, ours) = UnixStream::pair().map_err(system("make a socket pair"))?;
-        let info = leg::export(ByteLen(sectors * SECTOR));
-        let setup = Setup {
-            bytes: info.size.0,
-            block: SECTOR as u32,
-            timeout: Duration::from_millis(bounds.stall_ms_max()),
-            server_flags: info.agreed_flags(),
-        };
         let asks = dm.clone();
         // When it cannot be told, the engine is asked.
         let mirror_reads = move || {
             health_of(&asks, outer).map_or(true, |health| health.is_some_and(|(local, _)| local != Health::Alive))
         };
-        let leg = Leg::serve(ours, info, bounds.answer_ms, mirror_reads, deliver)
+        let info = leg::export(ByteLen(sectors * SECTOR));
+        let leg = Leg::serve_from(first, ours, info, bounds.answer_ms, mirror_reads, deliver)
             .map_err(system("start the leg's threads"))?;
-        let nbd = nbdk::connect(kernel.into(), &setup)?;
+        Ok((leg, kernel.into()))
+    }
+
+    fn connect(kernel: OwnedFd, sectors: u64, bounds: Bounds) -> Result<Connected, MirrorError> {
+        let info = leg::export(ByteLen(sectors * SECTOR));
+        let setup = Setup {
+            bytes: info.size.0,
+            block: SECTOR as u32,
+            timeout: bounds.timeout(),
+            reconnect: bounds.reconnect(),
+            server_flags: info.agreed_flags(),
+        };
+        let nbd = nbdk::connect(kernel, &setup)?;
         if let Err(e) = nbd.bound_requests(leg::REQUEST_KIB) {
             tracing::warn!(error = %e, "could not bound the leg's requests: it may hold more of the host's writes in memory");
         }
-        Ok((leg, nbd))
+        Ok(nbd)
+    }
+
+    /// Whether the host waits for an agent when there is none.
+    pub fn holds(&self) -> bool {
+        self.nbd.lasting()
+    }
+
+    /// A new leg for a mirror that holds the host, whose connection has ended. What waits in the kernel comes again by it.
+    pub fn again(
+        &mut self,
+        dm: &Arc<DeviceMapper>,
+        bounds: Bounds,
+        deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
+    ) -> Result<(), MirrorError> {
+        let Some(reconnect) = bounds.reconnect() else { return Ok(()) };
+        let first = self.leg.last() + 1;
+        let (leg, kernel) = Self::serve(dm, [self.outer, self.inner], self.sectors, bounds, first, deliver)?;
+        self.nbd.again(&kernel, bounds.timeout(), reconnect)?;
+        self.leg = leg;
+        Ok(())
     }
 
     /// Changes the table. A leg that was there before is dead, or dies with its process.
@@ -272,7 +346,7 @@ impl Mirror {
     /// The policy has changed.
     pub fn set_bounds(&self, bounds: Bounds) -> Result<(), MirrorError> {
         self.leg.set_bound(bounds.answer_ms);
-        Ok(self.nbd.set_timeout(Duration::from_millis(bounds.stall_ms_max()))?)
+        Ok(self.nbd.set_timeout(bounds.timeout(), bounds.reconnect())?)
     }
 
     /// The volume itself.
@@ -311,9 +385,12 @@ impl Mirror {
         super::order::writes_under_way(&fs::read_to_string(sysfs(self.inner, "inflight")).ok()?)
     }
 
-    /// Gives the volume its old table back.
-    pub fn take_out(self, dm: &DeviceMapper) -> Result<(), MirrorError> {
+    /// Gives the volume its old table back. `parted`: the leg's connection has ended, and the kernel keeps what waits for it.
+    pub fn take_out(self, dm: &DeviceMapper, parted: bool) -> Result<(), MirrorError> {
         self.leg.open_up();
+        if parted {
+            nbdk::let_go(self.nbd.number()?);
+        }
         restore(dm, self.outer, self.inner)
     }
 }
@@ -376,12 +453,14 @@ pub fn take_out_all(dm: &DeviceMapper) -> Result<Vec<String>, MirrorError> {
         let mirrored = |(device, name): &(DevNo, String)| {
             let table = dm.table(*device).ok()?;
             match table::judge(&table, Some(*inner)) {
-                Ok(Found::Mirrored { .. }) => Some((*device, name.clone())),
+                Ok(Found::Mirrored { leg, .. }) => Some((*device, leg, name.clone())),
                 _ => None,
             }
         };
         match devices.iter().find_map(mirrored) {
-            Some((outer, name)) => {
+            Some((outer, leg, name)) => {
+                // Nobody will come for what it keeps.
+                nbdk::let_go(leg);
                 restore(dm, outer, *inner)?;
                 out.push(name);
             }
@@ -408,7 +487,12 @@ mod tests {
 
     #[test]
     fn the_kernel_gives_up_after_the_guard() {
-        let bounds = Bounds { answer_ms: 5_000 };
-        assert!(bounds.stall_ms_max() > bounds.answer_ms + GUARD_MARGIN_MS);
+        let bounds = Bounds { answer_ms: 5_000, hold: None };
+        assert!(bounds.kernel_ms() > bounds.answer_ms + GUARD_MARGIN_MS);
+        assert_eq!(bounds.stall_ms_max(), bounds.kernel_ms());
+        // Held: the kernel has what waits soon, and keeps it so long; the guard comes after.
+        let held = Bounds { answer_ms: 300_000, hold: Some(Hold { wait_ms: 5_000, reconnect_ms: 300_000 }) };
+        assert_eq!(held.kernel_ms(), bounds.kernel_ms());
+        assert!(held.kernel_ms() < held.answer_ms && held.stall_ms_max() > held.answer_ms);
     }
 }

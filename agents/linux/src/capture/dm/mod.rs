@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`ioctl`] | the device mapper's control device |
 //! | [`table`] | which tables may carry a mirror, what ours looks like |
-//! | [`nbdk`] | the kernel's NBD client |
+//! | [`nbdk`], [`netlink`] | the kernel's NBD client |
 //! | [`leg`] | the served leg, its guard |
 //! | [`mirror`] | insertion, watch, removal |
 //! | [`order`] | which writes may not be on the local disk yet |
@@ -24,11 +24,13 @@
 //!
 //! | | |
 //! |---|---|
-//! | the box does not answer in time | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s` |
-//! | the agent is killed or stopped (SIGSTOP) | the connection ends: the kernel leaves the leg out, no error, a stall of milliseconds; the same under *strict*: a promise without an agent is none |
+//! | the box does not answer in time | after `wait_ms_max`: policy *available*: goes on, alarm, dirty map; *strict*: waits on, at most `sync_hold_s`; from `wait_ms_max` + 5.5 s on it is the kernel that keeps the writes |
+//! | the agent is killed or stopped (SIGSTOP) | the connection ends: the kernel leaves the leg out, no error, a stall of milliseconds |
+//! | the same under *strict* | the kernel keeps the host's writes; the next agent takes them up, those that were under way `wait_ms_max` + 5.5 s after they were sent. With none within `sync_hold_s` the kernel lets the host go on alone, without an error; the next agent says so and compares what was written. A stop in good order (`systemctl stop`, an upgrade) takes the mirror out under this policy too |
 //! | the agent hangs in the kernel | the kernel's time limit: bound + 5.5 s, once; then as if killed |
 //! | the agent's engine hangs | the leg's guard answers at the bound |
 //! | the local disk fails | the host's writes go on to the box and an alarm is raised; reads are served from the box while it has everything (state sync), else they fail (EIO) |
+//! | the local disk fails, and then the agent dies | nothing is left to write to: the host gets errors (EIO), under *strict* when `sync_hold_s` is over; a new agent does not go on, for it cannot tell the box's newer data from the disk's older |
 //! | LVM loads another table | seen within a second; the mirror is put in again; what was written in between is compared |
 //!
 //! **Out and in again.** What is written while no leg is in (agent dead or stopped, another table) is marked in the kernel by the watch
@@ -37,8 +39,8 @@
 //! before 5.15 do not tell whether a volume's device was made anew, so there a mirror that is not in the table any more (a planned stop,
 //! another table) counts as not known.
 //!
-//! **Limits.** What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot, dm-raid) are refused. A LUKS volume
-//! whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
+//! **Limits.** What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
+//! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
 //! dm volumes and are refused. The agent's state directory must not lie on a volume it mirrors. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
@@ -52,6 +54,7 @@ pub mod ioctl;
 pub mod leg;
 pub mod mirror;
 pub mod nbdk;
+pub mod netlink;
 pub mod order;
 pub mod process;
 pub mod table;

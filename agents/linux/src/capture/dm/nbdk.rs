@@ -1,11 +1,16 @@
-//! The kernel's NBD client, set up by ioctl from a thread that stays inside the kernel as long as the device is connected.
+//! The kernel's NBD client, in one of two ways.
 //!
-//! Netlink would set it up too, but then a killed agent leaves its requests to the kernel's time limit: measured, the host stood for ten
-//! seconds. A thread inside `NBD_DO_IT` dies with its process: the kernel fails at once what is under way, and the mirror goes on without
-//! the leg. The same happens when the agent is stopped (SIGSTOP, a debugger, a frozen cgroup): a stopped agent is a dead one.
+//! **Tied** to the process: set up by ioctl from a thread that stays inside the kernel as long as the device is connected. A thread inside
+//! `NBD_DO_IT` dies with its process: the kernel fails at once what is under way, and the mirror goes on without the leg. The same
+//! happens when the agent is stopped (SIGSTOP, a debugger, a frozen cgroup): a stopped agent is a dead one. The device is free again when
+//! the thread has left, in whatever way.
 //!
-//! The device is free again when the thread has left, in whatever way.
+//! **Lasting** ([`Setup::reconnect`], by netlink): a connection that ended is waited for. Requests stay in the kernel until another
+//! agent gives the device a new socket ([`adopt`]), at most so long. What was under way when the connection ended is sent again
+//! when its own time limit has passed, so that one is kept short, and a server that is late on purpose loses its connection by it and
+//! comes back with [`Connected::again`]. The kernel itself ends the wait: nobody has to be there for that.
 
+use super::netlink::{Family, Lasting, Limits};
 use crate::capture::DevNo;
 use std::{
     fs::{self, File},
@@ -37,6 +42,8 @@ pub enum NbdError {
         #[source]
         source: io::Error,
     },
+    #[error("could not ask the kernel's NBD client over netlink")]
+    Netlink(#[source] io::Error),
     #[error("could not start a thread")]
     Thread(#[source] io::Error),
     #[error("/dev/nbd{index} did not come up within {} s", UP_MAX.as_secs())]
@@ -50,6 +57,8 @@ pub struct Setup {
     pub block: u32,
     /// A request that is not answered for this long ends the connection.
     pub timeout: Duration,
+    /// A connection that ended is waited for so long; none: what is under way fails at once.
+    pub reconnect: Option<Duration>,
     /// As in the NBD handshake.
     pub server_flags: u16,
 }
@@ -85,12 +94,23 @@ fn in_use(index: u32) -> bool {
     sysfs(index).join("pid").exists()
 }
 
-/// A connected NBD device.
+/// A connected NBD device. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct Connected {
     pub index: u32,
-    /// For changes while it is connected.
+    /// For changes while it is connected; held open, or the kernel would end a lasting connection when somebody who looked at the
+    /// device closes it.
     device: File,
+    lasting: bool,
+}
+
+fn limits(timeout: Duration, reconnect: Duration) -> Limits {
+    Limits { answer: timeout, reconnect }
+}
+
+fn open_device(index: u32) -> Result<File, NbdError> {
+    let options = fs::OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).clone();
+    options.open(format!("/dev/nbd{index}")).map_err(|source| NbdError::Device { what: "open", index, source })
 }
 
 /// Makes a free NBD device speak to `socket`; it does so until the other end is closed or this process ends. Loads the module if it is not
@@ -102,6 +122,9 @@ pub fn connect(socket: OwnedFd, setup: &Setup) -> Result<Connected, NbdError> {
         if !sysfs(0).exists() {
             return Err(NbdError::Missing);
         }
+    }
+    if let Some(reconnect) = setup.reconnect {
+        return connect_lasting(&socket, setup, reconnect);
     }
     let (sender, answer) = mpsc::channel();
     let setup = *setup;
@@ -123,6 +146,11 @@ pub fn connect(socket: OwnedFd, setup: &Setup) -> Result<Connected, NbdError> {
         .map_err(NbdError::Thread)?;
     let gone = || NbdError::Thread(io::Error::other("the thread ended"));
     let (index, device) = answer.recv().map_err(|_| gone())??;
+    wait_up(index)?;
+    Ok(Connected { index, device, lasting: false })
+}
+
+fn wait_up(index: u32) -> Result<(), NbdError> {
     let end = Instant::now() + UP_MAX;
     while !in_use(index) {
         if Instant::now() > end {
@@ -130,7 +158,85 @@ pub fn connect(socket: OwnedFd, setup: &Setup) -> Result<Connected, NbdError> {
         }
         thread::sleep(UP_POLL);
     }
-    Ok(Connected { index, device })
+    Ok(())
+}
+
+fn connect_lasting(socket: &OwnedFd, setup: &Setup, reconnect: Duration) -> Result<Connected, NbdError> {
+    let family = Family::open().map_err(NbdError::Netlink)?;
+    let with = Lasting {
+        bytes: setup.bytes,
+        block: setup.block,
+        server_flags: setup.server_flags,
+        limits: limits(setup.timeout, reconnect),
+    };
+    let mut index = 0;
+    while sysfs(index).exists() {
+        if !in_use(index) {
+            match family.connect(index, socket.as_raw_fd(), &with) {
+                Ok(()) => {
+                    // Not opened before: an open device counts as in use. Should somebody have looked at it and closed it in between, it is
+                    // free again, and this an error like others.
+                    let device = open_device(index)?;
+                    wait_up(index)?;
+                    return Ok(Connected { index, device, lasting: true });
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(source) => return Err(NbdError::Device { what: "connect", index, source }),
+            }
+        }
+        index += 1;
+    }
+    Err(NbdError::NoneFree { tried: index })
+}
+
+/// The number of an NBD device in its name; none for any other device.
+fn index_of(number: DevNo) -> Option<u32> {
+    let link = fs::read_link(format!("/sys/dev/block/{number}")).ok()?;
+    link.file_name()?.to_str()?.strip_prefix("nbd")?.parse().ok()
+}
+
+/// Gives a lasting connection that an agent before us left, and whose requests wait, a new socket. None: it is none, or is over.
+pub fn adopt(number: DevNo, socket: &OwnedFd, timeout: Duration, reconnect: Duration) -> Option<Connected> {
+    let index = index_of(number).filter(|i| in_use(*i))?;
+    // Not opened before it answers again: opening may read.
+    reconnected(index, socket, limits(timeout, reconnect)).ok()?;
+    Some(Connected { index, device: open_device(index).ok()?, lasting: true })
+}
+
+fn reconnected(index: u32, socket: &OwnedFd, limits: Limits) -> Result<(), NbdError> {
+    let family = Family::open().map_err(NbdError::Netlink)?;
+    let end = Instant::now() + UP_MAX;
+    loop {
+        match family.reconnect(index, socket.as_raw_fd(), limits) {
+            Ok(()) => return Ok(()),
+            // It has not noticed yet that the old connection is dead.
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && Instant::now() < end => thread::sleep(UP_POLL),
+            Err(source) => return Err(NbdError::Device { what: "connect again", index, source }),
+        }
+    }
+}
+
+/// Ends a lasting connection that nobody serves: what waits for it fails now instead of later.
+pub fn let_go(number: DevNo) {
+    if let Some(index) = index_of(number).filter(|i| in_use(*i)) {
+        disconnect(index);
+    }
+}
+
+fn disconnect(index: u32) {
+    if let Err(error) = Family::open().and_then(|family| family.disconnect(index)) {
+        // One that was tied to its process, or is over already.
+        tracing::debug!(index, %error, "could not end an NBD connection");
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        // A tied one ends with the leg at its other end.
+        if self.lasting {
+            disconnect(self.index);
+        }
+    }
 }
 
 /// Takes the first device that is not in use. Whoever sets one up at the same moment is told apart by the kernel (EBUSY).
@@ -150,11 +256,7 @@ fn set_up_any(socket: &OwnedFd, setup: &Setup) -> Result<(u32, File), NbdError> 
 
 fn set_up(socket: &OwnedFd, setup: &Setup, index: u32) -> Result<File, NbdError> {
     let failed = |what| move |source| NbdError::Device { what, index, source };
-    let device = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_CLOEXEC)
-        .open(format!("/dev/nbd{index}"))
-        .map_err(failed("open"))?;
+    let device = open_device(index)?;
     call(&device, SET_SOCK, socket.as_raw_fd() as u64).map_err(failed("connect"))?;
     let rest = call(&device, SET_BLOCK, u64::from(setup.block))
         .and_then(|()| call(&device, SET_BLOCKS, setup.bytes / u64::from(setup.block)))
@@ -168,8 +270,22 @@ fn set_up(socket: &OwnedFd, setup: &Setup, index: u32) -> Result<File, NbdError>
 }
 
 impl Connected {
-    /// Changes how long a request may wait.
-    pub fn set_timeout(&self, timeout: Duration) -> Result<(), NbdError> {
+    /// Whether it outlives this process, and a connection that ended.
+    pub fn lasting(&self) -> bool {
+        self.lasting
+    }
+
+    /// A new socket for a lasting connection that has ended.
+    pub fn again(&self, socket: &OwnedFd, timeout: Duration, reconnect: Duration) -> Result<(), NbdError> {
+        reconnected(self.index, socket, limits(timeout, reconnect))
+    }
+
+    /// Changes how long a request may wait, for its answer and for another connection.
+    pub fn set_timeout(&self, timeout: Duration, reconnect: Option<Duration>) -> Result<(), NbdError> {
+        if let Some(reconnect) = reconnect.filter(|_| self.lasting) {
+            let set = Family::open().and_then(|f| f.set_limits(self.index, limits(timeout, reconnect)));
+            return set.map_err(NbdError::Netlink);
+        }
         call(&self.device, SET_TIMEOUT, seconds(timeout)).map_err(|source| NbdError::Device {
             what: "change the time limit of",
             index: self.index,
