@@ -158,6 +158,7 @@ make_deb() {
     for script in preinst postinst prerm postrm; do
         if [ -f "$from/deb/$script" ]; then install -m 0755 "$from/deb/$script" "$tree/DEBIAN/$script"; fi
     done
+    if [ -f "$from/deb/triggers" ]; then install -m 0644 "$from/deb/triggers" "$tree/DEBIAN/triggers"; fi
     (cd "$tree" && find . -path ./DEBIAN -prune -o -type f -printf '%P\0' | sort -z | xargs -0 md5sum) >"$work/md5sums"
     install -m 0644 "$work/md5sums" "$tree/DEBIAN/md5sums"
     same_time "$tree"

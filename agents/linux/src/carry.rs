@@ -13,7 +13,8 @@
 //!
 //! - its state was written by the hook, whole (checksum), in the boot before this one;
 //! - capture was there before the disk's first write of this boot: the kernel's own count of writes and discards was zero after capture
-//!   had begun;
+//!   had begun. Mounting ext4 writes its superblock and its journal's even when it is mounted read-only, as a real boot of Debian 12 showed, and
+//!   the hooks run after that mount: a group with an ext4 root on it is compared for now;
 //! - the first MiB of each volume is what it was: whoever mounts a file system for writing elsewhere (a rescue system) changes its superblock there.
 //!   What such a system writes without touching that MiB is not found out: after one, `holdfast-agent resync`.
 //! - no disk of it is a member of an md array: the array writes its superblocks after the hook.

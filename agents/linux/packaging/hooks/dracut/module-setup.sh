@@ -12,7 +12,7 @@ depends() {
 
 install() {
     inst_binary /usr/bin/holdfast-agent
-    inst_multiple -o mount grep timeout
+    inst_multiple -o mount timeout
     inst_script /usr/share/holdfast-agent/early.sh /usr/share/holdfast-agent/early.sh
     # shellcheck disable=SC2154 # dracut sets moddir
     inst_hook pre-pivot 05 "$moddir/holdfast-early.sh"
