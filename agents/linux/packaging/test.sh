@@ -243,6 +243,8 @@ if grep -E '^(ProtectHome|PrivateTmp|PrivateDevices|InaccessiblePaths|ProtectKer
 fi
 if has systemd-analyze; then
     unit "$here/holdfast-agent.service" 37
+    # No sandbox: it does what the plan says.
+    unit "$here/holdfast-inside.service" 100
     unit "$box/holdfastd.service" 20
     ok "units parse"
 else

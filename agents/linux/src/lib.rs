@@ -11,6 +11,7 @@ pub mod enrol;
 pub mod extents;
 pub mod fence;
 pub mod freeze;
+pub mod inside;
 pub mod link;
 pub mod local;
 pub mod net;

@@ -13,7 +13,7 @@ use agent_linux::{
     config::{Config, LogFormat},
     disks::{Backend, Cost, Disks},
     engine::Engine,
-    enrol, fence, freeze,
+    enrol, fence, freeze, inside,
     local::{self, Failure},
     state::{StateDir, boot_id},
     throttle::{Kernel, Throttle},
@@ -26,6 +26,8 @@ use std::{
     process::ExitCode,
 };
 
+/// Ends with it what has no business on this machine; the units know it.
+const NOT_HERE: u8 = 77;
 /// From dialling over a refusal's pause to the second try.
 const CONNECT_WAIT: std::time::Duration = std::time::Duration::from_secs(20);
 
@@ -55,6 +57,9 @@ enum Command {
     },
     /// Run the agent (what the service does)
     Run,
+    /// In a machine that a box runs in this host's place: answer the box
+    #[command(hide = true)]
+    Inside,
     /// Show the disks of this host as a tree; with a choice, what it takes along, what it gets and what it costs
     Disks {
         /// Device, mount point or volume to look at
@@ -154,6 +159,23 @@ enum Level {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let begins_capture = matches!(cli.command, Command::Run | Command::Early { .. });
+    let taken_over = inside::taken_over();
+    match &taken_over {
+        Some(kind) if begins_capture => {
+            eprintln!("holdfast-agent: a box runs this machine in its host's place ({kind}): nothing is captured here");
+            if matches!(cli.command, Command::Run) {
+                notify_ready();
+                return ExitCode::from(NOT_HERE);
+            }
+            return ExitCode::SUCCESS;
+        }
+        None if matches!(cli.command, Command::Inside) => {
+            eprintln!("holdfast-agent: no box runs this machine");
+            return ExitCode::from(NOT_HERE);
+        }
+        _ => {}
+    }
     match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -168,13 +190,16 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
     if let Command::ThawGuard { mounts } = &cli.command {
         return Ok(freeze::guard(mounts)?);
     }
+    if matches!(cli.command, Command::Inside) {
+        return inside::serve().context("speak with the box over its port");
+    }
     if let Command::Early { sysroot } = &cli.command {
         return early(cli.config.as_deref(), sysroot);
     }
     let config = Config::load(cli.config.as_deref())?;
     let ask = |request| local::ask(&config.socket(), &request);
     match cli.command {
-        Command::ThawGuard { .. } | Command::Early { .. } => Ok(()),
+        Command::ThawGuard { .. } | Command::Early { .. } | Command::Inside => Ok(()),
         Command::CarryOut { call_boot } => carry_out(&config, call_boot),
         Command::Enrol { box_address, token, name } => {
             let state = StateDir::open(&config.state_dir, &config.run_dir)?;

@@ -42,6 +42,102 @@ pub enum Command {
     Export(ExportArgs),
     /// Make a certificate for an NBD client over TLS
     ClientCert(ClientCertArgs),
+    /// What is to be done when a host is lost
+    #[command(subcommand)]
+    Plan(PlanCommand),
+    /// Run a lost host on this box, by its plan
+    Takeover(TakeoverArgs),
+    /// Try a plan: run the host apart from everything, look at it, throw it away
+    Drill(DrillArgs),
+    /// Takeovers and drills: what they have come to
+    #[command(subcommand)]
+    Run(RunCommand),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PlanCommand {
+    /// All plans
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// A plan with every key, to begin from
+    Example,
+    /// A plan as it was written
+    Show { name: String },
+    /// Check a plan and keep it
+    Set {
+        name: String,
+        /// A file, or `-` for standard input
+        file: PathBuf,
+    },
+    /// Check a plan and keep nothing
+    Check {
+        /// A file, or `-` for standard input
+        file: PathBuf,
+    },
+    /// Delete a plan
+    Delete { name: String },
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct TakeoverArgs {
+    pub plan: String,
+    /// `latest`, a time, an LSN or a bookmark [default: as the plan says]
+    #[arg(long, value_name = "POINT")]
+    pub at: Option<String>,
+    /// You have made sure that the host is off and stays off
+    #[arg(long)]
+    pub source_is_off: bool,
+    /// Say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The box's answer as it is, without waiting for the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs, Debug)]
+pub struct DrillArgs {
+    pub plan: String,
+    /// `latest`, a time, an LSN or a bookmark [default: as the plan says]
+    #[arg(long, value_name = "POINT")]
+    pub at: Option<String>,
+    /// Leave the machine running until `holdfast run end`
+    #[arg(long)]
+    pub hold: bool,
+    /// Say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The box's answer as it is, without waiting for the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum RunCommand {
+    /// All takeovers and drills that are known
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Its steps, and what was measured
+    Show {
+        id: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Its steps as they end
+    Watch { id: String },
+    /// Take its machine down and throw away what it wrote
+    End {
+        id: String,
+        /// Of a takeover: the plan's name once more
+        #[arg(long, value_name = "PLAN")]
+        confirm: Option<String>,
+    },
+    /// Save the picture of its screen, its serial log and its signed record
+    Evidence { id: String, dir: PathBuf },
 }
 
 #[derive(ClapArgs, Debug)]

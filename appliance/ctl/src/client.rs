@@ -50,6 +50,17 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// The box's word for why it refused.
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Refused { code, .. } => Some(code),
+            _ => None,
+        }
+    }
+    /// Whether nobody answers; that may pass.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Connect { .. } | Self::Http(_))
+    }
     pub fn remedy(&self) -> Option<String> {
         match self {
             Self::Refused { remedy, .. } => remedy.clone(),
@@ -123,11 +134,19 @@ impl Client {
         body: Option<&Value>,
     ) -> Result<T, ApiError> {
         let answer = self.runtime.block_on(async {
-            let incoming = self.send(method, route, body).await?;
+            let incoming = self.send(method, route, body.map(Value::to_string).unwrap_or_default()).await?;
             read_all(incoming).await
         })?;
         let text: &[u8] = if answer.is_empty() { b"null" } else { &answer };
         serde_json::from_slice(text).map_err(|source| ApiError::Answer { what: route.0.clone(), source })
+    }
+
+    /// Sends a text and hands over the answer as it came.
+    pub fn raw(&self, method: Method, route: &Route, body: &str) -> Result<Bytes, ApiError> {
+        self.runtime.block_on(async {
+            let incoming = self.send(method, route, body.to_owned()).await?;
+            read_all(incoming).await
+        })
     }
 
     /// Sends a request and hands over its answer line by line, each a JSON value.
@@ -141,7 +160,7 @@ impl Client {
             serde_json::from_slice(line).map_err(|source| ApiError::Answer { what: route.0.clone(), source })
         };
         self.runtime.block_on(async {
-            let mut incoming = self.send(method, route, None).await?;
+            let mut incoming = self.send(method, route, String::new()).await?;
             let mut pending: Vec<u8> = Vec::new();
             while let Some(frame) = incoming.frame().await {
                 let frame = frame.map_err(|e| ApiError::Http(e.into()))?;
@@ -164,7 +183,7 @@ impl Client {
         })
     }
 
-    async fn send(&self, method: Method, route: &Route, body: Option<&Value>) -> Result<Incoming, ApiError> {
+    async fn send(&self, method: Method, route: &Route, body: String) -> Result<Incoming, ApiError> {
         let connect = |source| ApiError::Connect { socket: self.socket.clone(), source };
         let stream = UnixStream::connect(&self.socket).await.map_err(connect)?;
         let (mut sender, connection) =
@@ -173,7 +192,6 @@ impl Client {
         tokio::spawn(async move {
             drop(connection.await);
         });
-        let body = body.map(Value::to_string).unwrap_or_default();
         let request = Request::builder()
             .method(method)
             .uri(&route.0)

@@ -25,6 +25,7 @@ mod picture;
 mod points;
 mod restore;
 mod status;
+mod takeover;
 mod target;
 mod times;
 mod watch;

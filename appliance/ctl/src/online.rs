@@ -11,6 +11,7 @@ use crate::{
     picture::{Canvas, Table, count},
     points, restore,
     status::{LagHistory, hosts_table, policy_lines, render},
+    takeover,
     times::{Clock, show_span_us},
     watch,
 };
@@ -47,6 +48,10 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Command::Inspect(args) => return offline::inspect(&args),
         Command::Export(args) => offline::export(&args),
         Command::ClientCert(args) => client_cert(&client()?, &args),
+        Command::Plan(command) => takeover::plan(&client()?, command),
+        Command::Takeover(args) => takeover::takeover(&client()?, &args),
+        Command::Drill(args) => takeover::drill(&client()?, &args),
+        Command::Run(command) => takeover::run(&client()?, command),
     }
     .map(|()| Outcome::Done)
 }
@@ -172,17 +177,17 @@ pub fn plain(id: &Value) -> String {
     id.as_str().map_or_else(|| id.to_string(), str::to_owned)
 }
 
-fn print(text: &str) -> anyhow::Result<()> {
+pub fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
 }
 
-fn print_json(value: &Value) -> anyhow::Result<()> {
+pub fn print_json(value: &Value) -> anyhow::Result<()> {
     print(&format!("{value:#}\n"))
 }
 
-fn print_table(table: &Table, empty: &str, rows: usize) -> anyhow::Result<()> {
+pub fn print_table(table: &Table, empty: &str, rows: usize) -> anyhow::Result<()> {
     if rows == 0 {
         return print(&format!("{empty}\n"));
     }

@@ -11,6 +11,7 @@ use crate::{
     files::{self, FileError, Lock, LockError},
     links::{LinkParts, Links},
     pki::{self, Pki, PkiError},
+    takeovers::Takeovers,
     vault::{Phase, Vault, VaultError, VaultParts},
     views::Views,
 };
@@ -69,6 +70,7 @@ pub struct App {
     pub(crate) vault: Arc<Vault>,
     pub(crate) exports: Arc<Exports>,
     pub(crate) views: Views,
+    pub(crate) takeovers: Takeovers,
     pub(crate) device: Device,
     /// What was amiss at start and is put right.
     pub(crate) start_alerts: Vec<String>,
@@ -111,6 +113,8 @@ impl Daemon {
     /// <data>/catalog.{a,b}   hosts, tokens, groups          (catalog)
     /// <data>/groups/<id>/    journals                       (vault)
     /// <data>/metrics.token   for Prometheus
+    /// <data>/plans/          what to do when a host is lost (takeovers)
+    /// <data>/takeovers/      and what was done
     /// <run>/control.sock     control API                    (api)
     /// <run>/nbd/*.sock       exports                        (exports)
     /// ```
@@ -125,7 +129,7 @@ impl Daemon {
             move || open(&config, clock, &events)
         });
         let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
-        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts } = opened;
+        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers } = opened;
 
         let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
         let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock, config.view_idle());
@@ -159,6 +163,7 @@ impl Daemon {
             vault,
             exports: Arc::clone(&exports),
             views,
+            takeovers,
             device,
             start_alerts,
             links: Arc::clone(&links),
@@ -182,6 +187,7 @@ impl Daemon {
         if let Some((listener, _)) = metrics {
             tasks.push(tokio::spawn(api::serve_metrics(Arc::clone(&app), listener, token)));
         }
+        app.takeovers.go_on(&app);
         app.events.note(Event::Started, &app.box_name, format!("version {}", env!("CARGO_PKG_VERSION")));
         Ok(Self { app, control, metrics: metrics_at, tasks, reads, _lock: lock })
     }
@@ -200,6 +206,9 @@ impl Daemon {
         for task in self.tasks {
             let _ = task.await;
         }
+        // Their machines run on, and wait for the next daemon.
+        let app = Arc::clone(&self.app);
+        let _ = tokio::task::spawn_blocking(move || app.takeovers.pause()).await;
         for view in self.app.views.list() {
             self.app.views.close(&view.id);
         }
@@ -222,6 +231,7 @@ struct Opened {
     token: String,
     device: Device,
     start_alerts: Vec<String>,
+    takeovers: Takeovers,
 }
 
 /// Everything that touches the disk. Blocking.
@@ -258,7 +268,12 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
         catalog: Arc::clone(&catalog),
         reads: Arc::clone(&reads),
     })?;
-    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts })
+    let mut unreadable = Vec::new();
+    let takeovers = Takeovers::open(&config.data, &mut unreadable)?;
+    start_alerts.extend(
+        unreadable.into_iter().map(|file| format!("a takeover's state cannot be read and is left alone: {file}")),
+    );
+    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers })
 }
 
 fn metrics_token(data: &Path) -> Result<String, StartError> {

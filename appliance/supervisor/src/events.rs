@@ -108,6 +108,11 @@ events! {
     HostThrottled = "host-throttled" Warn,
     /// One of the three above is over.
     HostNoticeOver = "host-notice-over" Info,
+    /// A takeover or a drill.
+    TakeoverBegun = "takeover-begun" Warn,
+    TakeoverServing = "takeover-serving" Warn,
+    TakeoverFailed = "takeover-failed" Error,
+    TakeoverEnded = "takeover-ended" Info,
 }
 
 /// One event as `status` shows it.

@@ -34,6 +34,7 @@ mod outbox;
 mod pki;
 mod pump;
 mod status;
+mod takeovers;
 mod vault;
 mod views;
 

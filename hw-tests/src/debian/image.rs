@@ -188,7 +188,7 @@ impl Profile {
     pub const POSTGRESQL: Self = Self { root: Root::Partition, postgresql: true };
 
     /// Those that tests boot.
-    pub const TESTED: [Self; 2] = [Self::PARTITION, Self::LVM];
+    pub const TESTED: [Self; 3] = [Self::PARTITION, Self::LVM, Self::POSTGRESQL];
 
     fn disk_bytes(self) -> u64 {
         if self.postgresql { 3 << 29 } else { 1 << 30 }

@@ -4,6 +4,7 @@
 //! [`BODY_MAX`]; [`REQUESTS_MAX`] requests at once. What may touch a disk runs on the blocking threads, never on a worker.
 
 mod routes;
+mod takeovers;
 
 use crate::App;
 use bytes::Bytes;

@@ -36,7 +36,7 @@ const OPEN_LIMIT: Duration = Duration::from_secs(30);
 const BOOKMARK_POLL: Duration = Duration::from_millis(10);
 const VOLUMES_MAX: usize = 64;
 
-type Result<T = Answer> = std::result::Result<T, ApiError>;
+pub(super) type Result<T = Answer> = std::result::Result<T, ApiError>;
 
 pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
     let path = request.uri().path().to_owned();
@@ -86,6 +86,9 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
         (&Method::GET, ["ingest-targets"]) => {
             let targets = app.exports.ingest_targets();
             Ok(ok(&targets.iter().map(|e| status::export_json(app, e)).collect::<Value>()))
+        }
+        (_, ["plans" | "plan-example" | "runs" | "records-key", ..]) => {
+            super::takeovers::handle(app, request, &parts, &query).await
         }
         (&Method::GET, ["events"]) => Ok(ok(&json!(app.events.recent()))),
         (&Method::GET, ["ca"]) => Ok(plain(StatusCode::OK, "application/x-pem-file", app.pki.ca_pem().to_owned())),
@@ -575,17 +578,20 @@ fn find(app: &App, id_or_name: &str) -> Result<Arc<Group>> {
     })
 }
 
-fn ok(value: &Value) -> Answer {
+pub(super) fn ok(value: &Value) -> Answer {
     json_answer(StatusCode::OK, value)
 }
 
-async fn blocking<T: Send + 'static>(app: &Arc<App>, work: impl FnOnce(&Arc<App>) -> T + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&Arc<App>) -> T + Send + 'static,
+) -> Result<T> {
     let app = Arc::clone(app);
     let done = tokio::task::spawn_blocking(move || work(&app)).await;
     done.map_err(|_| internal("the request failed on the box; its log says why".into()))
 }
 
-async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T> {
+pub(super) async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T> {
     let bytes = read_body(request).await?;
     serde_json::from_slice(&bytes)
         .map_err(|e| bad_request("body", format!("the request's JSON is not understood: {e}")))
@@ -600,13 +606,13 @@ async fn body_or_default<T: DeserializeOwned + Default>(request: Request<Incomin
         .map_err(|e| bad_request("body", format!("the request's JSON is not understood: {e}")))
 }
 
-async fn read_body(request: Request<Incoming>) -> Result<Bytes> {
+pub(super) async fn read_body(request: Request<Incoming>) -> Result<Bytes> {
     let limited = Limited::new(request.into_body(), BODY_MAX).collect().await;
     Ok(limited.map_err(|_| bad_request("body", format!("it broke off or is longer than {BODY_MAX} bytes")))?.to_bytes())
 }
 
 /// A parameter of the query, decoded.
-fn parameter(query: &str, name: &str) -> Option<String> {
+pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
     query.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         (key == name).then(|| decode(value)).flatten()
@@ -632,10 +638,10 @@ fn decode(part: &str) -> Option<String> {
 
 // ---- words for errors
 
-fn not_found(code: &'static str, message: String, remedy: &str) -> ApiError {
+pub(super) fn not_found(code: &'static str, message: String, remedy: &str) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, code, message, remedy)
 }
-fn no_route(path: &str) -> ApiError {
+pub(super) fn no_route(path: &str) -> ApiError {
     let path: String = path.chars().take(200).collect();
     not_found(
         "no-such-route",
@@ -643,10 +649,10 @@ fn no_route(path: &str) -> ApiError {
         "holdfast and holdfastd may be of different versions",
     )
 }
-fn bad_request(field: &str, text: String) -> ApiError {
+pub(super) fn bad_request(field: &str, text: String) -> ApiError {
     ApiError::new(StatusCode::BAD_REQUEST, "bad-request", format!("{field}: {text}"), "correct the request")
 }
-fn internal(text: String) -> ApiError {
+pub(super) fn internal(text: String) -> ApiError {
     ApiError::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         "internal",

@@ -10,3 +10,4 @@ mod hostile;
 mod ingest;
 mod notices;
 mod support;
+mod takeovers;

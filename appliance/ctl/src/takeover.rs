@@ -1,0 +1,311 @@
+//! Plans, takeovers and drills: `holdfast plan`, `takeover`, `drill`, `run`.
+//!
+//! A takeover or a drill is watched until it serves, is over or has failed: each step as it ends, with the time since the decision, and at
+//! the end what was measured and who is authoritative. Ctrl-C ends the watching, not the run.
+
+use crate::{
+    args::{DrillArgs, PlanCommand, RunCommand, TakeoverArgs},
+    client::{Client, Route},
+    online::{print, print_json},
+    picture::Table,
+    times::Clock,
+};
+use anyhow::{Context as _, bail};
+use http::Method;
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    path::Path,
+    time::Duration,
+};
+
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+pub fn plan(client: &Client, command: PlanCommand) -> anyhow::Result<()> {
+    match command {
+        PlanCommand::List { json } => {
+            let plans: Value = client.get(&Route::new(&["plans"]))?;
+            if json {
+                return print_json(&plans);
+            }
+            let mut table = Table::new(&["PLAN", "FOR", "MACHINE", "APPLICATIONS"]);
+            let list = plans.as_array().cloned().unwrap_or_default();
+            for entry in &list {
+                let plan = &entry["plan"];
+                let name = text(&entry["name"]);
+                if let Some(fault) = entry["fault"].as_str() {
+                    table.row([name, fault.to_owned(), String::new(), String::new()]);
+                    continue;
+                }
+                let subject = match plan["subject"]["host"].as_str() {
+                    Some(host) => host.to_owned(),
+                    None => names(&plan["subject"]["groups"]),
+                };
+                let size = &plan["machine"]["size"];
+                table.row([
+                    name,
+                    subject,
+                    format!("{} CPUs, {} MiB", size["cpus"], size["memory_mib"]),
+                    plan["applications"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .map(|a| text(&a["name"]))
+                        .collect::<Vec<_>>()
+                        .join(", "),
+                ]);
+            }
+            crate::online::print_table(&table, "no plan yet: `holdfast plan example` prints one", list.len())
+        }
+        PlanCommand::Example => {
+            print(&String::from_utf8_lossy(&client.raw(Method::GET, &Route::new(&["plan-example"]), "")?))
+        }
+        PlanCommand::Show { name } => {
+            print(&String::from_utf8_lossy(&client.raw(Method::GET, &Route::new(&["plans", &name]), "")?))
+        }
+        PlanCommand::Set { name, file } => {
+            client.raw(Method::PUT, &Route::new(&["plans", &name]), &read_plan(&file)?)?;
+            print(&format!("plan {name} is kept; `holdfast drill {name}` tries it\n"))
+        }
+        PlanCommand::Check { file } => {
+            client.raw(Method::PUT, &Route::new(&["plans", "check"]).query("check", "1"), &read_plan(&file)?)?;
+            print("the plan makes sense; nothing was kept\n")
+        }
+        PlanCommand::Delete { name } => {
+            let _: Value = client.call(Method::DELETE, &Route::new(&["plans", &name]), None)?;
+            print(&format!("plan {name} is deleted\n"))
+        }
+    }
+}
+
+fn read_plan(file: &Path) -> anyhow::Result<String> {
+    if file == Path::new("-") {
+        let mut plan = String::new();
+        std::io::stdin().read_to_string(&mut plan).context("read the plan from standard input")?;
+        return Ok(plan);
+    }
+    std::fs::read_to_string(file).with_context(|| format!("read the plan {}", file.display()))
+}
+
+pub fn takeover(client: &Client, args: &TakeoverArgs) -> anyhow::Result<()> {
+    let who = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "root".into());
+    let body = json!({
+        "plan": args.plan,
+        "kind": "failover",
+        "source_is_off": args.source_is_off.then_some(who),
+        "dry_run": args.dry_run,
+    });
+    begin(client, body, args.at.as_deref(), args.dry_run, args.json)
+}
+
+pub fn drill(client: &Client, args: &DrillArgs) -> anyhow::Result<()> {
+    let body = json!({ "plan": args.plan, "kind": "drill", "hold": args.hold, "dry_run": args.dry_run });
+    begin(client, body, args.at.as_deref(), args.dry_run, args.json)
+}
+
+fn begin(client: &Client, mut body: Value, at: Option<&str>, dry_run: bool, json: bool) -> anyhow::Result<()> {
+    if let Some(at) = at {
+        body["at"] = serde_json::to_value(Clock::local().point(at)?).context("write the moment down")?;
+    }
+    let begun: Value = client.call(Method::POST, &Route::new(&["runs"]), Some(&body))?;
+    if json {
+        return print_json(&begun);
+    }
+    if dry_run {
+        let mut lines = String::from("would do, in this order; nothing was touched:\n");
+        for step in begun["steps"].as_array().into_iter().flatten() {
+            lines += &format!("  {}\n", text(&step["title"]));
+        }
+        return print(&lines);
+    }
+    watch(client, &text(&begun["id"]))
+}
+
+pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
+    match command {
+        RunCommand::List { json } => {
+            let runs: Value = client.get(&Route::new(&["runs"]))?;
+            if json {
+                return print_json(&runs);
+            }
+            let mut table = Table::new(&["RUN", "KIND", "PLAN", "BEGUN", "IS", "SERVING AFTER"]);
+            let list = runs.as_array().cloned().unwrap_or_default();
+            for run in &list {
+                table.row([
+                    text(&run["id"]),
+                    text(&run["kind"]),
+                    text(&run["plan_name"]),
+                    Clock::local().show_seconds(run["begun_us"].as_u64().unwrap_or_default()),
+                    phase(run),
+                    seconds(&run["measured"]["serving_ms"]),
+                ]);
+            }
+            crate::online::print_table(&table, "no takeover and no drill yet", list.len())
+        }
+        RunCommand::Show { id, json } => {
+            let run: Value = client.get(&Route::new(&["runs", &id]))?;
+            if json {
+                return print_json(&run);
+            }
+            let mut lines = String::new();
+            for step in run["steps"].as_array().into_iter().flatten() {
+                lines += &step_line(&run, step);
+            }
+            print(&(lines + &summary(&run)))
+        }
+        RunCommand::Watch { id } => watch(client, &id),
+        RunCommand::End { id, confirm } => {
+            let body = json!({ "confirm": confirm });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "end"]), Some(&body))?;
+            loop {
+                let run: Value = client.get(&Route::new(&["runs", &id]))?;
+                if run["phase"]["is"] == "ended" {
+                    return print(&format!("run {id} is over; what its machine wrote is gone\n"));
+                }
+                if let Some(stuck) = run["stuck"].as_str() {
+                    bail!("run {id} could not be ended: {stuck}");
+                }
+                std::thread::sleep(LOOK_EVERY);
+            }
+        }
+        RunCommand::Evidence { id, dir } => {
+            std::fs::create_dir_all(&dir).with_context(|| format!("make the folder {}", dir.display()))?;
+            for (what, file) in [
+                ("screen", "screen.png"),
+                ("serial", "serial.log"),
+                ("record", "record.json"),
+                ("signature", "record.sig"),
+            ] {
+                match client.raw(Method::GET, &Route::new(&["runs", &id, what]), "") {
+                    Ok(bytes) => {
+                        let path = dir.join(file);
+                        std::fs::write(&path, bytes).with_context(|| format!("write {}", path.display()))?;
+                        print(&format!("{}\n", path.display()))?;
+                    }
+                    // Not every run comes so far.
+                    Err(e) if e.code() == Some("no-evidence") => print(&format!("no {file} yet\n"))?,
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Shows each step as it ends, until the run serves, is over or has failed.
+fn watch(client: &Client, id: &str) -> anyhow::Result<()> {
+    let mut shown = BTreeSet::new();
+    let mut away = false;
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+    loop {
+        let run: Value = match client.get(&Route::new(&["runs", id])) {
+            Ok(run) => run,
+            // The run goes on without us, and over a restart of the daemon.
+            Err(e) if e.is_away() => {
+                if !std::mem::replace(&mut away, true) {
+                    print("the box does not answer; waiting\n")?;
+                }
+                std::thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            Err(e) => return Err(e.into()),
+        };
+        away = false;
+        let mut now = String::new();
+        for step in run["steps"].as_array().into_iter().flatten() {
+            let name = text(&step["step"]);
+            match step["outcome"]["is"].as_str() {
+                Some("running") => now = text(&step["title"]),
+                Some(_) if shown.insert(name) => {
+                    if terminal {
+                        print("\r\x1b[K")?;
+                    }
+                    print(&step_line(&run, step))?;
+                }
+                _ => {}
+            }
+        }
+        let is = run["phase"]["is"].as_str().unwrap_or_default();
+        if let Some(stuck) = run["stuck"].as_str() {
+            bail!("the run does not go on: {stuck}");
+        }
+        if matches!(is, "serving" | "failed" | "ended") {
+            print(&summary(&run))?;
+            let failure = run["steps"].as_array().into_iter().flatten().find(|s| s["outcome"]["is"] == "failed");
+            if let Some(step) = failure {
+                let outcome = &step["outcome"];
+                bail!(
+                    "could not {}: {}\n  what to do: {}",
+                    text(&step["title"]),
+                    text(&outcome["text"]),
+                    text(&outcome["remedy"])
+                );
+            }
+            return Ok(());
+        }
+        if terminal && !now.is_empty() {
+            print(&format!("\r\x1b[K{:>8}  {now} …", "")).and_then(|()| Ok(std::io::stdout().flush()?))?;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+fn step_line(run: &Value, step: &Value) -> String {
+    let outcome = &step["outcome"];
+    let (mark, said) = match outcome["is"].as_str() {
+        Some("done") => ("", text(&outcome["text"])),
+        Some("skipped") => return String::new(),
+        Some("running") => ("", "…".to_owned()),
+        _ => ("FAILED: ", text(&outcome["text"])),
+    };
+    let begun = run["begun_us"].as_u64().unwrap_or_default();
+    let at = step["ended_us"].as_u64().unwrap_or_default().saturating_sub(begun) as f64 / 1e6;
+    format!("{at:>7.1} s  {}: {mark}{said}\n", text(&step["title"]))
+}
+
+fn summary(run: &Value) -> String {
+    let measured = &run["measured"];
+    let mut lines =
+        format!("\nrun {} ({} of {}): {}\n", text(&run["id"]), text(&run["kind"]), text(&run["plan_name"]), phase(run));
+    for (title, key) in [
+        ("age of the moment at the decision (RPO)", "point_age_ms"),
+        ("first instruction", "first_instruction_ms"),
+        ("booted", "booted_ms"),
+        ("address answers (NRO)", "address_ms"),
+        ("applications answer (RTO)", "serving_ms"),
+    ] {
+        if !measured[key].is_null() {
+            lines += &format!("  {title:<42} {}\n", seconds(&measured[key]));
+        }
+    }
+    lines += &format!("  {:<42} {}\n", "authoritative", text(&run["authority"]));
+    if run["phase"]["is"] == "serving" || run["phase"]["is"] == "failed" {
+        lines += &format!(
+            "  `holdfast run end {}` takes its machine down and throws away what it wrote\n",
+            text(&run["id"])
+        );
+    }
+    lines
+}
+
+fn phase(run: &Value) -> String {
+    let phase = &run["phase"];
+    match phase["is"].as_str().unwrap_or_default() {
+        "failed" => format!("failed at {}", text(&phase["step"])),
+        "ended" => text(&phase["how"]),
+        other => other.to_owned(),
+    }
+}
+
+fn seconds(ms: &Value) -> String {
+    ms.as_u64().map_or_else(|| "–".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0))
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn names(list: &Value) -> String {
+    list.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,216 @@
+//! Routes of plans, takeovers and drills.
+//!
+//! | request | does |
+//! |---|---|
+//! | `GET /plans`, `GET /plans/NAME` | names; a plan as it was written |
+//! | `GET /plan-example` | a plan with every key |
+//! | `PUT /plans/NAME` | checks a plan whole and keeps it; with `?check=1` only checks |
+//! | `DELETE /plans/NAME` | |
+//! | `GET /runs`, `GET /runs/ID` | what takeovers and drills have come to |
+//! | `POST /runs` | begins one: `plan`, `kind` (`failover`, `drill`), `at`, `source_is_off`, `hold`, `dry_run` |
+//! | `POST /runs/ID/end` | takes its machine down and throws away what it wrote; a failover asks for `confirm`, its plan's name |
+//! | `GET /runs/ID/screen`, `serial`, `record`, `signature` | its evidence |
+//! | `GET /records-key` | the public key records are signed with |
+
+use super::{
+    ApiError, json_answer, plain,
+    routes::{Result, bad_request, blocking, body, internal, no_route, not_found, ok, read_body},
+};
+use crate::{
+    App,
+    takeovers::{PlanFault, RunFault, Wish, run_json},
+};
+use http::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use model::RecoveryPoint;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use takeover::{
+    plan::Plan,
+    state::{Kind, Step},
+};
+
+pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], query: &str) -> Result {
+    let method = request.method().clone();
+    match (&method, parts) {
+        (&Method::GET, ["plans"]) => blocking(app, |app| plans(app)).await?,
+        (&Method::GET, ["plan-example"]) => Ok(plain(StatusCode::OK, "application/toml", takeover::plan::EXAMPLE)),
+        (&Method::GET, ["plans", name]) => {
+            let name = (*name).to_owned();
+            blocking(app, move |app| {
+                let text = app.takeovers.plan_text(&name).map_err(plan_error)?;
+                Ok(plain(StatusCode::OK, "application/toml", text))
+            })
+            .await?
+        }
+        (&Method::PUT, ["plans", name]) => {
+            let (name, only_check) = ((*name).to_owned(), super::routes::parameter(query, "check").is_some());
+            let text = read_body(request).await?;
+            let text =
+                String::from_utf8(text.to_vec()).map_err(|_| bad_request("body", "a plan is text in UTF-8".into()))?;
+            blocking(app, move |app| set_plan(app, &name, &text, only_check)).await?
+        }
+        (&Method::DELETE, ["plans", name]) => {
+            let name = (*name).to_owned();
+            blocking(app, move |app| {
+                app.takeovers.delete_plan(&name).map_err(plan_error)?;
+                Ok(ok(&json!({ "deleted": name })))
+            })
+            .await?
+        }
+        (&Method::GET, ["runs"]) => {
+            let runs: Vec<Value> = app.takeovers.list().iter().map(|s| run_json(&app.takeovers, s)).collect();
+            Ok(ok(&json!(runs)))
+        }
+        (&Method::POST, ["runs"]) => {
+            let wish: RunWish = body(request).await?;
+            blocking(app, move |app| begin(app, wish)).await?
+        }
+        (&Method::GET, ["runs", id]) => {
+            let state = app.takeovers.state(id).map_err(run_error)?;
+            Ok(ok(&run_json(&app.takeovers, &state)))
+        }
+        (&Method::POST, ["runs", id, "end"]) => {
+            let wish: EndWish = body(request).await?;
+            let id = (*id).to_owned();
+            blocking(app, move |app| end(app, &id, &wish)).await?
+        }
+        (&Method::GET, ["runs", id, what @ ("screen" | "serial" | "record" | "signature")]) => {
+            let (id, what) = ((*id).to_owned(), (*what).to_owned());
+            blocking(app, move |app| evidence(app, &id, &what)).await?
+        }
+        (&Method::GET, ["records-key"]) => {
+            Ok(ok(&json!({ "algorithm": "ed25519", "public_key": app.takeovers.public_key() })))
+        }
+        _ => Err(no_route(&format!("{method} {}", parts.join("/")))),
+    }
+}
+
+fn plans(app: &App) -> Result {
+    let names = app.takeovers.plan_names().map_err(|e| internal(crate::chain(&e)))?;
+    let list: Vec<Value> = names
+        .iter()
+        .map(|name| match app.takeovers.plan(name) {
+            Ok(plan) => json!({ "name": name, "plan": plan }),
+            // One that an editor on the box has spoilt.
+            Err(e) => json!({ "name": name, "fault": crate::chain(&e) }),
+        })
+        .collect();
+    Ok(ok(&json!(list)))
+}
+
+fn set_plan(app: &App, name: &str, text: &str, only_check: bool) -> Result {
+    let plan = if only_check {
+        Plan::parse(text).map_err(|e| plan_error(e.into()))?
+    } else {
+        app.takeovers.set_plan(name, text).map_err(plan_error)?
+    };
+    Ok(ok(&json!({ "name": name, "plan": plan, "kept": !only_check })))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RunWish {
+    plan: String,
+    kind: Kind,
+    #[serde(default)]
+    at: Option<RecoveryPoint>,
+    /// Whoever presses the button says that the host is off, and who that is.
+    #[serde(default)]
+    source_is_off: Option<String>,
+    #[serde(default)]
+    hold: bool,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+fn begin(app: &Arc<App>, wish: RunWish) -> Result {
+    if wish.dry_run {
+        let plan = app.takeovers.plan(&wish.plan).map_err(plan_error)?;
+        let skipped = |step: &Step| {
+            let is_drill = wish.kind == Kind::Drill;
+            match step {
+                Step::HookBefore => is_drill || plan.hooks.before.is_none(),
+                Step::HookAfter => is_drill || plan.hooks.after.is_none(),
+                Step::Fence => is_drill,
+                Step::Address => plan.networks.iter().all(|n| n.addresses.is_empty()),
+                Step::Applications => plan.applications.is_empty(),
+                _ => false,
+            }
+        };
+        let steps: Vec<Value> = Step::ALL
+            .into_iter()
+            .filter(|s| !skipped(s))
+            .map(|step| json!({ "step": step, "title": step.title() }))
+            .collect();
+        return Ok(ok(&json!({ "dry_run": true, "plan": plan, "steps": steps })));
+    }
+    let source_is_off = wish.source_is_off.map(|who| crate::catalog::clean_name(&who, "somebody"));
+    let wish = Wish { plan: wish.plan, kind: wish.kind, at: wish.at, source_is_off, hold: wish.hold };
+    let state = app.takeovers.begin(app, wish).map_err(run_error)?;
+    Ok(json_answer(StatusCode::CREATED, &run_json(&app.takeovers, &state)))
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct EndWish {
+    confirm: Option<String>,
+}
+
+fn end(app: &Arc<App>, id: &str, wish: &EndWish) -> Result {
+    let state = app.takeovers.state(id).map_err(run_error)?;
+    if state.kind == Kind::Failover && state.started && wish.confirm.as_deref() != Some(&state.plan_name) {
+        let text = format!("the machine of {:?} ends, and what was written in it is thrown away", state.plan_name);
+        let remedy = "repeat it with the plan's name as confirm";
+        return Err(ApiError::new(StatusCode::CONFLICT, "confirm-needed", text, remedy));
+    }
+    let state = app.takeovers.end(app, id).map_err(run_error)?;
+    Ok(ok(&run_json(&app.takeovers, &state)))
+}
+
+fn evidence(app: &App, id: &str, what: &str) -> Result {
+    let (file, kind) = match what {
+        "screen" => ("screen.png", "image/png"),
+        "serial" => ("serial.log", "text/plain; charset=utf-8"),
+        "record" => ("record.json", "application/json"),
+        _ => ("record.sig", "text/plain; charset=utf-8"),
+    };
+    let bytes = app.takeovers.evidence(id, file).map_err(run_error)?;
+    let bytes = bytes
+        .ok_or_else(|| not_found("no-evidence", format!("run {id} has no {file}"), "it may not have come so far"))?;
+    Ok(plain(StatusCode::OK, kind, bytes))
+}
+
+fn plan_error(e: PlanFault) -> ApiError {
+    let text = crate::chain(&e);
+    match e {
+        PlanFault::Unknown(_) => not_found("no-such-plan", text, "list them with `holdfast plan list`"),
+        PlanFault::Name(_) => bad_request("name", text),
+        PlanFault::Plan(_) => {
+            ApiError::new(StatusCode::BAD_REQUEST, "bad-plan", text, "correct the lines named; nothing was kept")
+        }
+        PlanFault::TooMany => {
+            ApiError::new(StatusCode::CONFLICT, "limit", text, "delete plans that are not needed any more")
+        }
+        PlanFault::InUse(_) => ApiError::new(StatusCode::CONFLICT, "plan-in-use", text, "end the run first"),
+        PlanFault::File(_) => internal(text),
+    }
+}
+
+fn run_error(e: RunFault) -> ApiError {
+    let text = crate::chain(&e);
+    match e {
+        RunFault::Plan(e) => plan_error(e),
+        RunFault::Unknown(_) => not_found("no-such-run", text, "list them with `holdfast run list`"),
+        RunFault::Already { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "already", text, "look at it with `holdfast run show`")
+        }
+        RunFault::TooMany => {
+            ApiError::new(StatusCode::CONFLICT, "limit", text, "end runs that are not needed any more")
+        }
+        RunFault::Over => ApiError::new(StatusCode::CONFLICT, "run-over", text, "nothing is left to do"),
+        RunFault::Hands(e) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", text, &e.remedy),
+        RunFault::Thread(_) | RunFault::Random => internal(text),
+    }
+}

@@ -1,0 +1,641 @@
+//! Plans, and the takeovers and drills that carry them out.
+//!
+//! ```text
+//! <data>/plans/NAME.toml           one plan each, as its author wrote it
+//! <data>/takeovers/ID/state.json   what a run has come to, replaced whole after each step
+//!                     qmp port     sockets of its machine
+//!                     serial.log screen.png qemu.log
+//!                     record.json record.sig
+//! <data>/records.key               signs records: Ed25519, PKCS#8
+//! ```
+//!
+//! A run has a thread of its own, which drives [`takeover::run::Driver`]; this file is its hands. A machine outlives the daemon: when the
+//! daemon starts again it takes up every run that is not over, at the step it was killed in.
+//!
+//! **Limits.** [`PLANS_MAX`], [`RUNS_MAX`] that are not over; records of [`RECORDS_MAX`] runs that are over are kept, the oldest go first.
+
+use crate::{
+    App,
+    events::Event,
+    files::{self, FileError},
+    pki,
+    vault::{CreateGroupError, DeleteGroupError, Group, Phase as GroupPhase},
+};
+use data_encoding::HEXLOWER;
+use journal::ResolvedPoint;
+use model::{GroupId, RecoveryPoint};
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU8, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+use takeover::{
+    machine::MachineDisk,
+    plan::{Plan, PlanError, Subject},
+    run::{Driver, Hands, HandsError, Member, Wanted},
+    state::{Kind, Measured, Phase, PointTaken, RunState},
+};
+
+pub const PLANS_MAX: usize = 500;
+/// Machines and what is left of failed ones.
+pub const RUNS_MAX: usize = 16;
+const RECORDS_MAX: usize = 200;
+const PLAN_NAME_MAX: usize = 64;
+/// Of the box's memory no machine gets.
+const KEEP_MIB: u64 = 512;
+/// How long a branch that was just made may take to open.
+const OPEN_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlanFault {
+    #[error("{0:?} is no name of a plan: 1 to {PLAN_NAME_MAX} letters, digits, - . _, and no . at the beginning")]
+    Name(String),
+    #[error("there is no plan {0:?}")]
+    Unknown(String),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error("{PLANS_MAX} plans are kept, which is the limit")]
+    TooMany,
+    #[error("the plan {0:?} is being carried out")]
+    InUse(String),
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunFault {
+    #[error(transparent)]
+    Plan(#[from] PlanFault),
+    #[error("the plan {plan:?} is being carried out already, as run {id}")]
+    Already { plan: String, id: String },
+    #[error("{RUNS_MAX} runs are not over, which is the limit")]
+    TooMany,
+    #[error("there is no run {0:?}")]
+    Unknown(String),
+    #[error("the run is over")]
+    Over,
+    #[error("{0}")]
+    Hands(#[source] HandsError),
+    #[error("could not start a thread")]
+    Thread(#[source] io::Error),
+    #[error("the system gave no random bytes")]
+    Random,
+}
+
+/// What is asked of a run beside its plan.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub plan: String,
+    pub kind: Kind,
+    pub at: Option<RecoveryPoint>,
+    pub source_is_off: Option<String>,
+    pub hold: bool,
+}
+
+struct Run {
+    state: Mutex<Arc<RunState>>,
+    wanted: AtomicU8,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Why the box could not do its part last, when the driver gave up.
+    stuck: Mutex<Option<String>>,
+}
+
+const GO_ON: u8 = 0;
+const PAUSE: u8 = 1;
+const END: u8 = 2;
+
+impl Run {
+    fn state(&self) -> Arc<RunState> {
+        Arc::clone(&crate::lock(&self.state))
+    }
+}
+
+pub struct Takeovers {
+    plans: PathBuf,
+    runs_dir: PathBuf,
+    key: Ed25519KeyPair,
+    runs: Mutex<BTreeMap<String, Arc<Run>>>,
+}
+
+impl Takeovers {
+    /// Reads what there is. Blocking. What cannot be read is said and left alone.
+    pub fn open(data: &Path, unreadable: &mut Vec<String>) -> Result<Self, FileError> {
+        let (plans, runs_dir) = (data.join("plans"), data.join("takeovers"));
+        files::private_dir(&plans)?;
+        files::private_dir(&runs_dir)?;
+        let key = record_key(&data.join("records.key"))?;
+        let mut runs = BTreeMap::new();
+        for id in names_in(&runs_dir)? {
+            let file = runs_dir.join(&id).join("state.json");
+            match files::read_small(&file)?.map(|bytes| serde_json::from_slice::<RunState>(&bytes)) {
+                Some(Ok(state)) => {
+                    runs.insert(id, Arc::new(Run::of(state)));
+                }
+                Some(Err(e)) => unreadable.push(format!("{}: {e}", file.display())),
+                // Killed before its first state was kept: nothing was done.
+                None => drop(fs::remove_dir(runs_dir.join(&id))),
+            }
+        }
+        Ok(Self { plans, runs_dir, key, runs: Mutex::new(runs) })
+    }
+
+    /// Goes on with every run that is not over. When the groups' journals are being opened.
+    pub fn go_on(&self, app: &Arc<App>) {
+        let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
+        for run in runs.into_iter().filter(|run| !run.state().is_over()) {
+            if let Err(e) = self.launch(app, &run) {
+                app.events.note(Event::TakeoverFailed, &run.state().id, crate::chain(&e));
+            }
+        }
+    }
+
+    /// Has every driver stop where it is; the machines run on. Blocking.
+    pub fn pause(&self) {
+        let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
+        for run in &runs {
+            let _ = run.wanted.compare_exchange(GO_ON, PAUSE, Ordering::AcqRel, Ordering::Acquire);
+        }
+        for run in runs {
+            if let Some(thread) = crate::lock(&run.thread).take() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    // ------------------------------------------------------------ plans
+
+    fn plan_file(&self, name: &str) -> Result<PathBuf, PlanFault> {
+        let fine = !name.is_empty()
+            && name.len() <= PLAN_NAME_MAX
+            && !name.starts_with('.')
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
+        if fine { Ok(self.plans.join(format!("{name}.toml"))) } else { Err(PlanFault::Name(name.into())) }
+    }
+    pub fn plan_names(&self) -> Result<Vec<String>, FileError> {
+        let names = names_in(&self.plans)?;
+        Ok(names.into_iter().filter_map(|n| n.strip_suffix(".toml").map(str::to_owned)).collect())
+    }
+    /// As it was written.
+    pub fn plan_text(&self, name: &str) -> Result<String, PlanFault> {
+        let bytes = files::read_small(&self.plan_file(name)?)?.ok_or_else(|| PlanFault::Unknown(name.into()))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+    pub fn plan(&self, name: &str) -> Result<Plan, PlanFault> {
+        Ok(Plan::parse(&self.plan_text(name)?)?)
+    }
+    /// Keeps a plan that makes sense. Blocking.
+    pub fn set_plan(&self, name: &str, text: &str) -> Result<Plan, PlanFault> {
+        let file = self.plan_file(name)?;
+        let plan = Plan::parse(text)?;
+        if !file.exists() && self.plan_names()?.len() >= PLANS_MAX {
+            return Err(PlanFault::TooMany);
+        }
+        files::write_secret(&file, text.as_bytes())?;
+        Ok(plan)
+    }
+    pub fn delete_plan(&self, name: &str) -> Result<(), PlanFault> {
+        let file = self.plan_file(name)?;
+        if self.list().iter().any(|s| s.plan_name == name && !s.is_over()) {
+            return Err(PlanFault::InUse(name.into()));
+        }
+        match fs::remove_file(&file) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(PlanFault::Unknown(name.into())),
+            Err(source) => Err(FileError { op: "remove", path: file, source }.into()),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    // ------------------------------------------------------------ runs
+
+    pub fn list(&self) -> Vec<Arc<RunState>> {
+        let mut list: Vec<_> = crate::lock(&self.runs).values().map(|run| run.state()).collect();
+        list.sort_by_key(|s| (s.begun_us, s.id.clone()));
+        list
+    }
+    fn get(&self, id: &str) -> Result<Arc<Run>, RunFault> {
+        crate::lock(&self.runs).get(id).cloned().ok_or_else(|| RunFault::Unknown(id.into()))
+    }
+    pub fn state(&self, id: &str) -> Result<Arc<RunState>, RunFault> {
+        Ok(self.get(id)?.state())
+    }
+    /// Why a run does not go on though it is not over.
+    pub fn stuck(&self, id: &str) -> Option<String> {
+        self.get(id).ok().and_then(|run| crate::lock(&run.stuck).clone())
+    }
+    /// A file of a run's evidence.
+    pub fn evidence(&self, id: &str, name: &str) -> Result<Option<Vec<u8>>, RunFault> {
+        self.get(id)?;
+        let file = self.runs_dir.join(id).join(name);
+        Ok(fs::read(file).ok())
+    }
+    /// The key that records are checked with, in hexadecimal.
+    pub fn public_key(&self) -> String {
+        HEXLOWER.encode(self.key.public_key().as_ref())
+    }
+
+    /// Begins a run. Blocking.
+    pub fn begin(&self, app: &Arc<App>, wish: Wish) -> Result<Arc<RunState>, RunFault> {
+        let plan = self.plan(&wish.plan)?;
+        let id = HEXLOWER.encode(&pki::random_128().ok_or(RunFault::Random)?[..4]);
+        let state = RunState {
+            id: id.clone(),
+            kind: wish.kind,
+            plan_name: wish.plan,
+            plan,
+            at: wish.at,
+            source_is_off: wish.source_is_off,
+            hold: wish.hold,
+            begun_us: app.clock.wall_us(),
+            phase: Phase::Working,
+            steps: Vec::new(),
+            fenced: None,
+            points: Vec::new(),
+            machine: None,
+            profile: None,
+            started: false,
+            volumes: Vec::new(),
+            applications: Vec::new(),
+            measured: Measured::default(),
+        };
+        let run = Arc::new(Run::of(state));
+        {
+            let mut runs = crate::lock(&self.runs);
+            let begun = run.state();
+            // A drill may go on beside anything; of failovers there is one.
+            let same = runs.values().map(|r| r.state()).find(|s| {
+                !s.is_over()
+                    && s.kind == Kind::Failover
+                    && begun.kind == Kind::Failover
+                    && s.plan.subject == begun.plan.subject
+            });
+            if let Some(other) = same {
+                return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
+            }
+            if runs.values().filter(|r| !r.state().is_over()).count() >= RUNS_MAX {
+                return Err(RunFault::TooMany);
+            }
+            runs.insert(id.clone(), Arc::clone(&run));
+        }
+        let kept = keep(&self.runs_dir, &run.state()).and_then(|()| self.launch(app, &run));
+        if let Err(e) = kept {
+            crate::lock(&self.runs).remove(&id);
+            return Err(e);
+        }
+        self.forget_old();
+        let what = if wish.kind == Kind::Drill { "drill" } else { "takeover" };
+        app.events.note(Event::TakeoverBegun, &run.state().plan_name, format!("{what} {id}"));
+        Ok(run.state())
+    }
+
+    /// Takes a run down and throws away what its machine wrote.
+    pub fn end(&self, app: &Arc<App>, id: &str) -> Result<Arc<RunState>, RunFault> {
+        let run = self.get(id)?;
+        if run.state().is_over() {
+            return Err(RunFault::Over);
+        }
+        run.wanted.store(END, Ordering::Release);
+        self.launch(app, &run)?;
+        Ok(run.state())
+    }
+
+    /// Starts a run's thread, unless it has one that works.
+    fn launch(&self, app: &Arc<App>, run: &Arc<Run>) -> Result<(), RunFault> {
+        let mut thread = crate::lock(&run.thread);
+        if thread.as_ref().is_some_and(|t| !t.is_finished()) {
+            // It looks at what is wanted after each step, and once more at its end.
+            return Ok(());
+        }
+        let (app, run, dir) = (Arc::clone(app), Arc::clone(run), self.runs_dir.clone());
+        let name = format!("run-{}", run.state().id);
+        let started = std::thread::Builder::new().name(name).spawn(move || drive(&app, &run, &dir));
+        *thread = Some(started.map_err(RunFault::Thread)?);
+        Ok(())
+    }
+
+    fn forget_old(&self) {
+        let mut runs = crate::lock(&self.runs);
+        let mut over: Vec<(u64, String)> =
+            runs.values().map(|r| r.state()).filter(|s| s.is_over()).map(|s| (s.begun_us, s.id.clone())).collect();
+        over.sort();
+        let surplus = over.len().saturating_sub(RECORDS_MAX);
+        for (_, id) in over.into_iter().take(surplus) {
+            runs.remove(&id);
+            // What stays behind is read at the next start and forgotten then.
+            let _ = fs::remove_dir_all(self.runs_dir.join(id));
+        }
+    }
+}
+
+impl Run {
+    fn of(state: RunState) -> Self {
+        let state = Mutex::new(Arc::new(state));
+        Self { state, wanted: AtomicU8::new(GO_ON), thread: Mutex::default(), stuck: Mutex::default() }
+    }
+}
+
+fn names_in(dir: &Path) -> Result<Vec<String>, FileError> {
+    let failed = |source| FileError { op: "list", path: dir.to_owned(), source };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        names.extend(entry.map_err(failed)?.file_name().into_string().ok());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The key that signs records; made at the first start.
+fn record_key(file: &Path) -> Result<Ed25519KeyPair, FileError> {
+    let broken = |what: &'static str| {
+        move |_| FileError { op: what, path: file.to_owned(), source: io::Error::from(io::ErrorKind::InvalidData) }
+    };
+    if let Some(bytes) = files::read_small(file)? {
+        return Ed25519KeyPair::from_pkcs8(&bytes).map_err(broken("read the key"));
+    }
+    let made = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new());
+    let made = made.map_err(|_| FileError {
+        op: "make the key",
+        path: file.to_owned(),
+        source: io::Error::other("no random bytes"),
+    })?;
+    files::write_secret(file, made.as_ref())?;
+    Ed25519KeyPair::from_pkcs8(made.as_ref()).map_err(broken("read the key"))
+}
+
+fn keep(dir: &Path, state: &RunState) -> Result<(), RunFault> {
+    let failed = |e: FileError| {
+        RunFault::Hands(HandsError::new(
+            format!("the state of the run was not kept: {}", crate::chain(&e)),
+            "make room on the data disk",
+        ))
+    };
+    let dir = dir.join(&state.id);
+    files::private_dir(&dir).map_err(failed)?;
+    let bytes = serde_json::to_vec_pretty(state).map_err(|e| {
+        RunFault::Hands(HandsError::new(
+            format!("the state of the run cannot be written: {e}"),
+            "this is a defect: report it",
+        ))
+    })?;
+    files::write_secret(&dir.join("state.json"), &bytes).map_err(failed)
+}
+
+/// The thread of a run.
+fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
+    *crate::lock(&run.stuck) = None;
+    let hands = BoxHands { app, run, dir };
+    let begun = RunState::clone(&run.state());
+    let mut driver = Driver::new(&hands, begun);
+    // A defect here must not take the daemon along.
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive()));
+    let state = run.state();
+    match outcome {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => stuck(app, run, format!("{e}: {}", e.remedy)),
+        Err(_) => stuck(app, run, "the run's thread panicked; the daemon's log says why".into()),
+    }
+    match &state.phase {
+        Phase::Serving => app.events.note(Event::TakeoverServing, &state.plan_name, measured_text(&state)),
+        Phase::Failed { step } => {
+            let why = state.failure().map(|(_, text, _)| text.to_owned()).unwrap_or_default();
+            app.events.note(
+                Event::TakeoverFailed,
+                &state.plan_name,
+                format!("run {}, {}: {why}", state.id, step.title()),
+            );
+        }
+        Phase::Ended { .. } => {
+            if let Err(e) = write_record(&app.takeovers, dir, &state) {
+                app.events.note(
+                    Event::TakeoverFailed,
+                    &state.plan_name,
+                    format!("the record was not written: {}", crate::chain(&e)),
+                );
+            }
+            app.events.note(Event::TakeoverEnded, &state.plan_name, format!("run {}", state.id));
+        }
+        Phase::Working | Phase::Ending => {}
+    }
+}
+
+fn stuck(app: &App, run: &Run, text: String) {
+    app.events.note(Event::TakeoverFailed, &run.state().plan_name, &text);
+    *crate::lock(&run.stuck) = Some(text);
+}
+
+fn measured_text(state: &RunState) -> String {
+    let seconds = |ms: Option<u64>| ms.map_or("not known".into(), |ms| format!("{:.1} s", ms as f64 / 1000.0));
+    let m = &state.measured;
+    format!(
+        "run {}: serving after {}, first instruction after {}",
+        state.id,
+        seconds(m.serving_ms),
+        seconds(m.first_instruction_ms)
+    )
+}
+
+/// What happened, with the checksums of what was seen, signed: `record.sig` is the Ed25519 signature over the bytes of `record.json`.
+fn write_record(takeovers: &Takeovers, dir: &Path, state: &RunState) -> Result<(), FileError> {
+    let dir = dir.join(&state.id);
+    let sum = |name: &str| fs::read(dir.join(name)).ok().map(|bytes| pki::sha256_hex(&bytes));
+    let record = json!({
+        "run": state,
+        "screen_sha256": sum("screen.png"),
+        "serial_sha256": sum("serial.log"),
+        "public_key": takeovers.public_key(),
+    });
+    let bytes = record.to_string().into_bytes();
+    let signature = HEXLOWER.encode(takeovers.key.sign(&bytes).as_ref());
+    files::write_secret(&dir.join("record.json"), &bytes)?;
+    files::write_secret(&dir.join("record.sig"), format!("{signature}\n").as_bytes())
+}
+
+struct BoxHands<'a> {
+    app: &'a Arc<App>,
+    run: &'a Run,
+    dir: &'a Path,
+}
+
+impl BoxHands<'_> {
+    fn group(&self, id: GroupId) -> Result<Arc<Group>, HandsError> {
+        let gone = || HandsError::new(format!("group {id} is gone"), "it was deleted: end this run");
+        let group = self.app.vault.get(id).ok_or_else(gone)?;
+        // After a start of the daemon its journal may still be opening.
+        let deadline = Instant::now() + OPEN_MAX;
+        while matches!(group.shared.phase(), GroupPhase::Opening) && Instant::now() < deadline {
+            if self.wanted() == Wanted::Pause {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(group)
+    }
+}
+
+fn group_trouble(name: &str, e: &dyn std::error::Error) -> HandsError {
+    HandsError::new(format!("group {name:?}: {}", crate::chain(e)), "look at `holdfast status` and `holdfast points`")
+}
+
+impl Hands for BoxHands<'_> {
+    fn now_us(&self) -> u64 {
+        self.app.clock.wall_us()
+    }
+    fn keep(&self, state: &RunState) -> Result<(), HandsError> {
+        match keep(self.dir, state) {
+            Ok(()) => {}
+            Err(RunFault::Hands(e)) => return Err(e),
+            Err(e) => return Err(HandsError::new(crate::chain(&e), "look at the daemon's log")),
+        }
+        *crate::lock(&self.run.state) = Arc::new(state.clone());
+        Ok(())
+    }
+    fn wanted(&self) -> Wanted {
+        match self.run.wanted.load(Ordering::Acquire) {
+            PAUSE => Wanted::Pause,
+            END => Wanted::End,
+            _ => Wanted::GoOn,
+        }
+    }
+
+    fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError> {
+        let groups = self.app.vault.groups();
+        let members: Vec<Member> = match subject {
+            Subject::Host(name) => {
+                let host = self.app.catalog.data().find_host(name).map(|h| h.id);
+                let host = host.ok_or_else(|| {
+                    HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`")
+                })?;
+                let mut of_host: Vec<&Arc<Group>> = groups.iter().filter(|g| g.shared.host == Some(host)).collect();
+                let data = self.app.catalog.data();
+                of_host.sort_by_key(|g| data.group(g.id()).map(|entry| entry.created_us));
+                of_host.into_iter().map(|g| Member { id: g.id(), name: g.name().to_owned() }).collect()
+            }
+            Subject::Groups(names) => names
+                .iter()
+                .map(|name| {
+                    let found = groups.iter().find(|g| g.name() == name);
+                    let found = found.ok_or_else(|| {
+                        HandsError::new(format!("there is no group {name:?}"), "list them with `holdfast group list`")
+                    })?;
+                    Ok(Member { id: found.id(), name: name.clone() })
+                })
+                .collect::<Result<_, HandsError>>()?,
+        };
+        if members.is_empty() {
+            return Err(HandsError::new(
+                "no disk of it is protected",
+                "protect its disks first: `holdfast-agent protect`",
+            ));
+        }
+        Ok(members)
+    }
+
+    fn seen_alive(&self, subject: &Subject) -> Option<String> {
+        let Subject::Host(name) = subject else { return None };
+        let host = self.app.catalog.data().find_host(name).map(|h| h.id)?;
+        self.app.links.hosts.live(host).connected.then(|| format!("the agent of {name} is connected"))
+    }
+
+    fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError> {
+        let group = self.group(group)?;
+        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        reader.resolve(at).map_err(|e| group_trouble(group.name(), &e))
+    }
+
+    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError> {
+        let group = self.group(group)?;
+        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        let newest = reader.points().bookmarks.into_iter().max_by_key(|b| b.lsn);
+        let newest = newest.ok_or_else(|| {
+            HandsError::new(
+                format!("group {:?} has no bookmark", group.name()),
+                "make one, or have the plan take the latest moment",
+            )
+        })?;
+        Ok(RecoveryPoint::Bookmark(newest.name))
+    }
+
+    fn fresh_group_id(&self) -> Result<GroupId, HandsError> {
+        pki::random_128().map(GroupId).ok_or_else(|| HandsError::new("the system gave no random bytes", "try again"))
+    }
+
+    fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError> {
+        if self.app.vault.get(point.branch).is_none() {
+            let trunk = self.group(point.group)?;
+            let made = self.app.vault.create_branch(&trunk, point.at(), point.branch, &point.branch_name);
+            made.map_err(|e| match e {
+                CreateGroupError::Trunk(e) => group_trouble(trunk.name(), &e),
+                e => HandsError::new(crate::chain(&e), "look at `holdfast status`"),
+            })?;
+        }
+        let branch = self.group(point.branch)?;
+        branch.reader().map_err(|e| group_trouble(branch.name(), &e))?;
+        let volumes = branch.shared.spec().volumes;
+        self.app
+            .exports
+            .add_ingest(&branch, &volumes, self.app.nbd_listen.is_some())
+            .map_err(|e| HandsError::new(crate::chain(&e), "look at the daemon's log"))?;
+        let exports = self.app.exports.of_group(branch.id());
+        volumes
+            .iter()
+            .map(|volume| {
+                let export = exports.iter().find(|e| e.volume == volume.id);
+                let export = export.ok_or_else(|| {
+                    HandsError::new(format!("{} is not exported", volume.name), "look at the daemon's log")
+                })?;
+                Ok(MachineDisk {
+                    socket: export.socket.clone(),
+                    export: export.name.clone(),
+                    serial: volume.name.clone(),
+                })
+            })
+            .collect()
+    }
+
+    fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError> {
+        let Some(branch) = self.app.vault.get(point.branch) else { return Ok(()) };
+        self.app.views.close_group(branch.id());
+        self.app.exports.remove_group(branch.id());
+        match self.app.vault.delete(&branch) {
+            Ok(()) => {}
+            Err(DeleteGroupError::Disk(e)) => {
+                return Err(HandsError::new(crate::chain(&e), "the folder is removed at the daemon's next start"));
+            }
+            Err(e) => return Err(HandsError::new(crate::chain(&e), "delete what goes on from it first")),
+        }
+        self.app.exports.remove_group(branch.id());
+        Ok(())
+    }
+
+    fn memory_mib(&self) -> Result<u64, HandsError> {
+        let failed =
+            || HandsError::new("/proc/meminfo does not say how much memory there is", "this system is not supported");
+        let text = fs::read_to_string("/proc/meminfo").map_err(|_| failed())?;
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).ok_or_else(failed)?;
+        let kib: u64 = line.split_whitespace().next().and_then(|n| n.parse().ok()).ok_or_else(failed)?;
+        Ok((kib / 1024).saturating_sub(KEEP_MIB))
+    }
+
+    fn dir(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+}
+
+/// A run as the API shows it.
+pub fn run_json(takeovers: &Takeovers, state: &RunState) -> Value {
+    let mut value = json!(state);
+    value["authority"] = json!(state.authority());
+    value["stuck"] = json!(takeovers.stuck(&state.id));
+    for step in value["steps"].as_array_mut().into_iter().flatten() {
+        let title = takeover::state::Step::ALL.into_iter().find(|s| json!(s) == step["step"]).map(|s| s.title());
+        step["title"] = json!(title);
+    }
+    value
+}

@@ -1,0 +1,600 @@
+//! A takeover plan: what is to be done when a host is lost, as one file that people read and write.
+//!
+//! A whole one is [`EXAMPLE`].
+//!
+//! A plan is checked as a whole: [`Plan::parse`] answers every fault it finds, each with its line and what to do about it. What only
+//! the box knows (whether there is such a host, whether the bridge is there) is checked by the box, at the time of writing and
+//! again before a takeover touches anything.
+//!
+//! # Limits
+//!
+//! [`PLAN_BYTES_MAX`]; [`APPLICATIONS_MAX`] applications, [`NETWORKS_MAX`] networks, [`ADDRESSES_MAX`] addresses each.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{fmt, net::IpAddr, str::FromStr};
+use toml::Spanned;
+
+/// Every key, with what it is for.
+pub const EXAMPLE: &str = include_str!("example.toml");
+/// A person wrote it.
+pub const PLAN_BYTES_MAX: usize = 64 << 10;
+pub const APPLICATIONS_MAX: usize = 64;
+pub const NETWORKS_MAX: usize = 8;
+pub const ADDRESSES_MAX: usize = 32;
+const COMMAND_MAX: usize = 1024;
+const NAME_MAX: usize = 128;
+
+/// Something wrong in a plan.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// Counted from 1.
+    pub line: usize,
+    pub what: String,
+    pub remedy: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}; {}", self.line, self.what, self.remedy)
+    }
+}
+
+/// Everything that is wrong in a plan.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the plan has {} {}: {}", .0.len(), if .0.len() == 1 { "fault" } else { "faults" }, list(.0))]
+pub struct PlanError(pub Vec<Fault>);
+
+fn list(faults: &[Fault]) -> String {
+    faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Whose disks are run.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// All groups of a host with an agent.
+    Host(String),
+    /// Groups by name: machines that came in through ingest targets.
+    Groups(Vec<String>),
+}
+
+/// Which moment is taken when nobody says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PointRule {
+    /// The newest one: the least is lost.
+    #[default]
+    Latest,
+    /// The newest bookmark.
+    Bookmark,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Firmware {
+    #[default]
+    Bios,
+    Uefi,
+}
+
+/// How the machine sees its disks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskModel {
+    #[default]
+    Virtio,
+    Ahci,
+    Nvme,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NicModel {
+    #[default]
+    Virtio,
+    E1000e,
+}
+
+/// Processors and memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Size {
+    pub cpus: u32,
+    pub memory_mib: u64,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Machine {
+    pub size: Size,
+    pub firmware: Firmware,
+    pub disk: DiskModel,
+    pub nic: NicModel,
+    /// From the first instruction to the word of the agent inside.
+    pub boot_seconds_max: u64,
+}
+
+/// A hardware address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|p| p.len() == 2).ok_or("six pairs of hexadecimal digits are expected")?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| format!("{part:?} are no hexadecimal digits"))?;
+        }
+        if parts.next().is_some() {
+            return Err("six pairs of hexadecimal digits are expected".into());
+        }
+        if bytes[0] & 1 == 1 {
+            return Err("this is a multicast address".into());
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// An address with its prefix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Address {
+    pub ip: IpAddr,
+    pub prefix: u8,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.ip, self.prefix)
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (ip, prefix) = text.split_once('/').ok_or("an address with its prefix is expected, as 192.0.2.10/24")?;
+        let ip: IpAddr = ip.parse().map_err(|_| format!("{ip:?} is no address"))?;
+        let most = if ip.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.parse().ok().filter(|p| (1..=most).contains(p));
+        let prefix = prefix.ok_or_else(|| format!("a prefix from 1 to {most} is expected"))?;
+        if ip.is_loopback() || ip.is_multicast() || ip.is_unspecified() {
+            return Err(format!("{ip} is no address a host can have on a network"));
+        }
+        Ok(Self { ip, prefix })
+    }
+}
+
+impl Serialize for Address {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Network {
+    pub mac: Mac,
+    pub bridge: String,
+    pub addresses: Vec<Address>,
+    pub gateway: Option<IpAddr>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Application {
+    pub name: String,
+    /// None: the machine's own boot starts it.
+    pub start: Option<String>,
+    pub check: String,
+    /// For start and check together.
+    pub seconds_max: u64,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Hooks {
+    /// Before anything is done.
+    pub before: Option<Vec<String>>,
+    /// After the machine serves.
+    pub after: Option<Vec<String>>,
+    /// Makes sure that the lost host is off; its success is the proof.
+    pub fence: Option<Vec<String>>,
+    pub hook_seconds_max: u64,
+}
+
+/// A plan that makes sense by itself.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    pub subject: Subject,
+    pub point: PointRule,
+    pub machine: Machine,
+    pub degraded: Option<Size>,
+    pub networks: Vec<Network>,
+    pub applications: Vec<Application>,
+    pub hooks: Hooks,
+}
+
+// ---------------------------------------------------------------- as it is written
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    host: Option<Spanned<String>>,
+    groups: Option<Spanned<Vec<String>>>,
+    #[serde(default)]
+    point: PointRule,
+    machine: Spanned<FileMachine>,
+    degraded: Option<Spanned<FileSize>>,
+    #[serde(default)]
+    network: Vec<Spanned<FileNetwork>>,
+    #[serde(default)]
+    application: Vec<Spanned<FileApplication>>,
+    #[serde(default)]
+    hooks: Option<Spanned<FileHooks>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileMachine {
+    cpus: Spanned<u32>,
+    memory_mib: Spanned<u64>,
+    #[serde(default)]
+    firmware: Firmware,
+    #[serde(default)]
+    disk: DiskModel,
+    #[serde(default)]
+    nic: NicModel,
+    boot_seconds_max: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSize {
+    cpus: Spanned<u32>,
+    memory_mib: Spanned<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileNetwork {
+    mac: Spanned<String>,
+    bridge: Spanned<String>,
+    #[serde(default)]
+    addresses: Vec<Spanned<String>>,
+    gateway: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileApplication {
+    name: Spanned<String>,
+    start: Option<Spanned<String>>,
+    check: Spanned<String>,
+    seconds_max: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileHooks {
+    before: Option<Spanned<Vec<String>>>,
+    after: Option<Spanned<Vec<String>>>,
+    fence: Option<Spanned<Vec<String>>>,
+    hook_seconds_max: Option<Spanned<u64>>,
+}
+
+/// Gathers faults with their lines.
+struct Checker<'a> {
+    text: &'a str,
+    faults: Vec<Fault>,
+}
+
+impl Checker<'_> {
+    fn line_at(&self, offset: usize) -> usize {
+        self.text.as_bytes()[..offset.min(self.text.len())].iter().filter(|b| **b == b'\n').count() + 1
+    }
+    fn fault<T>(&mut self, at: &Spanned<T>, what: impl Into<String>, remedy: impl Into<String>) {
+        let line = self.line_at(at.span().start);
+        self.faults.push(Fault { line, what: what.into(), remedy: remedy.into() });
+    }
+    fn number<N: PartialOrd + fmt::Display + Copy>(&mut self, at: &Spanned<N>, name: &str, least: N, most: N) -> N {
+        let value = *at.get_ref();
+        if value < least || value > most {
+            self.fault(at, format!("{name} = {value} is not possible"), format!("give {least} to {most}"));
+        }
+        value
+    }
+    fn size(&mut self, cpus: &Spanned<u32>, memory_mib: &Spanned<u64>) -> Size {
+        Size { cpus: self.number(cpus, "cpus", 1, 256), memory_mib: self.number(memory_mib, "memory_mib", 64, 4 << 20) }
+    }
+    fn name(&mut self, at: &Spanned<String>, of: &str) -> String {
+        let name = at.get_ref();
+        let bad = name.is_empty() || name.len() > NAME_MAX || name.trim() != name || name.chars().any(char::is_control);
+        if bad {
+            self.fault(at, format!("{name:?} is no name of {of}"), "give 1 to 128 characters, no space at the ends");
+        }
+        name.clone()
+    }
+    fn command(&mut self, at: &Spanned<String>, what: &str) -> String {
+        let command = at.get_ref();
+        if command.trim().is_empty() || command.len() > COMMAND_MAX || command.contains(['\0', '\n']) {
+            let remedy = format!("give one line of at most {COMMAND_MAX} characters, or leave it out");
+            self.fault(at, format!("{what} is no command"), remedy);
+        }
+        command.clone()
+    }
+    fn hook(&mut self, at: Option<&Spanned<Vec<String>>>, what: &str) -> Option<Vec<String>> {
+        let at = at?;
+        let words = at.get_ref();
+        let program = words.first().map(String::as_str).unwrap_or_default();
+        if !program.starts_with('/') || words.iter().any(|w| w.len() > COMMAND_MAX || w.contains('\0')) {
+            self.fault(
+                at,
+                format!("{what} does not begin with the path of a program"),
+                "give a list: [\"/path/to/program\", \"argument\"]",
+            );
+        }
+        Some(words.clone())
+    }
+    fn parsed<T: FromStr<Err = String>>(&mut self, at: &Spanned<String>, what: &str) -> Option<T> {
+        match at.get_ref().parse() {
+            Ok(value) => Some(value),
+            Err(why) => {
+                self.fault(at, format!("{what} {:?}: {why}", at.get_ref()), "correct it");
+                None
+            }
+        }
+    }
+    fn network(&mut self, file: &FileNetwork) -> Option<Network> {
+        let mac = self.parsed(&file.mac, "mac");
+        let bridge = self.name(&file.bridge, "a bridge");
+        // The kernel's limit of an interface name.
+        if bridge.len() > 15 || bridge.contains(['/', ' ', ':']) {
+            self.fault(&file.bridge, format!("{bridge:?} is no name of an interface"), "give the name `ip link` shows");
+        }
+        if let Some(last) = file.addresses.get(ADDRESSES_MAX) {
+            self.fault(last, format!("more than {ADDRESSES_MAX} addresses"), "take some out");
+        }
+        let addresses: Vec<Address> = file.addresses.iter().filter_map(|at| self.parsed(at, "address")).collect();
+        let mut gateway = None;
+        if let Some(at) = &file.gateway {
+            match at.get_ref().parse::<IpAddr>() {
+                Ok(ip) if !addresses.is_empty() && !addresses.iter().any(|a| same_net(a, ip)) => {
+                    self.fault(
+                        at,
+                        format!("no address of the network is in the net of {ip}"),
+                        "correct the gateway or a prefix",
+                    );
+                }
+                Ok(ip) => gateway = Some(ip),
+                Err(_) => self.fault(at, format!("{:?} is no address", at.get_ref()), "give one, as 192.0.2.1"),
+            }
+        }
+        Some(Network { mac: mac?, bridge, addresses, gateway })
+    }
+    fn subject(&mut self, file: &File) -> Subject {
+        match (&file.host, &file.groups) {
+            (Some(host), None) => Subject::Host(self.name(host, "a host")),
+            (None, Some(groups)) => {
+                if groups.get_ref().is_empty() {
+                    self.fault(groups, "no group is named", "name those whose disks make up the machine");
+                }
+                Subject::Groups(groups.get_ref().clone())
+            }
+            (Some(host), Some(_)) => {
+                self.fault(host, "both host and groups are given", "keep one of them");
+                Subject::Host(host.get_ref().clone())
+            }
+            (None, None) => {
+                let what = "neither host nor groups is given".to_owned();
+                self.faults.push(Fault { line: 1, what, remedy: "say whose plan this is: host = \"…\"".into() });
+                Subject::Groups(Vec::new())
+            }
+        }
+    }
+}
+
+fn same_net(address: &Address, other: IpAddr) -> bool {
+    let masked = |bits: u128, width: u32| bits.checked_shr(width - u32::from(address.prefix)).unwrap_or(0);
+    match (address.ip, other) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => masked(u32::from(a).into(), 32) == masked(u32::from(b).into(), 32),
+        (IpAddr::V6(a), IpAddr::V6(b)) => masked(a.into(), 128) == masked(b.into(), 128),
+        _ => false,
+    }
+}
+
+const BOOT_SECONDS: u64 = 300;
+const APPLICATION_SECONDS: u64 = 60;
+const HOOK_SECONDS: u64 = 60;
+const SECONDS_MAX: u64 = 3600;
+
+impl Plan {
+    /// Reads a plan; all that is wrong with it at once.
+    pub fn parse(text: &str) -> Result<Self, PlanError> {
+        if text.len() > PLAN_BYTES_MAX {
+            let what = format!("the plan has {} bytes", text.len());
+            return Err(PlanError(vec![Fault { line: 1, what, remedy: format!("at most {PLAN_BYTES_MAX} are read") }]));
+        }
+        let mut check = Checker { text, faults: Vec::new() };
+        let file: File = match from_toml(text) {
+            Ok(file) => file,
+            Err(e) => {
+                let line = check.line_at(e.span().map_or(0, |s| s.start));
+                let remedy = "correct it; `holdfast plan example` prints a whole plan".into();
+                return Err(PlanError(vec![Fault { line, what: e.message().to_owned(), remedy }]));
+            }
+        };
+        let plan = check.plan(&file);
+        if check.faults.is_empty() {
+            Ok(plan)
+        } else {
+            check.faults.sort_by_key(|f| f.line);
+            Err(PlanError(check.faults))
+        }
+    }
+}
+
+fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, toml::de::Error> {
+    toml::from_str(text)
+}
+
+impl Checker<'_> {
+    fn plan(&mut self, file: &File) -> Plan {
+        let subject = self.subject(file);
+        let machine = file.machine.get_ref();
+        let size = self.size(&machine.cpus, &machine.memory_mib);
+        let seconds = |check: &mut Self, at: Option<&Spanned<u64>>, name: &str, default: u64| {
+            at.map_or(default, |at| check.number(at, name, 1, SECONDS_MAX))
+        };
+        let boot_seconds_max = seconds(self, machine.boot_seconds_max.as_ref(), "boot_seconds_max", BOOT_SECONDS);
+        let degraded = file.degraded.as_ref().map(|at| {
+            let small = self.size(&at.get_ref().cpus, &at.get_ref().memory_mib);
+            if small.memory_mib > size.memory_mib || small.cpus > size.cpus {
+                self.fault(at, "the degraded profile is larger than [machine]", "make it smaller, or leave it out");
+            }
+            small
+        });
+        let mut networks: Vec<Network> = Vec::new();
+        for at in &file.network {
+            if let Some(network) = self.network(at.get_ref()) {
+                if networks.iter().any(|n| n.mac == network.mac) {
+                    self.fault(&at.get_ref().mac, format!("{} is given twice", network.mac), "each card has its own");
+                }
+                networks.push(network);
+            }
+        }
+        if let Some(at) = file.network.get(NETWORKS_MAX) {
+            self.fault(at, format!("more than {NETWORKS_MAX} networks"), "take some out");
+        }
+        let mut applications: Vec<Application> = Vec::new();
+        for at in &file.application {
+            let app = at.get_ref();
+            let name = self.name(&app.name, "an application");
+            if applications.iter().any(|a| a.name == name) {
+                self.fault(&app.name, format!("{name:?} is there twice"), "give each application one name");
+            }
+            let start = app.start.as_ref().map(|at| self.command(at, "start"));
+            let check = self.command(&app.check, "check");
+            let seconds_max = seconds(self, app.seconds_max.as_ref(), "seconds_max", APPLICATION_SECONDS);
+            applications.push(Application { name, start, check, seconds_max });
+        }
+        if let Some(at) = file.application.get(APPLICATIONS_MAX) {
+            self.fault(at, format!("more than {APPLICATIONS_MAX} applications"), "take some out");
+        }
+        let mut hooks = Hooks { hook_seconds_max: HOOK_SECONDS, ..Hooks::default() };
+        if let Some(at) = &file.hooks {
+            let given = at.get_ref();
+            hooks.before = self.hook(given.before.as_ref(), "before");
+            hooks.after = self.hook(given.after.as_ref(), "after");
+            hooks.fence = self.hook(given.fence.as_ref(), "fence");
+            hooks.hook_seconds_max = seconds(self, given.hook_seconds_max.as_ref(), "hook_seconds_max", HOOK_SECONDS);
+        }
+        let (firmware, disk, nic) = (machine.firmware, machine.disk, machine.nic);
+        let machine = Machine { size, firmware, disk, nic, boot_seconds_max };
+        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_is_a_plan() {
+        let plan = Plan::parse(EXAMPLE).expect("a plan");
+        assert_eq!(plan.subject, Subject::Host("db1".into()));
+        assert_eq!(plan.machine.size, Size { cpus: 4, memory_mib: 8192 });
+        assert_eq!(plan.networks[0].mac.to_string(), "52:54:00:12:34:56");
+        assert_eq!(plan.networks[0].addresses[0].to_string(), "192.0.2.10/24");
+        assert_eq!(plan.applications[0].seconds_max, 60);
+        let kept = serde_json::to_string(&plan).expect("encodes");
+        assert_eq!(serde_json::from_str::<Plan>(&kept).expect("decodes"), plan);
+    }
+
+    #[test]
+    fn every_fault_is_named_with_its_line_at_once() {
+        let text = r#"host = "db1"
+groups = ["x"]
+[machine]
+cpus = 0
+memory_mib = 8192
+boot_seconds_max = 100000
+[degraded]
+cpus = 1
+memory_mib = 16384
+[[network]]
+mac = "52:54:00:12:34"
+bridge = "a bridge with a long name"
+addresses = ["192.0.2.10", "10.0.0.1/33", "127.0.0.1/8"]
+[[network]]
+mac = "52:54:00:12:34:56"
+bridge = "br0"
+addresses = ["192.0.2.10/24"]
+gateway = "192.0.3.1"
+[[application]]
+name = "a"
+check = ""
+[[application]]
+name = "a"
+check = "true"
+[hooks]
+fence = ["ipmitool"]
+"#;
+        let faults = Plan::parse(text).expect_err("full of faults").0;
+        let lines: Vec<usize> = faults.iter().map(|f| f.line).collect();
+        assert_eq!(lines, [1, 4, 6, 7, 11, 12, 13, 13, 13, 18, 21, 23, 26], "{faults:#?}");
+        assert!(faults.iter().all(|f| !f.remedy.is_empty()));
+    }
+
+    #[test]
+    fn what_is_no_toml_or_has_unknown_keys_is_refused_with_its_line() {
+        for (text, line, what) in [
+            ("host = \"a\"\n[machine]\ncpus = 1\nmemory_mb = 5\n", 4, "unknown field"),
+            ("host = \"a\"\n[machine\n", 2, "unclosed table"),
+            ("host = \"a\"\n", 1, "missing field `machine`"),
+            ("host = \"a\"\n[machine]\ncpus = \"two\"\nmemory_mib = 64\n", 3, "invalid type"),
+            ("[machine]\ncpus = 1\nmemory_mib = 64\n", 1, "neither host nor groups"),
+        ] {
+            let faults = Plan::parse(text).expect_err(text).0;
+            assert_eq!(faults[0].line, line, "{faults:?}");
+            assert!(faults[0].what.contains(what), "{faults:?}");
+        }
+        assert!(Plan::parse(&"#".repeat(PLAN_BYTES_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn addresses_are_in_a_net_or_not() {
+        let address = |text: &str| text.parse::<Address>().expect("an address");
+        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        for (a, b, same) in [
+            ("192.0.2.10/24", "192.0.2.254", true),
+            ("192.0.2.10/24", "192.0.3.1", false),
+            ("192.0.2.10/32", "192.0.2.11", false),
+            ("2001:db8::1/64", "2001:db8::ffff", true),
+            ("2001:db8::1/128", "2001:db8::2", false),
+            ("192.0.2.10/24", "::1", false),
+        ] {
+            assert_eq!(same_net(&address(a), ip(b)), same, "{a} {b}");
+        }
+    }
+}

@@ -1,0 +1,685 @@
+//! Doing a takeover or a drill: one step after the other, kept before and after each, gone on with after a kill.
+//!
+//! ```text
+//! check → hook → fence → point → branch → machine → start → boot → volumes → address → applications → hook → picture
+//! ```
+//!
+//! # Invariants
+//!
+//! - A step is kept as begun before it does anything, and as done before the next one begins. Doing a begun step again does no harm: the
+//!   branch of a moment has its id before it is made, a machine that runs is taken up, an address that is set is set.
+//! - The chosen moment is kept before the branch is made, and never chosen again.
+//! - Nothing is touched before [`Step::Check`] is done, and no machine serves before [`Step::Fence`] is.
+//! - What failed stays to be looked at until the run is ended; what a failover wrote is thrown away by nobody but a person.
+//!
+//! The driver runs on a thread of its own; everything that is the box's comes through [`Hands`]. Which kills it survives is tested in the
+//! box's own tests, with the daemon killed at each step.
+
+use crate::{
+    machine::{self, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
+    plan::{Application, Plan, PointRule, Size, Subject},
+    port::{Port, PortError},
+    state::{AppState, Ended, Fenced, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState},
+};
+use journal::ResolvedPoint;
+use model::{GroupId, RecoveryPoint};
+use std::{
+    io::Read as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// For the agent inside to answer what it can answer at once.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
+/// An agent that is not up yet is asked again after this.
+const ASK_EVERY: Duration = Duration::from_millis(250);
+/// A check that failed is made again after this.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
+/// For one check of an application.
+const CHECK_SECONDS: u64 = 20;
+/// A guest that was asked to shut down is given this.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(90);
+/// Kept of what a hook or a check printed.
+const OUTPUT_MAX: usize = 4096;
+
+/// Why the box could not do its part, in words for people.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct HandsError {
+    pub text: String,
+    pub remedy: String,
+}
+
+impl HandsError {
+    pub fn new(text: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { text: text.into(), remedy: remedy.into() }
+    }
+}
+
+/// A group whose disks belong to the machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Member {
+    pub id: GroupId,
+    pub name: String,
+}
+
+/// What somebody wants of a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    GoOn,
+    /// Stop where it is: the daemon ends, the next one goes on.
+    Pause,
+    /// Take it down and throw away what it wrote.
+    End,
+}
+
+/// What the box does for a run. All calls may block.
+pub trait Hands {
+    fn now_us(&self) -> u64;
+    /// Makes the state durable.
+    fn keep(&self, state: &RunState) -> Result<(), HandsError>;
+    fn wanted(&self) -> Wanted;
+    /// The groups of a plan, in the order of the machine's disks. An error when there is none, or one is not there.
+    fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError>;
+    /// Whether the host of this plan is seen to live, and by what.
+    fn seen_alive(&self, subject: &Subject) -> Option<String>;
+    /// The moment a wish means in a group.
+    fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError>;
+    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError>;
+    fn fresh_group_id(&self) -> Result<GroupId, HandsError>;
+    /// Makes the branch, or finds it made; its disks as exports.
+    fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError>;
+    /// Deletes the branch; none is fine.
+    fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError>;
+    /// Memory that a machine may take, in MiB.
+    fn memory_mib(&self) -> Result<u64, HandsError>;
+    /// A folder for the machine's sockets and logs.
+    fn dir(&self, id: &str) -> PathBuf;
+}
+
+/// Why a step did not come to its end.
+enum Stop {
+    Failed {
+        text: String,
+        remedy: String,
+    },
+    /// Somebody wants something else.
+    Wanted,
+}
+
+impl From<HandsError> for Stop {
+    fn from(e: HandsError) -> Self {
+        Self::Failed { text: e.text, remedy: e.remedy }
+    }
+}
+
+impl From<MachineError> for Stop {
+    fn from(e: MachineError) -> Self {
+        let remedy = match &e {
+            MachineError::NoQemu | MachineError::NoFirmware => "install it and try again",
+            _ => "look at qemu.log in the run's folder",
+        };
+        Self::Failed { text: words(&e), remedy: remedy.into() }
+    }
+}
+
+impl From<PortError> for Stop {
+    fn from(e: PortError) -> Self {
+        Self::Failed {
+            text: words(&e),
+            remedy: "look at the picture of the screen and at serial.log in the run's folder".into(),
+        }
+    }
+}
+
+fn words(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut at = e.source();
+    while let Some(cause) = at {
+        text = format!("{text}: {cause}");
+        at = cause.source();
+    }
+    text
+}
+
+fn failed(text: impl Into<String>, remedy: impl Into<String>) -> Stop {
+    Stop::Failed { text: text.into(), remedy: remedy.into() }
+}
+
+/// One run and its machine.
+pub struct Driver<'a, H: Hands> {
+    hands: &'a H,
+    pub state: RunState,
+    machine: Option<Machine>,
+}
+
+impl<'a, H: Hands> Driver<'a, H> {
+    pub fn new(hands: &'a H, state: RunState) -> Self {
+        Self { hands, state, machine: None }
+    }
+
+    /// Does what is left to do. Ends when the run is over, serves, failed, or somebody wants it to stop.
+    pub fn drive(&mut self) -> Result<(), HandsError> {
+        loop {
+            match self.state.phase {
+                Phase::Working => self.work()?,
+                Phase::Ending => return self.end(),
+                Phase::Serving | Phase::Failed { .. } | Phase::Ended { .. } => match self.hands.wanted() {
+                    Wanted::End if !self.state.is_over() => {
+                        self.state.phase = Phase::Ending;
+                        self.hands.keep(&self.state)?;
+                    }
+                    _ => return Ok(()),
+                },
+            }
+            if self.hands.wanted() == Wanted::Pause {
+                return Ok(());
+            }
+        }
+    }
+
+    fn work(&mut self) -> Result<(), HandsError> {
+        for step in Step::ALL {
+            if self.state.is_done(step) {
+                continue;
+            }
+            match self.hands.wanted() {
+                Wanted::GoOn => {}
+                Wanted::Pause => return Ok(()),
+                Wanted::End => {
+                    self.state.phase = Phase::Ending;
+                    return self.hands.keep(&self.state);
+                }
+            }
+            self.state.steps.retain(|s| s.step != step);
+            let begun_us = self.hands.now_us();
+            self.state.steps.push(StepState { step, begun_us, ended_us: None, outcome: Outcome::Running });
+            self.hands.keep(&self.state)?;
+            let outcome = match self.act(step) {
+                Ok(Some(text)) => Outcome::Done { text },
+                Ok(None) => Outcome::Skipped { text: "not part of this run".into() },
+                // Stays begun: the next daemon, or the end, goes on from here.
+                Err(Stop::Wanted) => return Ok(()),
+                Err(Stop::Failed { text, remedy }) => Outcome::Failed { text, remedy },
+            };
+            let is_failed = matches!(outcome, Outcome::Failed { .. });
+            let now_us = self.hands.now_us();
+            if let Some(entry) = self.state.steps.iter_mut().find(|s| s.step == step) {
+                entry.ended_us = Some(now_us);
+                entry.outcome = outcome;
+            }
+            if is_failed {
+                // Nothing was touched: there is nothing to look at and nothing to throw away.
+                let nothing = self.state.points.is_empty();
+                self.evidence();
+                self.state.phase = if nothing { Phase::Ended { how: Ended::Refused } } else { Phase::Failed { step } };
+                return self.hands.keep(&self.state);
+            }
+            self.hands.keep(&self.state)?;
+        }
+        let by_itself = self.state.kind == Kind::Drill && !self.state.hold;
+        self.state.phase = if by_itself { Phase::Ending } else { Phase::Serving };
+        self.hands.keep(&self.state)
+    }
+
+    /// Milliseconds since the decision.
+    fn elapsed_ms(&self) -> u64 {
+        self.hands.now_us().saturating_sub(self.state.begun_us) / 1000
+    }
+
+    fn act(&mut self, step: Step) -> Result<Option<String>, Stop> {
+        let is_drill = self.state.kind == Kind::Drill;
+        match step {
+            Step::Check => self.check().map(Some),
+            Step::HookBefore if is_drill => Ok(None),
+            Step::HookBefore => self.hook(|plan| plan.hooks.before.clone()),
+            Step::Fence if is_drill => Ok(None),
+            Step::Fence => self.fence().map(Some),
+            Step::Point => self.choose().map(Some),
+            Step::Branch => self.make_branches().map(Some),
+            Step::Machine => self.make_machine().map(Some),
+            Step::Start => self.start().map(Some),
+            Step::Boot => self.boot().map(Some),
+            Step::Volumes => self.look_at_volumes().map(Some),
+            Step::Address if self.state.plan.networks.iter().all(|n| n.addresses.is_empty()) => Ok(None),
+            Step::Address => self.addresses().map(Some),
+            Step::Applications if self.state.plan.applications.is_empty() => {
+                self.state.measured.serving_ms.get_or_insert(self.elapsed_ms());
+                Ok(None)
+            }
+            Step::Applications => self.start_applications().map(Some),
+            Step::HookAfter if is_drill => Ok(None),
+            Step::HookAfter => self.hook(|plan| plan.hooks.after.clone()),
+            Step::Picture => self.picture().map(Some),
+        }
+    }
+
+    fn check(&mut self) -> Result<String, Stop> {
+        let plan = &self.state.plan;
+        self.hands.members(&plan.subject)?;
+        machine::missing(plan.machine.firmware)?;
+        if self.state.kind == Kind::Failover {
+            for network in &plan.networks {
+                if !PathBuf::from("/sys/class/net").join(&network.bridge).join("bridge").exists() {
+                    let remedy = "make the bridge, or name another one in the plan";
+                    return Err(failed(format!("this box has no bridge {:?}", network.bridge), remedy));
+                }
+            }
+            let proof = plan.hooks.fence.is_some() || self.state.source_is_off.is_some();
+            if !proof {
+                let text = "nothing shows that the host is off: two that serve at once destroy each other's work";
+                let remedy = "give the plan a fence hook, or say so yourself with --source-is-off";
+                return Err(failed(text, remedy));
+            }
+            if let (Some(seen), None) = (self.hands.seen_alive(&plan.subject), &plan.hooks.fence) {
+                let remedy = "shut the host down first, or give the plan a fence hook";
+                return Err(failed(format!("the host is said to be off, but {seen}"), remedy));
+            }
+        }
+        let have = self.hands.memory_mib()?;
+        let (profile, size) = fitting(plan, have).ok_or_else(|| {
+            let least = plan.degraded.unwrap_or(plan.machine.size).memory_mib;
+            failed(
+                format!("{least} MiB of memory are needed, the box has {have} to give"),
+                "end other machines, or give the plan a smaller [degraded]",
+            )
+        })?;
+        self.state.profile = Some((profile, size));
+        let accel = if machine::kvm_works() {
+            "hardware acceleration"
+        } else {
+            "no hardware acceleration: slower by ten times and more"
+        };
+        let which = if profile == Profile::Degraded { ", the degraded profile" } else { "" };
+        Ok(format!("{} CPUs, {} MiB{which}; {accel}", size.cpus, size.memory_mib))
+    }
+
+    /// Runs a hook of the plan, if it has that one.
+    fn hook(&self, which: impl Fn(&Plan) -> Option<Vec<String>>) -> Result<Option<String>, Stop> {
+        let Some(words) = which(&self.state.plan) else { return Ok(None) };
+        run_hook(&words, &self.state, self.state.plan.hooks.hook_seconds_max).map(Some)
+    }
+
+    fn fence(&mut self) -> Result<String, Stop> {
+        let (fenced, text) = match self.hook(|plan| plan.hooks.fence.clone())? {
+            Some(output) => (Fenced::Hook { output: output.clone() }, format!("the fence hook says so: {output}")),
+            None => {
+                let who = self
+                    .state
+                    .source_is_off
+                    .clone()
+                    .ok_or_else(|| failed("nothing shows that the host is off", "see the plan's [hooks]"))?;
+                (Fenced::Word { who: who.clone() }, format!("{who} says so"))
+            }
+        };
+        self.state.fenced = Some(fenced);
+        Ok(text)
+    }
+
+    fn choose(&mut self) -> Result<String, Stop> {
+        if self.state.points.is_empty() {
+            let mut points = Vec::new();
+            for member in self.hands.members(&self.state.plan.subject)? {
+                let wish = match (&self.state.at, self.state.plan.point) {
+                    (Some(at), _) => at.clone(),
+                    (None, PointRule::Latest) => RecoveryPoint::Latest,
+                    (None, PointRule::Bookmark) => self.hands.newest_bookmark(member.id)?,
+                };
+                let at = self.hands.resolve(member.id, &wish)?;
+                points.push(PointTaken {
+                    branch: self.hands.fresh_group_id()?,
+                    branch_name: format!("{} of {}", self.state.id, member.name),
+                    group: member.id,
+                    group_name: member.name,
+                    timeline: at.timeline.0,
+                    lsn: at.lsn.0,
+                    time_us: at.time.0,
+                });
+            }
+            let oldest = points.iter().map(|p| p.time_us).min().unwrap_or(0);
+            self.state.measured.point_age_ms = Some(self.state.begun_us.saturating_sub(oldest) / 1000);
+            self.state.points = points;
+            // Kept before anything is made of it.
+            self.hands.keep(&self.state)?;
+        }
+        let list: Vec<String> =
+            self.state.points.iter().map(|p| format!("{} at LSN {}", p.group_name, p.lsn)).collect();
+        Ok(list.join(", "))
+    }
+
+    fn make_branches(&mut self) -> Result<String, Stop> {
+        let mut disks = 0;
+        for point in self.state.points.clone() {
+            disks += self.hands.branch(&point)?.len();
+        }
+        Ok(format!("{disks} {}", if disks == 1 { "disk" } else { "disks" }))
+    }
+
+    fn make_machine(&mut self) -> Result<String, Stop> {
+        if self.state.machine.is_none() {
+            let mut disks = Vec::new();
+            for point in self.state.points.clone() {
+                disks.extend(self.hands.branch(&point)?);
+            }
+            let plan = &self.state.plan;
+            let (_, size) = self
+                .state
+                .profile
+                .ok_or_else(|| failed("the size was not chosen", "end this run and begin another"))?;
+            let is_drill = self.state.kind == Kind::Drill;
+            let nics = plan.networks.iter().map(|network| MachineNic {
+                mac: network.mac,
+                wire: if is_drill { Wire::Isolated } else { Wire::Bridge(network.bridge.clone()) },
+            });
+            self.state.machine = Some(MachineSpec {
+                name: self.state.plan_name.clone(),
+                dir: self.hands.dir(&self.state.id),
+                size,
+                firmware: plan.machine.firmware,
+                disk_model: plan.machine.disk,
+                nic_model: plan.machine.nic,
+                disks,
+                nics: nics.collect(),
+                marker: if is_drill { "drill".into() } else { "failover".into() },
+                kvm: machine::kvm_works(),
+            });
+            self.hands.keep(&self.state)?;
+        }
+        let spec = self.state.machine.clone().ok_or_else(|| failed("there is no machine", "end this run"))?;
+        plug(&spec)?;
+        self.machine = Some(Machine::start(&spec)?);
+        Ok(format!("{} disks, {} network cards", spec.disks.len(), spec.nics.len()))
+    }
+
+    /// The machine, which an earlier daemon may have started.
+    fn machine(&mut self) -> Result<&mut Machine, Stop> {
+        if self.machine.is_none() {
+            let spec = self.state.machine.as_ref().ok_or_else(|| failed("there is no machine", "end this run"))?;
+            let found = Machine::adopt(spec)?;
+            self.machine = Some(found.ok_or_else(|| {
+                failed(
+                    "the machine has ended by itself",
+                    "its disks are as it left them: look at qemu.log and serial.log in the run's folder",
+                )
+            })?);
+        }
+        self.machine.as_mut().ok_or_else(|| failed("there is no machine", "end this run"))
+    }
+
+    fn start(&mut self) -> Result<String, Stop> {
+        if !self.state.started {
+            self.machine()?.go_on()?;
+            self.state.started = true;
+            self.state.measured.first_instruction_ms = Some(self.elapsed_ms());
+        }
+        let ms = self.state.measured.first_instruction_ms.unwrap_or_default();
+        Ok(format!("first instruction {:.1} s after the decision", ms as f64 / 1000.0))
+    }
+
+    fn port(&mut self) -> Result<Port, Stop> {
+        self.machine()?;
+        let spec = self.state.machine.as_ref().ok_or_else(|| failed("there is no machine", "end this run"))?;
+        Ok(Port::connect(&spec.port_socket())?)
+    }
+
+    fn boot(&mut self) -> Result<String, Stop> {
+        let limit = Duration::from_secs(self.state.plan.machine.boot_seconds_max);
+        let deadline = Instant::now() + limit;
+        let mut port = self.port()?;
+        loop {
+            match port.hello(ANSWER_MAX.min(Duration::from_secs(2))) {
+                Ok(hello) if !matches!(hello.system.as_str(), "initializing" | "starting") => {
+                    self.state.measured.booted_ms.get_or_insert(self.elapsed_ms());
+                    return Ok(format!("{} is {}", hello.host_name, hello.system));
+                }
+                Ok(_) | Err(PortError::Silent { .. } | PortError::Refused(_)) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if self.hands.wanted() != Wanted::GoOn {
+                return Err(Stop::Wanted);
+            }
+            let status = self.machine()?.status()?;
+            if status != "running" {
+                let remedy = "look at the picture of the screen; an earlier moment may boot: give it with --at";
+                return Err(failed(format!("the machine does not run: {status}"), remedy));
+            }
+            if Instant::now() >= deadline {
+                let text = format!("nothing inside has answered within {} s", limit.as_secs());
+                let remedy = "look at the picture of the screen and at serial.log; an earlier moment may boot (--at); without an agent \
+                              inside, no more than the picture can be had";
+                return Err(failed(text, remedy));
+            }
+            thread::sleep(ASK_EVERY);
+        }
+    }
+
+    fn look_at_volumes(&mut self) -> Result<String, Stop> {
+        let volumes = self.port()?.volumes(ANSWER_MAX)?;
+        self.state.volumes = volumes;
+        let bad: Vec<String> = self
+            .state
+            .volumes
+            .iter()
+            .filter_map(|v| Some(format!("{} on {}: {}", v.fs, v.mount, v.fault.as_ref()?)))
+            .collect();
+        if !bad.is_empty() {
+            return Err(failed(bad.join("; "), "an earlier moment may be whole: give it with --at"));
+        }
+        let list: Vec<String> = self.state.volumes.iter().map(|v| format!("{} ({})", v.mount, v.fs)).collect();
+        Ok(list.join(", "))
+    }
+
+    fn addresses(&mut self) -> Result<String, Stop> {
+        let mut port = self.port()?;
+        let mut set = Vec::new();
+        for network in self.state.plan.networks.clone() {
+            if network.addresses.is_empty() {
+                continue;
+            }
+            port.network(&network, ANSWER_MAX)?;
+            set.extend(network.addresses.iter().map(ToString::to_string));
+        }
+        self.state.measured.address_ms.get_or_insert(self.elapsed_ms());
+        Ok(set.join(", "))
+    }
+
+    fn start_applications(&mut self) -> Result<String, Stop> {
+        let mut port = self.port()?;
+        for app in self.state.plan.applications.clone() {
+            if self.state.applications.iter().any(|a| a.name == app.name && a.up) {
+                continue;
+            }
+            let begun = Instant::now();
+            let (up, output) = self.bring_up(&mut port, &app, begun)?;
+            let ms = begun.elapsed().as_millis() as u64;
+            self.state.applications.retain(|a| a.name != app.name);
+            self.state.applications.push(AppState { name: app.name.clone(), up, ms, output: output.clone() });
+            self.hands.keep(&self.state)?;
+            if !up {
+                let text = format!("{} is not up after {} s: {output}", app.name, app.seconds_max);
+                return Err(failed(text, "look at its own log inside the machine, or try an earlier moment with --at"));
+            }
+        }
+        self.state.measured.serving_ms.get_or_insert(self.elapsed_ms());
+        let names: Vec<&str> = self.state.applications.iter().map(|a| a.name.as_str()).collect();
+        Ok(format!("{} {}", names.join(", "), if names.len() == 1 { "answers" } else { "answer" }))
+    }
+
+    fn bring_up(&self, port: &mut Port, app: &Application, begun: Instant) -> Result<(bool, String), Stop> {
+        if let Some(start) = &app.start {
+            let ran = port.run(start, app.seconds_max)?;
+            if ran.code != Some(0) {
+                return Ok((false, format!("`{start}` ended with {}: {}", code(ran.code), clipped(&ran.output))));
+            }
+        }
+        loop {
+            let ran = port.run(&app.check, CHECK_SECONDS.min(app.seconds_max))?;
+            if ran.code == Some(0) {
+                return Ok((true, clipped(&ran.output)));
+            }
+            if begun.elapsed() >= Duration::from_secs(app.seconds_max) {
+                return Ok((false, format!("`{}` ended with {}: {}", app.check, code(ran.code), clipped(&ran.output))));
+            }
+            if self.hands.wanted() != Wanted::GoOn {
+                return Err(Stop::Wanted);
+            }
+            thread::sleep(CHECK_EVERY);
+        }
+    }
+
+    fn picture(&mut self) -> Result<String, Stop> {
+        let file = self.hands.dir(&self.state.id).join("screen.png");
+        self.machine()?.screenshot(&file)?;
+        Ok(file.display().to_string())
+    }
+
+    /// The picture of a machine that did not make it, as well as it can be had.
+    fn evidence(&mut self) {
+        if self.state.machine.is_some() {
+            let _ = self.picture();
+        }
+    }
+
+    /// Takes the machine down and throws away what it wrote.
+    fn end(&mut self) -> Result<(), HandsError> {
+        if let Some(spec) = self.state.machine.clone() {
+            let running = match self.machine.take() {
+                Some(machine) => Some(machine),
+                None => Machine::adopt(&spec)
+                    .map_err(|e| HandsError::new(words(&e), "end it by hand: its process is named holdfast-…"))?,
+            };
+            if let Some(mut machine) = running {
+                // What it writes now is thrown away; whoever took services over from it may still want a clean end.
+                if self.state.kind == Kind::Failover
+                    && machine.status().is_ok_and(|s| s == "running")
+                    && machine.press_power().is_ok()
+                {
+                    let _ = machine.ended_by(Instant::now() + SHUTDOWN_MAX);
+                }
+                machine
+                    .end()
+                    .map_err(|e| HandsError::new(words(&e), "end it by hand: its process is named holdfast-…"))?;
+            }
+            unplug(&spec);
+        }
+        for point in self.state.points.clone() {
+            self.hands.drop_branch(&point)?;
+        }
+        self.state.phase = Phase::Ended { how: Ended::Discarded };
+        self.hands.keep(&self.state)
+    }
+}
+
+/// The size the box has room for.
+fn fitting(plan: &Plan, have_mib: u64) -> Option<(Profile, Size)> {
+    let full = plan.machine.size;
+    if full.memory_mib <= have_mib {
+        return Some((Profile::Full, full));
+    }
+    plan.degraded.filter(|small| small.memory_mib <= have_mib).map(|small| (Profile::Degraded, small))
+}
+
+fn code(code: Option<i32>) -> String {
+    code.map_or_else(|| "no status in time".into(), |c| format!("status {c}"))
+}
+
+fn clipped(text: &str) -> String {
+    let text = text.trim();
+    let from = text.char_indices().rev().nth(OUTPUT_MAX - 1).map_or(0, |(at, _)| at);
+    text[from..].to_owned()
+}
+
+/// Makes the interfaces behind the machine's cards and puts them into their bridges.
+fn plug(spec: &MachineSpec) -> Result<(), Stop> {
+    for (i, nic) in spec.nics.iter().enumerate() {
+        let Wire::Bridge(bridge) = &nic.wire else { continue };
+        let tap = spec.tap(i);
+        if !PathBuf::from("/sys/class/net").join(&tap).exists() {
+            ip(&["tuntap", "add", "dev", &tap, "mode", "tap"])?;
+        }
+        ip(&["link", "set", "dev", &tap, "master", bridge, "up"])?;
+    }
+    Ok(())
+}
+
+fn unplug(spec: &MachineSpec) {
+    for (i, nic) in spec.nics.iter().enumerate() {
+        if matches!(nic.wire, Wire::Bridge(_)) {
+            // One that is gone already is as well.
+            let _ = ip(&["link", "del", "dev", &spec.tap(i)]);
+        }
+    }
+}
+
+fn ip(args: &[&str]) -> Result<(), Stop> {
+    let done = machine::outside("ip").args(args).stdin(Stdio::null()).output();
+    let done = done.map_err(|e| failed(format!("could not run ip: {e}"), "install iproute2"))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = clipped(&String::from_utf8_lossy(&done.stderr));
+    Err(failed(format!("ip {}: {said}", args.join(" ")), "the box must run as root to plug a machine into a bridge"))
+}
+
+/// Runs a hook, for so long at most; what it printed.
+fn run_hook(words: &[String], state: &RunState, seconds_max: u64) -> Result<String, Stop> {
+    let (program, args) = words.split_first().ok_or_else(|| failed("a hook without a program", "correct the plan"))?;
+    let remedy = "run it by hand on the box to see why";
+    // By `env`, so that it is the same wherever it is started.
+    let mut command = machine::outside("env");
+    command
+        .args(["-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"])
+        .args([format!("HOLDFAST_RUN={}", state.id), format!("HOLDFAST_PLAN={}", state.plan_name)])
+        .arg(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let mut child = command.spawn().map_err(|e| failed(format!("could not start the hook {program}: {e}"), remedy))?;
+    // Read beside it: a hook that prints much must not wait for us. What is beyond the bound is read and dropped.
+    let readers: Vec<thread::JoinHandle<String>> = [
+        child.stdout.take().map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
+        child.stderr.take().map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
+    ]
+    .into_iter()
+    .flatten()
+    .map(|mut pipe| {
+        thread::spawn(move || {
+            let (mut kept, mut buf) = (Vec::new(), [0; 4096]);
+            while let Ok(n @ 1..) = pipe.read(&mut buf) {
+                let room = OUTPUT_MAX.saturating_sub(kept.len()).min(n);
+                kept.extend_from_slice(&buf[..room]);
+            }
+            String::from_utf8_lossy(&kept).into_owned()
+        })
+    })
+    .collect();
+    let deadline = Instant::now() + Duration::from_secs(seconds_max);
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
+            Ok(None) => {
+                // With all it started: a child that holds the pipes would keep us reading.
+                let group = format!("-{}", child.id());
+                let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
+                let _ = child.wait();
+                return Err(failed(
+                    format!("the hook {program} did not end within {seconds_max} s and was killed"),
+                    remedy,
+                ));
+            }
+            Err(e) => return Err(failed(format!("wait for the hook {program}: {e}"), remedy)),
+        }
+    };
+    let output = readers.into_iter().filter_map(|r| r.join().ok()).collect::<Vec<_>>().join("");
+    let output = clipped(&output);
+    if status.success() {
+        Ok(output)
+    } else {
+        Err(failed(format!("the hook {program} ended with {status}: {output}"), remedy))
+    }
+}

@@ -1,0 +1,255 @@
+//! What a takeover or a drill has come to: kept after every step, so that the next daemon goes on where this one was killed, and shown
+//! as it is to whoever looks.
+
+use crate::{
+    machine::MachineSpec,
+    plan::{Plan, Size},
+    port::Mounted,
+};
+use journal::ResolvedPoint;
+use model::{GroupId, RecoveryPoint};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The machine serves in the host's place.
+    Failover,
+    /// The machine runs apart from everything, is looked at, and is thrown away.
+    Drill,
+}
+
+/// In the order they are done.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// What the plan needs is there.
+    Check,
+    HookBefore,
+    /// The lost host cannot serve any more.
+    Fence,
+    /// Which moment is taken, of each group.
+    Point,
+    /// The disks, to be written.
+    Branch,
+    /// The machine is there, stopped before its first instruction.
+    Machine,
+    /// It runs.
+    Start,
+    /// The agent inside answers.
+    Boot,
+    /// The file systems inside are whole.
+    Volumes,
+    /// The host's addresses answer from the machine.
+    Address,
+    Applications,
+    HookAfter,
+    /// The picture of the screen.
+    Picture,
+}
+
+impl Step {
+    pub const ALL: [Self; 13] = [
+        Self::Check,
+        Self::HookBefore,
+        Self::Fence,
+        Self::Point,
+        Self::Branch,
+        Self::Machine,
+        Self::Start,
+        Self::Boot,
+        Self::Volumes,
+        Self::Address,
+        Self::Applications,
+        Self::HookAfter,
+        Self::Picture,
+    ];
+
+    /// For people.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Check => "check what the plan needs",
+            Self::HookBefore => "run the hook before",
+            Self::Fence => "make sure the host is off",
+            Self::Point => "choose the moment",
+            Self::Branch => "make its disks writable",
+            Self::Machine => "make the machine",
+            Self::Start => "start it",
+            Self::Boot => "wait until it is up",
+            Self::Volumes => "look at its file systems",
+            Self::Address => "move the addresses",
+            Self::Applications => "start and check the applications",
+            Self::HookAfter => "run the hook after",
+            Self::Picture => "take a picture of its screen",
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum Outcome {
+    Running,
+    Done {
+        text: String,
+    },
+    /// Not part of this run, and why.
+    Skipped {
+        text: String,
+    },
+    Failed {
+        text: String,
+        remedy: String,
+    },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StepState {
+    pub step: Step,
+    pub begun_us: u64,
+    pub ended_us: Option<u64>,
+    pub outcome: Outcome,
+}
+
+/// Where the run is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum Phase {
+    Working,
+    /// All steps are done; the machine runs.
+    Serving,
+    /// A step failed. What was made is still there, to be looked at, until the run is ended.
+    Failed {
+        step: Step,
+    },
+    /// The machine is being taken down and what it wrote thrown away.
+    Ending,
+    Ended {
+        how: Ended,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// A drill that went through, or was ended by hand.
+    Discarded,
+    /// Refused before anything was touched.
+    Refused,
+}
+
+/// A moment of a group.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PointTaken {
+    pub group: GroupId,
+    pub group_name: String,
+    pub timeline: u32,
+    pub lsn: u64,
+    pub time_us: u64,
+    /// The branch that goes on from it: chosen here, so that making it again makes the same one.
+    pub branch: GroupId,
+    pub branch_name: String,
+}
+
+impl PointTaken {
+    pub fn at(&self) -> ResolvedPoint {
+        ResolvedPoint {
+            timeline: model::TimelineId(self.timeline),
+            lsn: model::Lsn(self.lsn),
+            time: model::HistoryTime(self.time_us),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Profile {
+    Full,
+    Degraded,
+}
+
+/// How an application did.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AppState {
+    pub name: String,
+    pub up: bool,
+    pub ms: u64,
+    pub output: String,
+}
+
+/// How the host is known to be off.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "by")]
+pub enum Fenced {
+    /// The plan's hook said so.
+    Hook { output: String },
+    /// Whoever pressed the button did.
+    Word { who: String },
+}
+
+/// Measured from the decision on, in milliseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Measured {
+    pub first_instruction_ms: Option<u64>,
+    pub booted_ms: Option<u64>,
+    /// The addresses answer (NRO).
+    pub address_ms: Option<u64>,
+    /// The applications answer (RTO).
+    pub serving_ms: Option<u64>,
+    /// How old the moment was at the decision (RPO).
+    pub point_age_ms: Option<u64>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunState {
+    /// Eight hexadecimal digits.
+    pub id: String,
+    pub kind: Kind,
+    pub plan_name: String,
+    pub plan: Plan,
+    /// None: as the plan says.
+    pub at: Option<RecoveryPoint>,
+    /// The word of whoever pressed the button that the host is off.
+    pub source_is_off: Option<String>,
+    /// A drill that waits to be looked at instead of ending by itself.
+    pub hold: bool,
+    pub begun_us: u64,
+    pub phase: Phase,
+    pub steps: Vec<StepState>,
+    pub fenced: Option<Fenced>,
+    pub points: Vec<PointTaken>,
+    pub machine: Option<MachineSpec>,
+    pub profile: Option<(Profile, Size)>,
+    /// The machine was told to run: it is not told again after a restart of the daemon, for the operator may have stopped it.
+    pub started: bool,
+    pub volumes: Vec<Mounted>,
+    pub applications: Vec<AppState>,
+    pub measured: Measured,
+}
+
+impl RunState {
+    pub fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Ended { .. })
+    }
+    pub fn step(&self, step: Step) -> Option<&StepState> {
+        self.steps.iter().find(|s| s.step == step)
+    }
+    pub fn is_done(&self, step: Step) -> bool {
+        self.step(step).is_some_and(|s| matches!(s.outcome, Outcome::Done { .. } | Outcome::Skipped { .. }))
+    }
+    /// What failed, for one line.
+    pub fn failure(&self) -> Option<(Step, &str, &str)> {
+        self.steps.iter().find_map(|s| match &s.outcome {
+            Outcome::Failed { text, remedy } => Some((s.step, text.as_str(), remedy.as_str())),
+            _ => None,
+        })
+    }
+    /// Which side is authoritative, for people.
+    pub fn authority(&self) -> &'static str {
+        match (self.kind, &self.phase) {
+            (Kind::Drill, _) | (_, Phase::Ended { .. }) => "the host",
+            (Kind::Failover, Phase::Serving) => "the machine on this box",
+            (Kind::Failover, _) if self.fenced.is_some() => "nobody: the host is off, the machine is not up",
+            (Kind::Failover, _) => "the host, if it runs",
+        }
+    }
+}
