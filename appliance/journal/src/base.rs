@@ -194,6 +194,8 @@ pub struct ImageBase {
     dir: PathBuf,
     mode: OpenMode,
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
+    /// Held while a volume's files are opened or made.
+    opening: Mutex<()>,
     /// The fold that was begun and not finished.
     interrupted: Mutex<Option<Lsn>>,
 }
@@ -319,7 +321,14 @@ impl ImageBase {
     }
 
     fn new(disk: Arc<dyn Disk>, dir: &Path, interrupted: Option<Lsn>, mode: OpenMode) -> Self {
-        Self { disk, dir: dir.to_owned(), mode, volumes: RwLock::default(), interrupted: Mutex::new(interrupted) }
+        Self {
+            disk,
+            dir: dir.to_owned(),
+            mode,
+            volumes: RwLock::default(),
+            opening: Mutex::default(),
+            interrupted: Mutex::new(interrupted),
+        }
     }
 
     fn volume(&self, id: VolumeId) -> Result<Arc<Volume>, BaseError> {
@@ -791,6 +800,8 @@ impl Base for ImageBase {
     }
 
     fn ensure_volume(&self, volume: VolumeId, sectors: Sectors, must_exist: bool) -> Result<(), BaseError> {
+        // A policy may change while a fold makes the same volume.
+        let _one = lock(&self.opening);
         let known = self.volumes.read().unwrap_or_else(PoisonError::into_inner).get(&volume).cloned();
         if let Some(known) = known {
             let mut files = known.files.write().unwrap_or_else(PoisonError::into_inner);

@@ -318,7 +318,12 @@ impl Limits {
             held.map(|pin| if known(pin) { pin.lsn } else { Lsn::ZERO }).min().unwrap_or(Lsn::MAX)
         };
         let branch = lines.branch.unwrap_or(Lsn::MAX).min(least(&lines.held));
-        Self { bookmark: least(&lines.bookmarks), view: least(&lines.leases), branch }
+        // A bookmark is a record: the segment that has it stays even when it is the last one there, or its name would go.
+        let bookmark = match least(&lines.bookmarks) {
+            Lsn::MAX => Lsn::MAX,
+            lsn => lsn.prev(),
+        };
+        Self { bookmark, view: least(&lines.leases), branch }
     }
     fn least(&self) -> Lsn {
         self.bookmark.min(self.view).min(self.branch)
@@ -825,7 +830,9 @@ mod tests {
                 };
                 let made = plan(&paper.facts());
                 paper.check(&made, lsn);
-                let want = (lsn / 10 * 10).min(190);
+                // The segment with a bookmark's record stays.
+                let upto = if what == 0 { lsn.saturating_sub(1) } else { lsn };
+                let want = (upto / 10 * 10).min(190);
                 assert_eq!(made.new_cutoff, Lsn(want), "{reason:?} at {lsn}");
                 let held = made.kept.get(&reason).copied().unwrap_or_default();
                 assert_eq!(held.segments, 19 - want / 10, "{reason:?} at {lsn}: {:?}", made.kept);

@@ -543,3 +543,33 @@ fn files_that_could_not_be_deleted_go_later() {
     assert_eq!(segments(&disk), journal.stats().segments, "nothing is left behind");
     assert!(journal.stats().failing.is_empty(), "{:?}", journal.stats().failing);
 }
+
+#[test]
+fn a_bookmark_that_is_the_last_record_of_its_segment_outlives_the_window() {
+    for seed in 1..6 {
+        let disk = disk(seed);
+        let mut rng = Rng::new(seed);
+        let mut journal = create_aging(&disk, 3, IndexChoice::Memory);
+        let mut oracle = Oracle::new(&SECTORS);
+        mark(&mut journal, &mut oracle, &Mark::Consistent, 1).expect("appends");
+        grow(&mut journal, &mut oracle, &mut rng, 100).expect("grows");
+        let name: model::BookmarkName = "before the upgrade".parse().expect("a name");
+        let time = (oracle.log.len() as u64 + 1) * HOUR / 60;
+        let bookmark = Mark::Bookmark { name: name.clone(), consistency: Consistency::Crash };
+        let lsn = mark(&mut journal, &mut oracle, &bookmark, time).expect("appends");
+        // The next record begins a segment: as after a restart of a box whose host said nothing more.
+        journal.set_term(Term(2)).expect("a higher term");
+        for round in 0..4 {
+            grow(&mut journal, &mut oracle, &mut rng, 120).expect("grows");
+            run_jobs(&mut journal, oracle.log.len() as u64 * HOUR / 60).expect("jobs succeed");
+            let found = journal.reader().resolve(&RecoveryPoint::Bookmark(name.clone()));
+            let found = found.unwrap_or_else(|e| panic!("seed {seed}, round {round}: {}", chain(&e)));
+            assert_eq!(found.lsn, lsn);
+            check_view(&journal.reader(), TimelineId(0), lsn, &oracle.images_at(lsn), &format!("seed {seed}"));
+        }
+        assert!(journal.stats().floor > Lsn::ZERO, "seed {seed}: nothing was folded");
+        journal.release_bookmark(&name).expect("released");
+        run_jobs(&mut journal, oracle.log.len() as u64 * HOUR / 60 + HOUR).expect("jobs succeed");
+        assert!(journal.stats().floor >= lsn, "seed {seed}: it ages like the rest now");
+    }
+}
