@@ -38,7 +38,7 @@ fn main() -> anyhow::Result<()> {
     let choice = match std::env::var("HOLDFAST_CAPTURE").as_deref() {
         Ok("bpf-legacy") => legacy::Choice::BpfLegacy,
         Ok("bpf-rq") => legacy::Choice::BpfRq,
-        _ => legacy::Choice::Auto,
+        _ => legacy::Choice::BpfRq,
     };
     let mut capture = legacy::start(&options, on, choice).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;
     let ids = capture.set_targets(&targets)?;

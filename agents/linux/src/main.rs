@@ -262,7 +262,7 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
 
 fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<()> {
     let mut disks = Disks::here()?;
-    disks.legacy |= config.capture == legacy::Choice::BpfLegacy;
+    disks.legacy = config.capture == legacy::Choice::BpfLegacy;
     if choice.is_empty() {
         match json {
             true => println!("{}", serde_json::to_string_pretty(&disks.json())?),

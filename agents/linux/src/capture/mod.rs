@@ -298,9 +298,10 @@ pub enum CaptureError {
     Unknown { what: &'static str },
     #[error("self-test failed: {what}; capture would send wrong data and stays off")]
     LegacySelfTest { what: &'static str },
-    #[error("neither bpf-rq ({}) nor bpf-legacy works here", crate::error_chain(first.as_ref()))]
-    Neither {
-        first: Box<CaptureError>,
+    #[error(
+        "bpf-rq cannot work on this kernel; capture = \"bpf-legacy\" in the agent's configuration tries what is meant for older ones"
+    )]
+    TooOld {
         #[source]
         source: Box<CaptureError>,
     },
@@ -313,7 +314,6 @@ impl CaptureError {
     pub fn asks_too_much_of_the_kernel(&self) -> bool {
         match self {
             Self::Btf { .. } | Self::Feature { .. } | Self::Load(_) | Self::Program { .. } | Self::Map { .. } => true,
-            Self::Pin { .. } | Self::Calibration { .. } => true,
             _ => false,
         }
     }

@@ -164,7 +164,7 @@ pub struct Disks {
     devices: BTreeMap<String, Device>,
     /// Whether disks without a request queue can be captured here.
     pub bio: BioCapture,
-    /// This kernel is too old for `bpf-rq`, or the configuration asks for the other backend.
+    /// The configuration asks for `bpf-legacy`.
     pub legacy: bool,
 }
 
@@ -275,7 +275,6 @@ impl Disks {
         if this.devices.values().any(|d| matches!(d.class, Class::Disk) && d.sectors > 0 && !d.queue) {
             this.bio = crate::capture::bpf::bio_capture();
         }
-        this.legacy = !crate::capture::bpf::is_described();
         Ok(this)
     }
 

@@ -197,12 +197,6 @@ fn facts() -> Result<btf::Facts, CaptureError> {
     btf::read_facts(&bytes).map_err(btf_error)
 }
 
-/// Whether the running kernel describes what `bpf-rq` must know. Asked once: the answer is megabytes long and never changes.
-pub fn is_described() -> bool {
-    static ANSWER: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *ANSWER.get_or_init(|| constants().is_ok())
-}
-
 /// Whether disks without a request queue can be captured on this kernel.
 pub fn bio_capture() -> crate::disks::BioCapture {
     use crate::disks::BioCapture;

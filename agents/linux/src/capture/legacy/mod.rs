@@ -91,14 +91,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("HOLDFAST_BPF_LEGACY_OBJ
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Choice {
-    /// `bpf-rq` where the kernel has what it needs, else `bpf-legacy`.
     #[default]
-    Auto,
     BpfRq,
+    /// For kernels that are too old for the other one. Only when it is asked for: on the kernels it was made for its start has not been
+    /// seen to end yet.
     BpfLegacy,
 }
 
-/// Starts the backend that this kernel can carry.
+/// Starts the backend that was chosen.
 pub fn start(options: &Options, on: Option<(&Path, DevNo)>, choice: Choice) -> Result<Box<dyn Capture>, CaptureError> {
     if choice == Choice::BpfLegacy {
         // What the other one may have left would capture on, for nobody.
@@ -109,13 +109,7 @@ pub fn start(options: &Options, on: Option<(&Path, DevNo)>, choice: Choice) -> R
     }
     match BpfCapture::start(options, on) {
         Ok(capture) => Ok(Box::new(capture)),
-        Err(e) if choice == Choice::Auto && e.asks_too_much_of_the_kernel() => match LegacyCapture::start(options) {
-            Ok(capture) => {
-                tracing::info!(why = %crate::error_chain(&e), "bpf-rq cannot work on this kernel, bpf-legacy can");
-                Ok(Box::new(capture))
-            }
-            Err(legacy) => Err(CaptureError::Neither { first: Box::new(e), source: Box::new(legacy) }),
-        },
+        Err(e) if e.asks_too_much_of_the_kernel() => Err(CaptureError::TooOld { source: Box::new(e) }),
         Err(e) => Err(e),
     }
 }
