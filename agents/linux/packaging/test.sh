@@ -242,7 +242,7 @@ if grep -E '^(ProtectHome|PrivateTmp|PrivateDevices|InaccessiblePaths|ProtectKer
     fail "holdfast-agent.service hides what the agent has to see"
 fi
 if has systemd-analyze; then
-    unit "$here/holdfast-agent.service" 37
+    unit "$here/holdfast-agent.service" 39
     # No sandbox: it does what the plan says.
     unit "$here/holdfast-inside.service" 100
     unit "$box/holdfastd.service" 20

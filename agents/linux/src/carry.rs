@@ -21,6 +21,8 @@
 //!
 //! # Format of carry.bin
 //!
+//! Its blocks are marked in every state that is written to it: on a protected disk they are copied after the reboot like anything else.
+//!
 //! Magic, length and CRC-32 of what follows (little endian, 8 + 8 + 4 bytes), then JSON of [`Carried`]; the machine's states in
 //! it carry their own checksums. Zeroes to the end of [`FILE_BYTES`]. The file is written whole with zeroes when it is made, so that its blocks are
 //! where they will be and are read back as they are.
@@ -373,6 +375,12 @@ pub fn write_out(
                     .ok_or_else(|| format!("/dev/{} was not captured to the end", p.disk))?;
                 let of_it = since.iter().filter(|(id, _)| *id == target.0).filter_map(|(_, e)| p.range.intersect(e));
                 added.extend(of_it.map(|e| (p.volume, Extent::new(e.start() - p.range.start(), e.sectors.0))));
+                // What is written below, past the file system, is caught by nobody any more: the box must get it when it lies on a disk of
+                // the group.
+                let own =
+                    plan.extents.iter().filter(|_| p.disk == plan.disk).map(|(start, len)| Extent::new(*start, *len));
+                let own = own.filter_map(|e| p.range.intersect(&e));
+                added.extend(own.map(|e| (p.volume, Extent::new(e.start() - p.range.start(), e.sectors.0))));
             }
             let bytes = add_to_state(record, &run.source, added)?;
             let fingerprints = placed

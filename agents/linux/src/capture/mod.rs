@@ -312,9 +312,9 @@ pub enum CaptureError {
 impl CaptureError {
     /// Whether the kernel lacks what was asked of it, so that a backend that asks for less may do.
     pub fn asks_too_much_of_the_kernel(&self) -> bool {
-        match self {
-            Self::Btf { .. } | Self::Feature { .. } | Self::Load(_) | Self::Program { .. } | Self::Map { .. } => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Self::Btf { .. } | Self::Feature { .. } | Self::Load(_) | Self::Program { .. } | Self::Map { .. }
+        )
     }
 }

@@ -78,7 +78,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 }
 /// An address of the kernel's half that is aligned as an object of its would be.
 fn pointer(value: u64) -> bool {
-    value >= 0xffff_8000_0000_0000 && value < 0xffff_ffff_ffff_f000 && value.is_multiple_of(8)
+    (0xffff_8000_0000_0000..0xffff_ffff_ffff_f000).contains(&value) && value.is_multiple_of(8)
 }
 
 struct Looker<'a> {
