@@ -95,6 +95,13 @@ impl Log {
         self.entries.iter().enumerate().filter_map(|(at, entry)| Some((at, mark_text(entry)?))).collect()
     }
 
+    /// How many writes a cut after `entries` entries may lose: what no flush has covered.
+    pub fn at_risk(&self, entries: usize) -> usize {
+        let before = self.entries.get(..entries).unwrap_or(&self.entries);
+        let open = before.iter().rev().take_while(|e| !e.flush);
+        open.filter(|e| matches!(e.what, What::Discard | What::Write { fua: false })).count()
+    }
+
     /// Writes to `to`, which must be empty and as large as the device, what a cut after `entries` entries could have left. Returns how
     /// many writes it lost or tore.
     pub fn at(&self, entries: usize, draw: &mut Draw, to: &Path) -> Result<u64> {

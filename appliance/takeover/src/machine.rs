@@ -284,8 +284,8 @@ fn find(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
 }
 
-/// Whether a guest runs on the processor itself: a boot sector of nine bytes is run, and must say so. Asked once; takes some seconds
-/// on a machine whose acceleration hangs.
+/// Whether a guest runs on the processor itself: a boot sector is run on a processor as our machines get it, and must say
+/// so. Asked once; takes some seconds on a box whose acceleration hangs.
 pub fn kvm_works() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| Path::new("/dev/kvm").exists() && guest_instruction_runs("kvm"))
@@ -312,6 +312,8 @@ fn guest_instruction_runs(accel: &str) -> bool {
                     "16M",
                     "-accel",
                     accel,
+                    "-cpu",
+                    if accel == "kvm" { "host" } else { "max" },
                 ])
                 .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x01"])
                 .args(["-drive", &format!("format=raw,snapshot=on,if=ide,file={}", image.display())])

@@ -389,8 +389,20 @@ impl<'a, H: Hands> Driver<'a, H> {
         }
         let spec = self.state.machine.clone().ok_or_else(|| failed("there is no machine", "end this run"))?;
         plug(&spec)?;
-        self.machine = Some(Machine::start(&spec)?);
-        Ok(format!("{} disks, {} network cards", spec.disks.len(), spec.nics.len()))
+        let mut slower = "";
+        let machine = match Machine::start(&spec) {
+            // What a short guest could do, a long one may not: better slow than not at all.
+            Err(MachineError::Ended { .. }) if spec.kvm => {
+                let emulated = MachineSpec { kvm: false, ..spec.clone() };
+                let machine = Machine::start(&emulated)?;
+                self.state.machine = Some(emulated);
+                slower = "; hardware acceleration failed: emulated";
+                machine
+            }
+            started => started?,
+        };
+        self.machine = Some(machine);
+        Ok(format!("{} disks, {} network cards{slower}", spec.disks.len(), spec.nics.len()))
     }
 
     /// The machine, which an earlier daemon may have started.
