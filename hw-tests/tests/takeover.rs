@@ -151,6 +151,10 @@ fn a_machine_with_a_database_is_taken_over_outlives_its_box_and_is_proved_by_a_d
     // Power off, in the middle of everything.
     let pid = fs::read_to_string(appliance.data_dir().join("takeovers").join(&id).join("pid"))?;
     call("kill", &["-KILL", pid.trim()], STEP_MAX)?;
+    wait_for("the end of the machine to be noticed", STEP_MAX, || {
+        let run = appliance.control().get(&format!("/runs/{id}"))?;
+        Ok((run["phase"] == json!({ "is": "failed", "step": "start" })).then_some(()))
+    })?;
 
     // A drill of what the machine left: every committed row is there, none twice.
     let counted = sql("select case when count(*) = max(n) then count(*) else -1 end from t");

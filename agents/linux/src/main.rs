@@ -159,10 +159,11 @@ enum Level {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Nobody else asks: the guard of a freeze depends on nothing.
     let begins_capture = matches!(cli.command, Command::Run | Command::Early { .. });
-    let taken_over = inside::taken_over();
-    match &taken_over {
-        Some(kind) if begins_capture => {
+    let asks = begins_capture || matches!(cli.command, Command::Inside);
+    match asks.then(inside::taken_over) {
+        Some(Some(kind)) if begins_capture => {
             eprintln!("holdfast-agent: a box runs this machine in its host's place ({kind}): nothing is captured here");
             if matches!(cli.command, Command::Run) {
                 notify_ready();
@@ -170,7 +171,7 @@ fn main() -> ExitCode {
             }
             return ExitCode::SUCCESS;
         }
-        None if matches!(cli.command, Command::Inside) => {
+        Some(None) if !begins_capture => {
             eprintln!("holdfast-agent: no box runs this machine");
             return ExitCode::from(NOT_HERE);
         }

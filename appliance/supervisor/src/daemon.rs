@@ -36,6 +36,8 @@ const BALANCE_EVERY: Duration = Duration::from_secs(2);
 const BALANCE_PAUSE: Duration = Duration::from_millis(100);
 /// How often views are looked at that nobody has open; they are given minutes.
 const EXPIRE_EVERY: Duration = Duration::from_secs(2);
+/// How often a machine that serves is looked at.
+const MACHINES_EVERY: Duration = Duration::from_secs(2);
 /// How often ingest groups that have come up are looked for.
 const EXPORT_EVERY: Duration = Duration::from_millis(20);
 
@@ -179,6 +181,7 @@ impl Daemon {
             tokio::spawn(export_ingest_groups(Arc::clone(&app))),
             tokio::spawn(balance(Arc::clone(&app))),
             tokio::spawn(close_idle_views(Arc::clone(&app))),
+            tokio::spawn(look_after_machines(Arc::clone(&app))),
         ];
         if let Some((listener, _)) = nbd {
             tasks.push(tokio::spawn(exports.serve_tls(listener, nbd_tls)));
@@ -311,6 +314,17 @@ fn bind_unix(path: &Path) -> Result<UnixListener, StartError> {
     let listener = UnixListener::bind(path).map_err(failed)?;
     files::make_private(path)?;
     Ok(listener)
+}
+
+/// A machine that serves in a host's place and ends must not go unnoticed.
+async fn look_after_machines(app: Arc<App>) {
+    let mut stop = app.stop.subscribe();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(MACHINES_EVERY) => app.takeovers.look_after(&app),
+            () = crate::raised(&mut stop) => return,
+        }
+    }
 }
 
 /// Exports the volumes of ingest groups as soon as their journals are open and say what those are.

@@ -157,6 +157,16 @@ impl Takeovers {
         }
     }
 
+    /// Sees whether the machines that serve still do.
+    pub fn look_after(&self, app: &Arc<App>) {
+        let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
+        for run in runs.into_iter().filter(|run| run.state().phase == Phase::Serving) {
+            if let Err(e) = self.launch(app, &run) {
+                app.events.note(Event::TakeoverFailed, &run.state().id, crate::chain(&e));
+            }
+        }
+    }
+
     /// Has every driver stop where it is; the machines run on. Blocking.
     pub fn pause(&self) {
         let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
@@ -392,6 +402,7 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
     *crate::lock(&run.stuck) = None;
     let hands = BoxHands { app, run, dir };
     let begun = RunState::clone(&run.state());
+    let was = begun.phase.clone();
     let mut driver = Driver::new(&hands, begun);
     // A defect here must not take the daemon along.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive()));
@@ -402,6 +413,8 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
         Err(_) => stuck(app, run, "the run's thread panicked; the daemon's log says why".into()),
     }
     match &state.phase {
+        // Told already, perhaps by an earlier daemon.
+        now if *now == was => {}
         Phase::Serving => app.events.note(Event::TakeoverServing, &state.plan_name, measured_text(&state)),
         Phase::Failed { step } => {
             let why = state.failure().map(|(_, text, _)| text.to_owned()).unwrap_or_default();

@@ -166,6 +166,7 @@ impl<'a, H: Hands> Driver<'a, H> {
             match self.state.phase {
                 Phase::Working => self.work()?,
                 Phase::Ending => return self.end(),
+                Phase::Serving if self.hands.wanted() == Wanted::GoOn => return self.look_after(),
                 Phase::Serving | Phase::Failed { .. } | Phase::Ended { .. } => match self.hands.wanted() {
                     Wanted::End if !self.state.is_over() => {
                         self.state.phase = Phase::Ending;
@@ -221,6 +222,24 @@ impl<'a, H: Hands> Driver<'a, H> {
         }
         let by_itself = self.state.kind == Kind::Drill && !self.state.hold;
         self.state.phase = if by_itself { Phase::Ending } else { Phase::Serving };
+        self.hands.keep(&self.state)
+    }
+
+    /// Whether the machine still runs: one that has ended by itself, or with its box, serves nobody, and that must be seen.
+    fn look_after(&mut self) -> Result<(), HandsError> {
+        let Some(spec) = &self.state.machine else { return Ok(()) };
+        // In doubt it is left as it is, and looked at again.
+        if !matches!(Machine::adopt(spec), Ok(None)) {
+            return Ok(());
+        }
+        let (text, remedy) = (
+            "the machine has ended by itself".to_owned(),
+            "what it was told is written is there: a plan for the group of its disks runs them again; then end this run".to_owned(),
+        );
+        if let Some(entry) = self.state.steps.iter_mut().find(|s| s.step == Step::Start) {
+            entry.outcome = Outcome::Failed { text, remedy };
+        }
+        self.state.phase = Phase::Failed { step: Step::Start };
         self.hands.keep(&self.state)
     }
 
