@@ -3,6 +3,7 @@
 //!
 //! - [`Source`]: capture in, numbered stream out; gaps, copy, window, credits, sync gate, what survives an agent's death.
 //! - [`Target`]: numbered stream in, appends out; checks everything a hostile source could say, grants credits, keeps history time.
+//! - [`restore`]: the way back: a machine's disks get what the box has.
 //! - [`pressure()`]: how hard the agent may lean on its host.
 //! - [`ownership`]: who runs a host's services: the lease, on either side.
 //! - [`HistoryClock`]: the box's time of something captured on the host.
@@ -29,6 +30,7 @@ mod clock;
 mod granules;
 pub mod ownership;
 mod pressure;
+pub mod restore;
 #[cfg(test)]
 mod rng;
 mod source;

@@ -11,6 +11,7 @@
 //! control   agent: Hello{Control} Protect… AgentStatus…    box: HelloAck Protected… Command…
 //!           agent: Lease… LeaseReleased Probe… (version 3) box: LeaseAnswer… LeaseRevoke HostPlan HostOrder…
 //! stream    agent: Hello{Stream} OpenStream records marks  box: HelloAck StreamReady Ack…
+//! restore   agent: Hello{Restore} RestoreDisks…          box: HelloAck RestoreOpen… records (version 5)
 //! both ways, any time after HelloAck: Heartbeat / HeartbeatAck; Refuse ends a connection and says why
 //! ```
 //!
@@ -54,6 +55,7 @@ mod frame;
 mod message;
 mod ownership;
 mod pack;
+mod restore;
 #[cfg(test)]
 mod test_rng;
 mod token;
@@ -67,6 +69,7 @@ pub use compare::{
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
     MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE, VERSION_NOTICES, VERSION_OWNERSHIP,
+    VERSION_RESTORE,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,
@@ -82,4 +85,5 @@ pub use ownership::{
     ProbeResult,
 };
 pub use pack::{Packer, UnpackError, Unpacker, claimed_len};
+pub use restore::{Look, RestoreDisk, RestoreId, RestoreProgress, TARGET_DISKS_MAX, TARGET_TEXT_MAX, TargetDisk};
 pub use token::{EnrolToken, ParseTokenError};

@@ -9,12 +9,14 @@
 //! | 2 | `Compare` and `Compared`, on stream connections; `ReadBack` and `ReadBackDone`, on the control connection |
 //! | 3 | `Lease` to `HostOrder`, on the control connection |
 //! | 4 | `Notices`, on the control connection |
+//! | 5 | `RestoreDisks` to `RestoreEnded`, on the connection of a machine that waits for its disks ([`Purpose::Restore`]) |
 
 use crate::ack::Credit;
-use crate::compare::Comparison;
+use crate::compare::{BlockHash, Comparison};
 use crate::format::{MAX_MARK, PROTOCOL_VERSIONS};
 use crate::frame::{FrameError, FrameHeader, FrameKind, PayloadError};
 use crate::ownership::{HostOrder, HostPlan, LeaseAnswer, LeaseEnd, LeaseRequest, ProbeResult};
+use crate::restore::{Look, RestoreDisk, RestoreId, RestoreProgress, TargetDisk};
 use model::{
     BookmarkName, ByteLen, Consistency, Extent, GapReason, GroupId, GroupSpec, HostId, Mark, MonoTime, RecordKind,
     SourceSeq, StreamId, SyncMode, VolumeId, VolumeSpec,
@@ -31,6 +33,8 @@ pub enum Purpose {
     Stream { group: GroupId },
     /// The one thing that needs no client certificate.
     Enrol,
+    /// Version 5: a machine that waits for its disks' content. One for each agent.
+    Restore,
 }
 
 /// Where the stream goes on.
@@ -366,6 +370,52 @@ pub enum Message {
     },
     /// Version 4, from an agent: all that holds now, whenever it changes and at the begin of a connection.
     Notices(Vec<Notice>),
+    /// Version 5, from a restore target, like all that follow on its connection: see `replication::restore`. Its disks; sent first, and when
+    /// they change.
+    RestoreDisks(Vec<TargetDisk>),
+    /// From the box: take hold of these disks. Answered by `RestoreOpened`.
+    RestoreOpen {
+        restore: RestoreId,
+        disks: Vec<RestoreDisk>,
+    },
+    /// `credit`: what may be sent to begin with; acks raise it. `refused`: why none of the disks was taken.
+    RestoreOpened {
+        restore: RestoreId,
+        refused: Option<String>,
+        credit: Credit,
+    },
+    /// From the box: answered by `RestoreLooked`, in order.
+    RestoreLook(Look),
+    /// One hash for each block.
+    RestoreLooked {
+        id: u64,
+        hashes: Vec<BlockHash>,
+    },
+    /// From the box: what does the disk hold there? At most [`READ_BACK_MAX`](crate::READ_BACK_MAX) bytes; answered by `RestoreFetched`.
+    RestoreFetch {
+        id: u64,
+        disk: VolumeId,
+        extent: Extent,
+    },
+    RestoreFetched {
+        id: u64,
+        data: Vec<u8>,
+    },
+    /// A disk does not do what was asked; the disks were let go. The connection goes on.
+    RestoreFailed {
+        restore: RestoreId,
+        text: String,
+    },
+    /// From the box, for the operator at the target.
+    RestoreProgress(RestoreProgress),
+    /// From the box: make everything durable, let the disks go, and start the machine anew if so asked.
+    RestoreEnd {
+        restore: RestoreId,
+        reboot: bool,
+    },
+    RestoreEnded {
+        restore: RestoreId,
+    },
 }
 
 impl Message {
@@ -411,6 +461,17 @@ impl Message {
             Self::Probe(_) => "Probe",
             Self::HostOrder { .. } => "HostOrder",
             Self::Notices(_) => "Notices",
+            Self::RestoreDisks(_) => "RestoreDisks",
+            Self::RestoreOpen { .. } => "RestoreOpen",
+            Self::RestoreOpened { .. } => "RestoreOpened",
+            Self::RestoreLook(_) => "RestoreLook",
+            Self::RestoreLooked { .. } => "RestoreLooked",
+            Self::RestoreFetch { .. } => "RestoreFetch",
+            Self::RestoreFetched { .. } => "RestoreFetched",
+            Self::RestoreFailed { .. } => "RestoreFailed",
+            Self::RestoreProgress(_) => "RestoreProgress",
+            Self::RestoreEnd { .. } => "RestoreEnd",
+            Self::RestoreEnded { .. } => "RestoreEnded",
         }
     }
     pub fn heartbeat(number: u64, now: MonoTime) -> Self {
@@ -477,7 +538,6 @@ pub fn negotiate(theirs: &[u16]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::BlockHash;
     use crate::format::{HEADER_LEN, MAX_MESSAGE};
     use crate::frame::{crc32, decode_header, encode_header, encode_mark, encode_message};
     use crate::ownership::{
@@ -624,6 +684,42 @@ mod tests {
                 Notice::CaptureReduced { group: GroupId([5; 16]), why: "x".into() },
                 Notice::HostThrottled { mib_s: 20, why: "y".into() },
             ]),
+            Message::RestoreDisks(vec![TargetDisk {
+                path: "/dev/sda".into(),
+                bytes: ByteLen(512),
+                model: "m".into(),
+                serial: "s".into(),
+                identity: "serial:s".into(),
+                holds: Some("ext4".into()),
+                in_use: None,
+            }]),
+            Message::RestoreOpen {
+                restore: RestoreId(0x0102_0304),
+                disks: vec![RestoreDisk { disk: VolumeId(3), path: "/dev/sda".into(), sectors: Sectors(2048) }],
+            },
+            Message::RestoreOpened {
+                restore: RestoreId(1),
+                refused: Some("x".into()),
+                credit: Credit { bytes: 1, records: 2 },
+            },
+            Message::RestoreLook(Look {
+                id: 1,
+                disk: VolumeId(2),
+                block_sectors: 128,
+                runs: vec![Extent::new(256, 130)],
+            }),
+            Message::RestoreLooked { id: 1, hashes: vec![BlockHash([9; 16])] },
+            Message::RestoreFetch { id: 1, disk: VolumeId(2), extent: Extent::new(8, 64) },
+            Message::RestoreFetched { id: 1, data: vec![7; 3] },
+            Message::RestoreFailed { restore: RestoreId(1), text: "x".into() },
+            Message::RestoreProgress(RestoreProgress {
+                doing: "d".into(),
+                done_bytes: ByteLen(1),
+                total_bytes: ByteLen(2),
+                shipped_bytes: ByteLen(3),
+            }),
+            Message::RestoreEnd { restore: RestoreId(1), reboot: true },
+            Message::RestoreEnded { restore: RestoreId(1) },
         ]
     }
 
@@ -665,6 +761,13 @@ mod tests {
         assert_eq!(hex(&all[27]), "1b0202020202020202020202020202020203");
         let five = "05".repeat(16);
         assert_eq!(hex(&all[32]), format!("200300{five}0701{five}017802140179"));
+        assert_eq!(hex(&all[33]), "2101082f6465762f7364618004016d01730873657269616c3a730104657874340".to_owned() + "0");
+        assert_eq!(hex(&all[34]), "2284868808010308".to_owned() + "2f6465762f7364618010");
+        assert_eq!(hex(&all[35]), "230101017801".to_owned() + "02");
+        assert_eq!(hex(&all[36]), "240102800101800282".to_owned() + "01");
+        assert_eq!(hex(&all[37]), format!("250101{}", "09".repeat(16)));
+        assert_eq!(hex(&all[38]), "2601020840");
+        assert_eq!(hex(&all[42]), "2a0101");
     }
 
     #[test]
@@ -731,7 +834,8 @@ mod tests {
     #[test]
     fn the_best_common_version_is_taken() {
         assert_eq!(negotiate(&[9, 1]), Some(1), "an agent of last year");
-        assert_eq!(negotiate(&[5, 4, 3, 2, 1]), Some(4), "an agent of next year");
+        assert_eq!(negotiate(&[6, 5, 4, 3, 2, 1]), Some(5), "an agent of next year");
+        assert_eq!(negotiate(&[4, 3, 2, 1]), Some(4), "an agent that takes no restores");
         assert_eq!(negotiate(&[2, 1]), Some(2), "an agent that tells no notices");
         assert_eq!(negotiate(&[9]), None);
         assert_eq!(negotiate(&[]), None);

@@ -296,6 +296,7 @@ fn serve(mut socket: TcpStream, pki: &Pki, state: &Mutex<State>, knobs: &Knobs) 
         Purpose::Enrol => enrol(&mut conn, pki, state),
         Purpose::Control => control(&mut conn, host, state, knobs),
         Purpose::Stream { group } => stream(&mut conn, group, state, knobs),
+        Purpose::Restore => Err(io::Error::other("this box restores nothing")),
     }
 }
 

@@ -268,6 +268,10 @@ impl Links {
         match hello.purpose {
             Purpose::Control => control::serve(self, talk, agent, &session, hello.agent_version).await,
             Purpose::Stream { group } => stream::serve(self, talk, agent, &session, group).await,
+            Purpose::Restore => {
+                talk.refuse(refusal(RefuseCode::OutOfPlace, "this box restores no machines yet")).await;
+                Ok(())
+            }
             Purpose::Enrol => Ok(()),
         }
     }

@@ -31,6 +31,7 @@ pub enum ClaimError {
 enum Key {
     Control,
     Stream(GroupId),
+    Restore,
 }
 
 #[derive(Default)]
@@ -89,6 +90,7 @@ impl Sessions {
     ) -> Result<Session, ClaimError> {
         let key = match purpose {
             Purpose::Stream { group } => Key::Stream(group),
+            Purpose::Restore => Key::Restore,
             Purpose::Control | Purpose::Enrol => Key::Control,
         };
         static NEXT: AtomicU64 = AtomicU64::new(1);
