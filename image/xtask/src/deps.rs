@@ -15,6 +15,8 @@ use std::{path::Path, process::Command, time::Duration};
 
 /// Downloading and unpacking one package.
 const INSTALL_MAX: Duration = Duration::from_secs(900);
+/// Two are needed where one package drives another out; what is absent after a third cannot be had.
+const ROUNDS_MAX: usize = 3;
 /// The package whose kernel the guests run.
 pub const GUEST_KERNEL: &str = "linux-image-amd64";
 
@@ -53,12 +55,13 @@ pub fn run(repo: &Repo, purpose: Option<Purpose>) -> Result<()> {
 
 /// Installs what is missing, as far as we may; returns what is still missing, having said so.
 pub fn install(repo: &Repo, purpose: Option<Purpose>) -> Result<Missing> {
-    let wanted = wanted(purpose, |name| tools::find(name).is_some());
-    if !wanted.is_empty() {
+    let look = || wanted(purpose, |name| tools::find(name).is_some());
+    let absent = look();
+    if !absent.is_empty() {
         match Installer::new() {
-            Some(mut apt) => wanted.iter().for_each(|tool| apt.install(tool)),
+            Some(mut apt) => settle(look, |tool| apt.install(tool)),
             None => {
-                let packages: Vec<_> = packages(&wanted);
+                let packages: Vec<_> = packages(&absent);
                 println!(
                     "not root and no sudo without a password: install these first: apt-get install {}",
                     packages.join(" ")
@@ -67,7 +70,8 @@ pub fn install(repo: &Repo, purpose: Option<Purpose>) -> Result<Missing> {
         }
     }
     let mut missing = Missing::default();
-    for tool in wanted.iter().filter(|t| tools::find(t.name).is_none()) {
+    // Of all that is wanted, not only of what was absent: a package may have driven another one out.
+    for tool in look() {
         println!("still missing: {} ({}), package {}", tool.name, tool.used_for, tool.package);
         missing.tools.push(tool.name);
     }
@@ -98,6 +102,18 @@ fn debian_images(cache: &Path) -> Result<()> {
         println!("a Debian host: {}", image.path().display());
     }
     Ok(())
+}
+
+/// Installs what is absent, and again what that has driven out: a package of the distribution's release and one from its backports
+/// may exclude each other.
+fn settle(look: impl Fn() -> Vec<&'static Tool>, mut install: impl FnMut(&'static Tool)) {
+    for _ in 0..ROUNDS_MAX {
+        let absent = look();
+        if absent.is_empty() {
+            return;
+        }
+        absent.into_iter().for_each(&mut install);
+    }
 }
 
 /// The tools that are wanted and not here.
@@ -170,6 +186,25 @@ mod tests {
         assert_eq!(names(None, |_| false).len(), TOOLS.len());
         let for_try = names(Some(Purpose::Try), |name| name != "clang" && name != "fio");
         assert_eq!(for_try, ["clang"], "fio is no need of try");
+    }
+
+    #[test]
+    fn a_tool_that_another_ones_package_drives_out_is_installed_again() {
+        let here = std::cell::RefCell::new(vec!["qemu-img"]);
+        let asked = std::cell::RefCell::new(Vec::new());
+        let look = || wanted(Some(Purpose::Test), |name| !name.starts_with("qemu-") || here.borrow().contains(&name));
+        settle(look, |tool| {
+            asked.borrow_mut().push(tool.name);
+            // As Debian 12's emulator does with the disk tools from its backports.
+            here.borrow_mut().retain(|name| tool.name == "qemu-img" || *name != "qemu-img");
+            here.borrow_mut().push(tool.name);
+        });
+        assert!(look().is_empty(), "{:?}", asked.borrow());
+        assert!(asked.borrow().contains(&"qemu-img"));
+        // What cannot be had is not asked for without end.
+        let asked = std::cell::Cell::new(0);
+        settle(|| wanted(Some(Purpose::Test), |name| name != "fio"), |_| asked.set(asked.get() + 1));
+        assert_eq!(asked.get(), ROUNDS_MAX);
     }
 
     #[test]
