@@ -16,6 +16,7 @@
 //! - [`compare`]: a view against its oracle, byte by byte;
 //! - [`line`]: a network line that is cut or goes half-open;
 //! - [`power`]: disks that lose power;
+//! - [`dm_host`]: such a guest whose disk is a volume of the device mapper;
 //! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs;
 //! - [`debian`]: guests that are whole Debian hosts, for what a reboot shows.
 //!
@@ -26,6 +27,7 @@ pub mod compare;
 pub mod control;
 pub mod debian;
 pub mod disk;
+pub mod dm_host;
 pub mod guest;
 pub mod image;
 pub mod line;

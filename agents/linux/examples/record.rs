@@ -5,7 +5,7 @@
 //! Format, all numbers little-endian: per request `fe ed`, operation (0 write, 1 zero, 2 discard, 3 flush; 255: a loss, by range), disk
 //! number, u32 count of extents, each u64 sector and u64 sectors, u64 length of data, data. `ed fe` ends it.
 
-use agent_linux::capture::{Captured, DevNo, Op, Target, bpf, legacy};
+use agent_linux::capture::{Captured, DevNo, Op, Target, bpf, choose};
 use model::Extent;
 use std::{
     fs::File,
@@ -36,11 +36,11 @@ fn main() -> anyhow::Result<()> {
     }
     let on = first.as_ref().map(|(path, number)| (path.as_path(), *number));
     let choice = match std::env::var("HOLDFAST_CAPTURE").as_deref() {
-        Ok("bpf-legacy") => legacy::Choice::BpfLegacy,
-        Ok("bpf-rq") => legacy::Choice::BpfRq,
-        _ => legacy::Choice::BpfRq,
+        Ok("bpf-legacy") => choose::Choice::BpfLegacy,
+        Ok("bpf-rq") => choose::Choice::BpfRq,
+        _ => choose::Choice::BpfRq,
     };
-    let mut capture = legacy::start(&options, on, choice).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;
+    let mut capture = choose::start(&options, on, choice).map_err(|e| anyhow::anyhow!(agent_linux::error_chain(&e)))?;
     let ids = capture.set_targets(&targets)?;
     File::create(ready(&stop))?;
     let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&out)?;

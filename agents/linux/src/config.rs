@@ -20,8 +20,9 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// On a BPF file system.
     pub pin_dir: PathBuf,
-    /// How writes are captured that need not wait for the box: `bpf-rq`, or `bpf-legacy` on kernels too old for it.
-    pub capture: crate::capture::legacy::Choice,
+    /// How writes are captured that need not wait for the box: `bpf-rq` (and mirrors where BPF is refused), `bpf-legacy`
+    /// on kernels too old for it, or mirrors.
+    pub capture: crate::capture::choose::Choice,
     /// Buffer between kernel and agent, for all disks.
     pub ring_mib: u32,
     /// Ring and spools in memory of all groups together may take this much.
@@ -101,7 +102,7 @@ impl Default for Config {
             state_dir: "/var/lib/holdfast-agent".into(),
             run_dir: "/run/holdfast-agent".into(),
             pin_dir: crate::capture::bpf::PIN_ROOT.into(),
-            capture: crate::capture::legacy::Choice::BpfRq,
+            capture: crate::capture::choose::Choice::BpfRq,
             ring_mib: 16,
             memory_mib: 48,
             spool_memory_mib: 8,

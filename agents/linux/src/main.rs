@@ -6,8 +6,8 @@ use agent_linux::{
     capture::{
         Capture, CaptureError,
         bpf::{BpfCapture, Options, Pins, watch},
+        choose,
         dm::{ioctl::DeviceMapper, mirror},
-        legacy,
     },
     carry,
     config::{Config, LogFormat},
@@ -263,7 +263,8 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
 
 fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<()> {
     let mut disks = Disks::here()?;
-    disks.legacy = config.capture == legacy::Choice::BpfLegacy;
+    disks.legacy = config.capture == choose::Choice::BpfLegacy;
+    disks.at_mirrors(choose::why_mirrors(config.capture));
     if choice.is_empty() {
         match json {
             true => println!("{}", serde_json::to_string_pretty(&disks.json())?),
@@ -295,6 +296,9 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
         );
     }
     resolution.notes.iter().for_each(|note| println!("  {note}"));
+    if let Some(why) = disks.why_mirrors() {
+        println!("  {why}");
+    }
     let mut backends: Vec<Backend> = resolution.leaves.iter().map(|l| l.backend).collect();
     backends.sort();
     backends.dedup();
@@ -496,15 +500,15 @@ impl Drop for WakeMain {
 fn start_capture(
     options: &Options,
     on: Option<(&Path, agent_linux::capture::DevNo)>,
-    choice: legacy::Choice,
+    choice: choose::Choice,
 ) -> Result<Box<dyn Capture>, CaptureError> {
-    match legacy::start(options, on, choice) {
+    match choose::start(options, on, choice) {
         Err(e @ CaptureError::Layout { .. }) => {
             tracing::warn!(why = %e, "the capture in the kernel is made anew");
             if let Some(pins) = Pins::existing(&options.pins) {
                 pins.clear()?;
             }
-            legacy::start(options, on, choice)
+            choose::start(options, on, choice)
         }
         other => other,
     }

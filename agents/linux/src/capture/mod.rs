@@ -15,6 +15,7 @@
 
 pub mod assemble;
 pub mod bpf;
+pub mod choose;
 pub mod dm;
 pub mod legacy;
 
@@ -299,12 +300,18 @@ pub enum CaptureError {
     #[error("self-test failed: {what}; capture would send wrong data and stays off")]
     LegacySelfTest { what: &'static str },
     #[error(
-        "bpf-rq cannot work on this kernel; capture = \"bpf-legacy\" in the agent's configuration tries what is meant for older ones"
+        "bpf-rq cannot work on this kernel; volumes of the device mapper (LVM, LUKS) can be captured all the same: unprotect the group and \
+         protect them; capture = \"bpf-legacy\" in the agent's configuration tries what is meant for older kernels"
     )]
     TooOld {
         #[source]
         source: Box<CaptureError>,
     },
+    #[error(
+        "the configuration says capture = \"dm-mirror\": only volumes of the device mapper that were chosen as such are captured; protect \
+         them anew, or set capture = \"bpf-rq\""
+    )]
+    MirrorsOnly,
     #[error("the capture buffer is damaged at {at}: a record of {len} bytes")]
     Damaged { at: u64, len: u32 },
 }

@@ -129,6 +129,13 @@ pub enum DisksError {
         "{device} cannot be captured: it is a zoned disk (SMR or ZNS), whose write commands capture backend bpf-rq does not know"
     )]
     Zoned { device: String },
+    #[error(
+        "{device} cannot be captured: {why}, and without BPF only volumes of the device mapper (LVM, LUKS) can be; choose the volumes that lie \
+         on it"
+    )]
+    NeedsDm { device: String, why: String },
+    #[error("{device} cannot be captured: {why}")]
+    NoMirror { device: String, why: String },
     #[error("{device} has no room: its size is zero")]
     Empty { device: String },
     #[error("{file_system} on {device} spans {spans} devices, only {found} of them are on this host")]
@@ -166,6 +173,15 @@ pub struct Disks {
     pub bio: BioCapture,
     /// The configuration asks for `bpf-legacy`.
     pub legacy: bool,
+    mirrors: Option<Mirrors>,
+}
+
+/// Volumes are captured at mirrors, not the disks they lie on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Mirrors {
+    why: String,
+    /// Names of volumes that cannot carry one, and why.
+    refused: BTreeMap<String, String>,
 }
 
 fn read_trimmed(path: &Path) -> Option<String> {
@@ -263,7 +279,7 @@ impl Disks {
             }
             devices.insert(name, disk);
         }
-        let mut this = Self { devices, bio: BioCapture::default(), legacy: false };
+        let mut this = Self { devices, bio: BioCapture::default(), legacy: false, mirrors: None };
         this.dax_mounts(&roots.proc);
         this.mounts_of_btrfs(&roots.proc);
         Ok(this)
@@ -276,6 +292,28 @@ impl Disks {
             this.bio = crate::capture::bpf::bio_capture();
         }
         Ok(this)
+    }
+
+    /// Volumes are captured at mirrors, if there is a reason for it, and it is asked which of them can carry one.
+    pub fn at_mirrors(&mut self, why: Option<String>) {
+        use crate::capture::dm::{ioctl::DeviceMapper, mirror};
+        self.mirrors = why.map(|why| {
+            let mut refused = BTreeMap::new();
+            let dm = DeviceMapper::open();
+            for device in self.devices.values().filter(|d| matches!(d.class, Class::Dm { .. })) {
+                let check = match &dm {
+                    Ok(dm) => mirror::check(dm, device.number).map_err(|e| crate::error_chain(&e)),
+                    Err(e) => Err(crate::error_chain(e)),
+                };
+                refused.extend(check.err().map(|why| (device.name.clone(), why)));
+            }
+            Mirrors { why, refused }
+        });
+    }
+
+    /// Why volumes are captured at mirrors; none where they are not.
+    pub fn why_mirrors(&self) -> Option<&str> {
+        self.mirrors.as_ref().map(|m| m.why.as_str())
     }
 
     fn read_device(
@@ -432,6 +470,9 @@ impl Disks {
 
     /// The leaves that a choice needs, with everything that belongs together.
     pub fn resolve(&self, choices: &[String]) -> Result<Resolution, DisksError> {
+        if self.mirrors.is_some() {
+            return self.volumes(choices, "chosen; captured at a mirror");
+        }
         let mut why: BTreeMap<String, String> = BTreeMap::new();
         let mut notes = Vec::new();
         for choice in choices {
@@ -503,6 +544,31 @@ impl Disks {
             }
         }
         Ok(Resolution { leaves, notes })
+    }
+
+    /// The volumes of a choice, each as it is: what lies under a mirrored volume is its own business.
+    pub fn volumes(&self, choices: &[String], why: &str) -> Result<Resolution, DisksError> {
+        let mut leaves: Vec<Leaf> = Vec::new();
+        for choice in choices {
+            let device = self.find(choice)?;
+            if leaves.iter().any(|l| l.volume == device.name) {
+                continue;
+            }
+            let backend = match &self.mirrors {
+                Some(_) => self.backend(device)?,
+                None => Backend::DmMirror,
+            };
+            leaves.push(Leaf {
+                disk: device.name.clone(),
+                disk_number: device.number,
+                disk_sectors: device.sectors,
+                volume: device.name.clone(),
+                range: Extent::new(0, device.sectors),
+                backend,
+                why: why.to_owned(),
+            });
+        }
+        Ok(Resolution { leaves, notes: Vec::new() })
     }
 
     /// Other devices of the same file system.

@@ -16,6 +16,8 @@ pub enum Backend {
     BpfBio,
     /// At a mirror's second leg, for volumes of the device mapper in sync mode.
     DmMirror,
+    /// The same where the host does not wait for the box: for kernels that refuse BPF.
+    DmMirrorAsync,
 }
 
 impl Backend {
@@ -25,6 +27,7 @@ impl Backend {
             Self::BpfLegacy => crate::capture::legacy::NAME,
             Self::BpfBio => "bpf-bio",
             Self::DmMirror => crate::capture::dm::NAME,
+            Self::DmMirrorAsync => crate::capture::dm::NAME_ASYNC,
         }
     }
     /// What may be expected of it, in a sentence for the one who chooses.
@@ -45,6 +48,11 @@ impl Backend {
             Self::DmMirror => {
                 "a write returns when the box has it durable, or a stated time later with an alarm; what is written while the agent does \
                  not run is marked by the kernel and compared afterwards (where BPF is refused, and after a reboot, the whole volume is)"
+            }
+            Self::DmMirrorAsync => {
+                "every write, in one order over all mirrored volumes of the host: each moment is what a power cut would have left; \
+                 asynchronous, the lag is shown; each write of the host passes through the agent's memory before it returns; an agent that ends \
+                 is left out by the kernel at once, and the next one compares all of the volume"
             }
         }
     }
@@ -148,6 +156,14 @@ impl Disks {
     /// How writes of a leaf disk are captured, or why not.
     pub fn backend(&self, disk: &super::Device) -> Result<Backend, DisksError> {
         let no = |why: String| Err(DisksError::NoQueue { device: disk.title(), why });
+        if let Some(mirrors) = &self.mirrors {
+            let device = disk.title();
+            return match (&disk.class, mirrors.refused.get(&disk.name)) {
+                (super::Class::Dm { .. }, None) => Ok(Backend::DmMirrorAsync),
+                (super::Class::Dm { .. }, Some(why)) => Err(DisksError::NoMirror { device, why: why.clone() }),
+                _ => Err(DisksError::NeedsDm { device, why: mirrors.why.clone() }),
+            };
+        }
         if disk.zoned {
             return Err(DisksError::Zoned { device: disk.title() });
         }

@@ -130,6 +130,33 @@ fn a_logical_volume_takes_along_what_its_volume_group_lies_on() {
 }
 
 #[test]
+fn where_bpf_is_refused_volumes_are_captured_and_not_what_they_lie_on() {
+    let mut host = Host::new();
+    host.disk("sda", 1000);
+    host.dm("dm-0", "vg-data", "LVM-abc", 400);
+    host.dm("dm-1", "vg-thin", "LVM-def", 400);
+    host.stack("sda", "dm-0");
+    host.stack("sda", "dm-1");
+    let mut disks = host.read();
+    assert_eq!(disks.why_mirrors(), None);
+    let refused = BTreeMap::from([("dm-1".to_owned(), "its target keeps data of its own".to_owned())]);
+    disks.mirrors = Some(Mirrors { why: "BPF is refused: lockdown".to_owned(), refused });
+    assert_eq!(leaves(&disks, &["/dev/mapper/vg-data", "dm-0"]), [("dm-0".to_owned(), 0, 400)]);
+    let leaf = &disks.resolve(&["dm-0".to_owned()]).unwrap().leaves[0];
+    assert_eq!((leaf.backend, leaf.backend.name()), (Backend::DmMirrorAsync, "dm-mirror-async"));
+    let no = |choice: &str| disks.resolve(&[choice.to_owned()]).unwrap_err().to_string();
+    assert!(no("sda").contains("lockdown") && no("sda").contains("choose the volumes"), "{}", no("sda"));
+    assert!(no("dm-1").contains("data of its own"), "{}", no("dm-1"));
+    let value = disks.json();
+    assert_eq!(value["at_mirrors"], "BPF is refused: lockdown");
+    let of = |path: &str| value["devices"].as_array().unwrap().iter().find(|d| d["path"] == path).unwrap().clone();
+    assert_eq!(of("/dev/mapper/vg-data")["captured_on"], serde_json::json!(["dm-0"]));
+    assert!(of("/dev/sda")["refused"].as_str().unwrap().contains("lockdown"));
+    let text = disks.to_string();
+    assert!(text.contains("dm-mirror-async") && text.contains("BPF is refused: lockdown"), "{text}");
+}
+
+#[test]
 fn an_array_takes_along_its_members() {
     let mut host = Host::new();
     host.disk("sda", 1000);

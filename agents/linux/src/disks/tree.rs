@@ -164,6 +164,9 @@ impl Disks {
 
     /// Whether writes are captured here and not at something below.
     fn is_capture_point(&self, d: &Device) -> bool {
+        if self.mirrors.is_some() {
+            return matches!(&d.class, Class::Dm { .. }) || (d.slaves.is_empty() && d.holders.is_empty());
+        }
         match d.class {
             Class::Disk => true,
             Class::Partition { .. } => false,
@@ -207,6 +210,7 @@ impl Disks {
     fn device_json(&self, d: &Device) -> Value {
         let resolved = self.resolve(std::slice::from_ref(&d.name));
         let (captured_on, takes_along, refused) = match &resolved {
+            Ok(_) if self.mirrors.is_some() => (vec![d.name.clone()], Vec::new(), None),
             Ok(r) => {
                 let mut own = BTreeSet::new();
                 self.leaves_under(d, &mut own);
@@ -247,7 +251,7 @@ impl Disks {
     /// Every device, and what choosing it would mean.
     pub fn json(&self) -> Value {
         let devices: Vec<Value> = self.iter().filter(|d| d.sectors > 0).map(|d| self.device_json(d)).collect();
-        json!({ "devices": devices })
+        json!({ "devices": devices, "at_mirrors": self.why_mirrors() })
     }
 
     /// A choice: layers, leaves, notes.
@@ -282,6 +286,9 @@ impl fmt::Display for Disks {
         let backends: BTreeSet<_> = disks.iter().filter_map(|d| self.backend(d).ok()).collect();
         for backend in backends {
             write!(f, "\n{}: {}\n", backend.name(), backend.promise())?;
+        }
+        if let Some(why) = self.why_mirrors() {
+            write!(f, "\n{why}\n")?;
         }
         let refused: BTreeSet<String> =
             disks.iter().filter_map(|d| self.backend(d).err()).map(|e| e.to_string()).collect();

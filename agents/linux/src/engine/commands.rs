@@ -3,6 +3,7 @@
 use super::group::{BookmarkFor, PlacedBookmark};
 use super::{Engine, Input, RENEW_US, Wait, start};
 use crate::{
+    capture::choose::{self, Choice},
     clock,
     disks::{Disks, Leaf, Resolution},
     enrol, freeze,
@@ -74,18 +75,25 @@ impl Engine {
     // ---- protect ----------------------------------------------------------------------------------------------------------------
 
     fn protect(&mut self, devices: &[String], name: Option<String>, whole_image: bool, mode: SyncMode, answer: Answer) {
-        let sync = mode != SyncMode::Async;
-        let disks = match Disks::here() {
+        let mut disks = match Disks::here() {
             Ok(disks) => disks,
             Err(e) => return fail(&answer, "disks", crate::error_chain(&e), ""),
         };
-        if sync && whole_image {
-            return fail(&answer, "disks", "--sync mirrors volumes, --whole-image takes whole disks: choose one", "");
+        if mode == SyncMode::Async {
+            disks.at_mirrors(self.why_mirrors());
         }
-        if sync && let Err(e) = self.may_mirror(&disks, devices) {
-            return fail(&answer, "no-mirror", crate::error_chain(&e), "see `holdfast-agent disks`");
+        let mirrored = mode != SyncMode::Async || disks.why_mirrors().is_some();
+        if mirrored && whole_image {
+            let text = match disks.why_mirrors() {
+                None => "--sync mirrors volumes, --whole-image takes whole disks: choose one".to_owned(),
+                Some(why) => format!("{why}, so volumes are mirrored, and --whole-image takes whole disks"),
+            };
+            return fail(&answer, "disks", text, "");
         }
-        let resolve = || if sync { super::sync::resolve(&disks, devices) } else { disks.resolve(devices) };
+        let resolve = || match mode {
+            SyncMode::Async => disks.resolve(devices),
+            SyncMode::Sync { .. } => disks.volumes(devices, "chosen; its writes wait for the box"),
+        };
         let resolved = resolve().and_then(|mut first| {
             if whole_image {
                 let whole: Vec<String> = first.leaves.iter().map(|l| l.disk.clone()).collect();
@@ -100,6 +108,9 @@ impl Engine {
             Ok(_) => return fail(&answer, "nothing-chosen", "no disk was chosen", "see `holdfast-agent disks`"),
             Err(e) => return fail(&answer, "disks", crate::error_chain(&e), "see `holdfast-agent disks`"),
         };
+        if mirrored && let Err(e) = self.may_mirror(&disks, devices, mode) {
+            return fail(&answer, "no-mirror", crate::error_chain(&e), "see `holdfast-agent disks`");
+        }
         for leaf in &resolution.leaves {
             let taken = self
                 .groups
@@ -140,7 +151,7 @@ impl Engine {
             .enumerate()
             .map(|(i, leaf)| VolumeSpec {
                 id: VolumeId(i as u32),
-                name: if sync {
+                name: if mirrored {
                     disks.get(&leaf.volume).map_or_else(String::new, |d| d.title())
                 } else {
                     format!("/dev/{}", leaf.volume)
@@ -150,8 +161,14 @@ impl Engine {
             })
             .collect();
         self.tell(Message::Protect { group_name: name, volumes: volumes.clone(), mode });
-        self.pending = Some(Pending::Protect { resolution, asked: volumes, sync, answer });
+        self.pending = Some(Pending::Protect { resolution, asked: volumes, sync: mirrored, answer });
         self.pending_since = clock::mono();
+    }
+
+    /// Why a new group's volumes are captured at mirrors; none where capture runs or would.
+    fn why_mirrors(&self) -> Option<String> {
+        let runs = self.ctx.capture.is_some() && self.config.capture != Choice::DmMirror;
+        if runs { None } else { choose::why_mirrors(self.config.capture) }
     }
 
     /// A box that never answers must not keep every later change waiting.

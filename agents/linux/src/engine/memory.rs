@@ -200,7 +200,8 @@ impl Engine {
     /// One step of forgetting for each mirror that was just seen whole.
     pub(super) fn forget_written(&mut self, whole: &[(TargetId, GroupId)], now: MonoTime) {
         for (target, group) in whole {
-            let stored = self.ctx.retry_persist.iter().all(|(id, ..)| id != group);
+            let stored = self.ctx.retry_persist.iter().all(|(id, ..)| id != group)
+                && self.ctx.open_losses.iter().all(|(id, _)| id != group);
             let running = self.groups.iter().find(|g| g.id() == *group).and_then(|g| g.running.as_ref());
             let let_go = running.filter(|_| stored).map(|r| r.released);
             self.ctx.sync.forget_step(*target, let_go, now);

@@ -266,6 +266,7 @@ impl Engine {
         let peer = Peer { address: identity.box_address.clone(), who, config: Arc::new(Mutex::new(tls)) };
         let (to_self, inbox) = mpsc::sync_channel(INBOX_MAX);
         let now = clock::mono();
+        let inbox_bytes = u64::from(config.ring_bytes());
         let mut engine = Self {
             identity,
             peer,
@@ -279,7 +280,7 @@ impl Engine {
                 open_losses: BTreeSet::new(),
                 losses_settled: false,
                 retry_persist: Vec::new(),
-                sync: Legs::new(to_self.clone(), now),
+                sync: Legs::new(to_self.clone(), now, inbox_bytes),
             },
             groups: Vec::new(),
             start_capture,
@@ -466,16 +467,19 @@ impl Engine {
     /// Takes from capture; then hands out what waited for that.
     fn poll(&mut self) -> Result<(bool, bool), EngineError> {
         let now = clock::mono();
+        let all_told = self.take_lost_of_legs();
         let exact = self.groups.iter().filter_map(|g| g.running.as_ref()).any(|r| r.source.status().gap.is_none());
         let Some(capture) = &mut self.ctx.capture else {
-            // Nothing is captured, so nothing can be missed before a wait.
-            let waits = std::mem::take(&mut self.ctx.waits);
-            waits.into_iter().for_each(|(_, wait)| self.waited(wait));
-            return Ok((false, false));
+            // Nothing lies in a ring, so nothing can be missed before a wait, but what a leg is about to tell.
+            if all_told {
+                let waits = std::mem::take(&mut self.ctx.waits);
+                waits.into_iter().for_each(|(_, wait)| self.waited(wait));
+            }
+            return Ok((false, !all_told));
         };
         let mut events = Vec::new();
         let polled = capture.poll(POLL_BUDGET, exact, now, &mut events).map_err(EngineError::Capture)?;
-        let reads_wait = self.ctx.waits.iter().any(|(at, _)| *at <= polled.position);
+        let reads_wait = all_told && self.ctx.waits.iter().any(|(at, _)| *at <= polled.position);
         if reads_wait {
             capture.flush_losses(&mut events).map_err(EngineError::Capture)?;
         }

@@ -37,12 +37,15 @@ fn memory_limit() -> Option<u64> {
 
 impl Engine {
     fn backend(&self) -> String {
-        let mirrored = self.groups.iter().any(|g| g.record.sync);
-        if mirrored && self.groups.iter().all(|g| g.record.sync) {
-            return crate::capture::dm::NAME.to_owned();
-        }
-        let own = self.ring_backend();
-        if mirrored { format!("{own}, {}", crate::capture::dm::NAME) } else { own }
+        let kind = |g: &super::Group| match (g.record.sync, g.record.spec.policy.mode) {
+            (false, _) => self.ring_backend(),
+            (true, SyncMode::Sync { .. }) => crate::capture::dm::NAME.to_owned(),
+            (true, SyncMode::Async) => crate::capture::dm::NAME_ASYNC.to_owned(),
+        };
+        let mut kinds: Vec<String> = self.groups.iter().map(kind).collect();
+        kinds.sort();
+        kinds.dedup();
+        if kinds.is_empty() { self.ring_backend() } else { kinds.join(", ") }
     }
 
     fn ring_backend(&self) -> String {

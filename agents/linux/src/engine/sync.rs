@@ -1,4 +1,4 @@
-//! Groups in sync mode: mirrors in the host's volumes, and the writes that wait at their legs.
+//! Groups at mirrors: mirrors in the host's volumes, and in sync mode the writes that wait at their legs.
 //!
 //! ```text
 //!  leg ──Input::Leg──▶ Running::request ──▶ machine: Captured, FlushWaiting
@@ -7,6 +7,9 @@
 //!
 //! Every write waits, not only flushes: what the host's disk has acknowledged, the box has. The machine's gate decides (see
 //! `replication`): **sync** they wait; **degraded** after the bound, until the box has caught up; **not yet** during the first copy.
+//!
+//! **Async** (where BPF is refused): the leg answers as soon as the write lies in this engine's inbox, and marks what has no room there
+//! ([`crate::capture::dm::budget`]). So this thread may wait for a disk that it mirrors, and the host never waits for this thread.
 //!
 //! **A leg that is out stops its group**: nothing may be called consistent while writes go unseen. A second later, then ever
 //! more seldom, up to [`RETRY_MS_MAX`], the mirror is put in again, and what was written meanwhile is compared with the box: the watch
@@ -22,15 +25,16 @@ use crate::{
     capture::{
         self, Barrier, Op, Position, RequestId, TargetId,
         dm::{
+            budget::{Budget, Charge},
             ioctl::{DeviceMapper, DmError},
-            leg::{FromLeg, LegNo, LegWrite},
+            leg::{Answers, FromLeg, LegNo, LegWrite},
             mirror::{self, Bounds, Hold, Mirror, MirrorError, Seen},
             order::Order,
             process,
         },
     },
     config::Config,
-    disks::{Backend, Class, Device, Disks, DisksError, Leaf, Resolution},
+    disks::{Class, Device, Disks, DisksError},
     reader::{self, Pool},
     state::{GroupRecord, StateError},
 };
@@ -48,6 +52,8 @@ use wire::{Message, READ_BACK_MAX};
 const FIRST_TARGET: u32 = 1 << 31;
 const RETRY_MS_MIN: u64 = 1_000;
 pub(super) const RETRY_MS_MAX: u64 = 30_000;
+/// In async mode only a read of a failed disk waits for an answer; with the kernel's margin it also bounds how long a hung agent is waited for.
+const ASYNC_ANSWER_MS: u64 = 1_000;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SyncRefusal {
@@ -131,6 +137,8 @@ pub(super) struct Legs {
     pub(super) mirrors: Vec<Mirrored>,
     pub(super) remembering: Remembering,
     waiting: HashMap<u64, (TargetId, LegNo)>,
+    /// For the legs that answer at once.
+    budget: Arc<Budget>,
     /// What the box is asked for.
     asked: HashMap<u64, Asked>,
     reading: Vec<Reading>,
@@ -145,13 +153,14 @@ pub(super) struct Legs {
 }
 
 impl Legs {
-    pub fn new(to_engine: mpsc::SyncSender<Input>, now: MonoTime) -> Self {
+    pub fn new(to_engine: mpsc::SyncSender<Input>, now: MonoTime, inbox_bytes: u64) -> Self {
         Self {
             dm: None,
             pool: None,
             mirrors: Vec::new(),
             remembering: Remembering::default(),
             waiting: HashMap::new(),
+            budget: Budget::new(inbox_bytes),
             asked: HashMap::new(),
             reading: Vec::new(),
             next_number: 0,
@@ -297,28 +306,8 @@ fn bounds(config: &Config, mode: SyncMode) -> Bounds {
             // By then the kernel has what waits; the guard is for a kernel that does not keep its time limit.
             Bounds { answer_ms: reconnect_ms.max(wait_ms_max), hold: Some(hold) }
         }
-        SyncMode::Async => Bounds { answer_ms: RETRY_MS_MAX, hold: None },
+        SyncMode::Async => Bounds { answer_ms: ASYNC_ANSWER_MS, hold: None },
     }
-}
-
-/// The volumes of a choice, each as it is: what lies under a mirrored volume is its own business.
-pub(super) fn resolve(disks: &Disks, choices: &[String]) -> Result<Resolution, DisksError> {
-    let mut leaves: Vec<Leaf> = Vec::new();
-    for choice in choices {
-        let device = disks.find(choice)?;
-        if leaves.iter().all(|l| l.volume != device.name) {
-            leaves.push(Leaf {
-                disk: device.name.clone(),
-                disk_number: device.number,
-                disk_sectors: device.sectors,
-                volume: device.name.clone(),
-                range: Extent::new(0, device.sectors),
-                backend: Backend::DmMirror,
-                why: "chosen; its writes wait for the box".to_owned(),
-            });
-        }
-    }
-    Ok(Resolution { leaves, notes: Vec::new() })
 }
 
 /// Whether `device` is `below` or lies on it.
@@ -337,20 +326,24 @@ fn node(device: capture::DevNo) -> PathBuf {
 
 impl Engine {
     /// Says why volumes cannot be mirrored, before anything is changed.
-    pub(super) fn may_mirror(&mut self, disks: &Disks, choices: &[String]) -> Result<(), SyncRefusal> {
+    pub(super) fn may_mirror(&mut self, disks: &Disks, choices: &[String], mode: SyncMode) -> Result<(), SyncRefusal> {
         for choice in choices {
             let device = disks.find(choice)?;
             if !matches!(device.class, Class::Dm { .. }) {
                 return Err(SyncRefusal::NotDm { device: device.title() });
             }
-            self.keeps_state_on(disks, device)?;
+            self.keeps_state_on(disks, device, mode)?;
             mirror::check(&*self.ctx.sync.dm()?, device.number)?;
         }
         Ok(())
     }
 
-    fn keeps_state_on(&self, disks: &Disks, device: &Device) -> Result<(), SyncRefusal> {
+    fn keeps_state_on(&self, disks: &Disks, device: &Device, mode: SyncMode) -> Result<(), SyncRefusal> {
         use std::os::unix::fs::MetadataExt;
+        if mode == SyncMode::Async {
+            // Its own writes wait for nobody.
+            return Ok(());
+        }
         let dir = &self.config.state_dir;
         let own = std::fs::metadata(dir)
             .ok()
@@ -439,14 +432,19 @@ impl Engine {
         let mut volumes = Vec::new();
         for volume in &record.volumes {
             let device = start::find(disks, volume)?;
-            self.keeps_state_on(disks, device)?;
+            let mode = record.spec.policy.mode;
+            self.keeps_state_on(disks, device, mode)?;
             let legs = &mut self.ctx.sync;
             let target = TargetId(legs.next_target);
             legs.next_target += 1;
             let to_engine = self.to_self.clone();
             let deliver = move |what| to_engine.send(Input::Leg(target, what)).is_ok();
-            let bounds = bounds(&self.config, record.spec.policy.mode);
-            let mirror = Mirror::put_in(&dm, device.number, volume.sectors, bounds, deliver)?;
+            let bounds = bounds(&self.config, mode);
+            let answers = match mode {
+                SyncMode::Async => Answers::AtOnce(legs.budget.clone(), target),
+                SyncMode::Sync { .. } => Answers::Engine,
+            };
+            let mirror = Mirror::put_in(&dm, device.number, volume.sectors, bounds, answers, deliver)?;
             tracing::info!(group = %record.spec.name, volume = mirror.name, stall_ms_max = bounds.stall_ms_max(), "mirror is in");
             let path = node(mirror.inner());
             let memory = legs.begin_memory(device.number, crate::clock::mono());
@@ -523,13 +521,18 @@ impl Engine {
     }
 
     pub(super) fn heard_from_leg(&mut self, target: TargetId, what: FromLeg) {
+        // Of all volumes, also when the one whose leg tells is out by now.
+        if let FromLeg::Lost(lost) = what {
+            return self.legs_lost(lost);
+        }
         let Some(at) = self.ctx.sync.get(target) else { return };
         let group = at.group;
         if let FromLeg::Read { id, .. } = &what {
             at.heard = *id;
         }
         match what {
-            FromLeg::Write(write) => self.leg_write(target, group, write),
+            FromLeg::Write(write, charge) => self.leg_write(target, group, write, charge),
+            FromLeg::Lost(_) => {}
             FromLeg::Read { id, extent } => self.leg_read(target, group, id, extent),
             FromLeg::Overran { requests } => {
                 self.alarm(
@@ -613,7 +616,29 @@ impl Engine {
         self.alarm(group, format!("the local disk of /dev/mapper/{name} cannot be read: the host reads from the box"));
     }
 
-    fn leg_write(&mut self, target: TargetId, group: GroupId, write: LegWrite) {
+    /// Takes what legs have lost and not told yet. False while one is telling it: it waits for this thread.
+    pub(super) fn take_lost_of_legs(&mut self) -> bool {
+        let lost = self.ctx.sync.budget.take_lost();
+        let told = lost.is_some();
+        self.legs_lost(lost.unwrap_or_default());
+        told
+    }
+
+    /// Writes that had no room.
+    fn legs_lost(&mut self, lost: Vec<(TargetId, Extent)>) {
+        for (target, extent) in lost {
+            // Of a mirror that was taken out meanwhile: then everything is compared.
+            let Some(at) = self.ctx.sync.get(target) else { continue };
+            at.order.arrived(extent);
+            let group = at.group;
+            if let Some((running, ctx)) = self.running(group) {
+                running.lost(ctx, group, target, &[extent], capture::LostWhy::Overflow);
+            }
+        }
+    }
+
+    /// `charge`: what the write takes of the inbox's budget, until it is the spool's.
+    fn leg_write(&mut self, target: TargetId, group: GroupId, write: LegWrite, charge: Option<Charge>) {
         let LegWrite { id, op, fua, extent, data, mono } = write;
         let Some(at) = self.ctx.sync.get(target) else { return };
         if op != Op::Flush {
@@ -637,6 +662,7 @@ impl Engine {
             at.heard = id;
             at.last_capture = last.unwrap_or(at.last_capture);
         }
+        drop(charge);
     }
 
     fn alarm(&mut self, group: GroupId, what: String) {
@@ -679,7 +705,10 @@ impl Engine {
         }
         let bounds = bounds(&self.config, mode);
         let of = |m: &&Mirrored| m.group == group;
-        if self.ctx.sync.mirrors.iter().filter(of).any(|m| m.mirror.holds() != bounds.hold.is_some()) {
+        let other_kind = |m: &Mirrored| {
+            m.mirror.holds() != bounds.hold.is_some() || m.mirror.leg.answers_at_once() != (mode == SyncMode::Async)
+        };
+        if self.ctx.sync.mirrors.iter().filter(of).any(other_kind) {
             // Another kind of leg: out and in again, which costs what is written in that moment.
             self.ctx.sync.retry_ms = 0;
             return self.stop_sync(group, "the policy has changed: the mirror is put in anew");
@@ -739,20 +768,21 @@ impl Engine {
         if std::mem::replace(&mut at.local_failed, true) {
             return;
         }
+        // Only what waited for the box is on it for certain.
+        let sync = !at.mirror.leg.answers_at_once();
         let whole = self.running(group).is_some_and(|(r, _)| r.source.status().gap.is_none());
-        if whole {
+        if whole && sync {
             self.alarm(
                 group,
                 format!("the local disk of /dev/mapper/{name} has failed: new writes are on the box only"),
             );
             return;
         }
-        // The box has not all of it yet: the host must hear of its disk's errors itself.
+        // The box has not all of it: the host must hear of its disk's errors itself.
         self.take_out_mirrors(Some(group));
         self.ctx.sync.barred.push(group);
-        let why = format!(
-            "the local disk of /dev/mapper/{name} failed before everything was copied: mend it and start the agent again"
-        );
+        let when = if sync { " before everything was copied" } else { "" };
+        let why = format!("the local disk of /dev/mapper/{name} failed{when}: mend it and start the agent again");
         self.stop_sync(group, &why);
     }
 }

@@ -40,6 +40,7 @@ mod btf;
 mod calibrate;
 pub mod layout;
 mod pins;
+pub mod probe;
 mod ring;
 pub mod watch;
 

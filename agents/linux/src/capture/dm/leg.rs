@@ -10,6 +10,10 @@
 //! passed and the engine has not answered, because it is itself waiting for the disk, stopped in a debugger, or broken. So no failure of
 //! the engine holds the host longer than the bound. The guard says so ([`FromLeg::Overran`]), and what it let pass is no promise.
 //!
+//! **Async** ([`Answers::AtOnce`]): a write is answered as soon as it lies in the engine's inbox, so the engine may wait for the very disk.
+//! What does not fit ([`Budget`](super::budget::Budget)) is not kept and the host does not wait for room: its place is told as lost, before
+//! anything that was written after it.
+//!
 //! [`Leg::open_up`] ends all waiting: what waits and what comes is answered at once and not handed on. Needed before the mirror is
 //! taken out, because the kernel waits for what is under way then.
 //!
@@ -18,7 +22,11 @@
 //!
 //! Bounds: the kernel has at most 128 requests under way; with [`REQUEST_KIB`] each that is 32 MiB.
 
-use crate::{capture::Op, clock};
+use super::budget::{Budget, Charge};
+use crate::{
+    capture::{Op, TargetId},
+    clock,
+};
 use model::{ByteLen, Extent, MonoTime, SECTOR};
 use nbd::{Access, BlockSizes, Command, Errno, ExportFlags, ExportInfo, Incoming, REQUEST_LEN, Request, Session};
 use std::{
@@ -42,6 +50,15 @@ const GUARD_PERIOD: Duration = Duration::from_millis(50);
 /// The engine decides at the bound, the guard this much later.
 pub const GUARD_MARGIN_MS: u64 = 500;
 
+/// Who lets a write of the host return.
+#[derive(Clone, Debug)]
+pub enum Answers {
+    /// The engine, when the machine says so.
+    Engine,
+    /// The leg, when the write lies in the engine's inbox or is marked as lost, under the volume's name there.
+    AtOnce(Arc<Budget>, TargetId),
+}
+
 /// A leg's own number of a request; the kernel's cookies are used again.
 pub type LegNo = u64;
 
@@ -58,22 +75,18 @@ pub struct LegWrite {
 }
 
 /// What a leg tells.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum FromLeg {
-    Write(LegWrite),
+    /// The charge, for one that was answered already, is dropped when the write is somebody else's memory.
+    Write(LegWrite, Option<Charge>),
+    /// Written, not kept, and perhaps not on the local disk yet; of all volumes.
+    Lost(Vec<(TargetId, Extent)>),
     /// To be answered with the data or an error.
-    Read {
-        id: LegNo,
-        extent: Extent,
-    },
+    Read { id: LegNo, extent: Extent },
     /// The guard answered what the engine did not.
-    Overran {
-        requests: usize,
-    },
+    Overran { requests: usize },
     /// The kernel has given the leg up, or somebody ended it.
-    Gone {
-        why: String,
-    },
+    Gone { why: String },
 }
 
 struct Waiting {
@@ -90,6 +103,7 @@ struct Inner {
 struct Shared {
     session: Session,
     inner: Mutex<Inner>,
+    answers: Answers,
     writer: Mutex<UnixStream>,
     /// Whether the mirror reads here.
     mirror_reads: Box<dyn Fn() -> bool + Send + Sync>,
@@ -112,6 +126,16 @@ pub fn export(bytes: ByteLen) -> ExportInfo {
     }
 }
 
+/// How a leg begins.
+pub struct Begin {
+    /// Its requests are numbered from here: one that goes on where another ended goes on counting.
+    pub first: LegNo,
+    pub answers: Answers,
+    pub info: ExportInfo,
+    /// How long a request may wait in all.
+    pub bound_ms: u64,
+}
+
 /// A served leg. Dropping it closes the connection.
 pub struct Leg {
     shared: Arc<Shared>,
@@ -127,24 +151,24 @@ impl Leg {
         mirror_reads: impl Fn() -> bool + Send + Sync + 'static,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        Self::serve_from(1, ours, info, bound_ms, mirror_reads, deliver)
+        let begin = Begin { first: 1, answers: Answers::Engine, info, bound_ms };
+        Self::serve_from(begin, ours, mirror_reads, deliver)
     }
 
-    /// The same for a leg that goes on where another ended: its requests are numbered from `first`.
+    /// The same, in all ways.
     pub fn serve_from(
-        first: LegNo,
+        begin: Begin,
         ours: UnixStream,
-        info: ExportInfo,
-        bound_ms: u64,
         mirror_reads: impl Fn() -> bool + Send + Sync + 'static,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            session: Session::agreed(info),
-            inner: Mutex::new(Inner { waiting: BTreeMap::new(), next: first, open: false }),
+            session: Session::agreed(begin.info),
+            inner: Mutex::new(Inner { waiting: BTreeMap::new(), next: begin.first, open: false }),
+            answers: begin.answers,
             writer: Mutex::new(ours.try_clone()?),
             mirror_reads: Box::new(mirror_reads),
-            bound_ms: AtomicU64::new(bound_ms),
+            bound_ms: AtomicU64::new(begin.bound_ms),
         });
         let deliver: Arc<dyn Fn(FromLeg) -> bool + Send + Sync> = Arc::new(deliver);
         let (guarded, told) = (shared.clone(), deliver.clone());
@@ -196,6 +220,10 @@ impl Leg {
     /// Number of the last request that was handed on, or is about to be.
     pub fn last(&self) -> LegNo {
         locked(&self.shared.inner).next - 1
+    }
+
+    pub fn answers_at_once(&self) -> bool {
+        matches!(self.shared.answers, Answers::AtOnce(..))
     }
 
     pub fn waiting(&self) -> usize {
@@ -333,16 +361,45 @@ fn take(
         }
         let id = inner.next;
         inner.next += 1;
-        inner.waiting.insert(id, Waiting { request, since: mono });
+        if op.is_none() || matches!(shared.answers, Answers::Engine) {
+            inner.waiting.insert(id, Waiting { request, since: mono });
+        }
         id
     };
-    deliver(match op {
-        None => FromLeg::Read { id, extent },
-        Some(Op::Flush) => {
-            FromLeg::Write(LegWrite { id, op: Op::Flush, fua: false, extent: Extent::default(), data, mono })
+    let write = match op {
+        None => return deliver(FromLeg::Read { id, extent }),
+        Some(Op::Flush) => LegWrite { id, op: Op::Flush, fua: false, extent: Extent::default(), data, mono },
+        Some(op) => LegWrite { id, op, fua: request.fua(), extent, data, mono },
+    };
+    match &shared.answers {
+        Answers::Engine => deliver(FromLeg::Write(write, None)),
+        Answers::AtOnce(budget, target) => {
+            let heard = keep_or_mark(write, budget, *target, deliver);
+            shared.send(&request, Ok(None));
+            heard
         }
-        Some(op) => FromLeg::Write(LegWrite { id, op, fua: request.fua(), extent, data, mono }),
-    })
+    }
+}
+
+/// Hands a write on if there is room, after what had none before it; else notes its place. Says whether anybody listens.
+fn keep_or_mark(
+    write: LegWrite,
+    budget: &Arc<Budget>,
+    target: TargetId,
+    deliver: &(dyn Fn(FromLeg) -> bool + Send + Sync),
+) -> bool {
+    match budget.take(write.data.len()) {
+        Some(charge) => {
+            budget.tell_lost(|lost| deliver(FromLeg::Lost(lost))) && deliver(FromLeg::Write(write, Some(charge)))
+        }
+        None => {
+            // A flush has no place.
+            if !write.extent.is_empty() {
+                budget.mark(target, write.extent);
+            }
+            true
+        }
+    }
 }
 
 #[cfg(test)]
@@ -390,9 +447,54 @@ mod tests {
 
     fn write_of(inbox: &mpsc::Receiver<FromLeg>) -> LegWrite {
         match inbox.recv_timeout(Duration::from_secs(60)).unwrap() {
-            FromLeg::Write(write) => write,
+            FromLeg::Write(write, _) => write,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn write_to(kernel: &mut UnixStream, cookie: u64, sector: u64) {
+        kernel.write_all(&request(WRITE, cookie, sector * 512, 512)).unwrap();
+        kernel.write_all(&[cookie as u8; 512]).unwrap();
+        assert_eq!(reply(kernel), (0, cookie), "answered at once, whoever listens");
+    }
+
+    /// What the engine does not take is bounded, the host never waits for room, and nothing goes missing unsaid.
+    #[test]
+    fn a_write_answered_at_once_is_kept_or_told_as_lost_before_what_follows() {
+        use super::super::budget::REQUEST_BYTES;
+        let (mut kernel, ours) = UnixStream::pair().unwrap();
+        kernel.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let (sender, inbox) = mpsc::channel();
+        let budget = Budget::new(2 * (REQUEST_BYTES + 512));
+        let begin = Begin {
+            first: 1,
+            answers: Answers::AtOnce(budget.clone(), TargetId(5)),
+            info: export(ByteLen(1 << 30)),
+            bound_ms: 60_000,
+        };
+        let leg = Leg::serve_from(begin, ours, || false, move |m| sender.send(m).is_ok()).unwrap();
+        let next = || inbox.recv_timeout(Duration::from_secs(60)).unwrap();
+        (1..=2).for_each(|n| write_to(&mut kernel, n, n * 8));
+        // Nobody takes them: the third to fifth have no room. A flush has no place that could be lost.
+        (3..=5).for_each(|n| write_to(&mut kernel, n, 100 + n));
+        kernel.write_all(&request(FLUSH, 6, 0, 0)).unwrap();
+        assert_eq!((reply(&mut kernel), leg.waiting()), ((0, 6), 0));
+        let FromLeg::Write(first, charge) = next() else { panic!() };
+        assert_eq!((first.extent, first.data), (Extent::new(8, 1), vec![1; 512]));
+        drop(charge);
+        write_to(&mut kernel, 7, 200);
+        assert!(matches!(next(), FromLeg::Write(second, Some(_)) if second.extent == Extent::new(16, 1)));
+        let FromLeg::Lost(lost) = next() else { panic!() };
+        assert_eq!(lost, [(TargetId(5), Extent::new(103, 3))]);
+        let FromLeg::Write(after, charge) = next() else { panic!() };
+        assert_eq!((after.id, after.extent), (7, Extent::new(200, 1)));
+
+        // Lost last, and nothing follows: found by who looks.
+        let held = budget.take(0).unwrap();
+        write_to(&mut kernel, 8, 300);
+        assert_eq!(budget.take_lost().unwrap(), [(TargetId(5), Extent::new(300, 1))]);
+        drop((held, charge));
+        assert_eq!(budget.fill().0, 0, "all of it was given back");
     }
 
     /// An engine that takes nothing any more holds up who tells it, not the guard, and so not the host.
@@ -443,7 +545,8 @@ mod tests {
         kernel.write_all(&request(FLUSH, 9, 0, 0)).unwrap();
         let late = write_of(&inbox);
         assert_eq!(reply(&mut kernel), (0, 9));
-        assert_eq!(inbox.recv_timeout(Duration::from_secs(60)).unwrap(), FromLeg::Overran { requests: 1 });
+        let told = inbox.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(matches!(told, FromLeg::Overran { requests: 1 }), "{told:?}");
         // The kernel uses the cookie again; the engine's late answer must not be taken for the new request's.
         leg.done(late.id);
         kernel.write_all(&request(FLUSH, 9, 0, 0)).unwrap();

@@ -20,7 +20,7 @@
 
 use super::{
     ioctl::{DeviceMapper, DmError, InFlight, NAME_MAX, UUID_MAX},
-    leg::{self, FromLeg, GUARD_MARGIN_MS, Leg, LegNo},
+    leg::{self, Answers, Begin, FromLeg, GUARD_MARGIN_MS, Leg, LegNo},
     nbdk::{self, Connected, NbdError, Setup},
     table::{self, Found, Health, TableRefusal},
 };
@@ -92,6 +92,10 @@ fn name_of(name: &str) -> String {
 
 fn fold(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
+fn begin(first: LegNo, answers: Answers, sectors: u64, bounds: Bounds) -> Begin {
+    Begin { first, answers, info: leg::export(ByteLen(sectors * SECTOR)), bound_ms: bounds.answer_ms }
 }
 
 fn sysfs(device: DevNo, file: &str) -> PathBuf {
@@ -190,6 +194,7 @@ impl Mirror {
         outer: DevNo,
         sectors: u64,
         bounds: Bounds,
+        answers: Answers,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
     ) -> Result<Self, MirrorError> {
         let info = dm.info(outer)?;
@@ -226,7 +231,7 @@ impl Mirror {
             }
             (Found::Plain { .. }, None) => Self::make_inner(dm, &name_of(&name), &uuid, &table)?,
         };
-        let (leg, kernel) = Self::serve(dm, [outer, inner], sectors, bounds, 1, deliver)?;
+        let (leg, kernel) = Self::serve(dm, [outer, inner], begin(1, answers, sectors, bounds), deliver)?;
         let mut let_go = false;
         if let Found::Mirrored { leg: old, .. } = &found {
             // What waits in the kernel for an agent goes on with this one, if the host is to be held; else it goes on without.
@@ -271,9 +276,7 @@ impl Mirror {
     fn serve(
         dm: &Arc<DeviceMapper>,
         [outer, inner]: [DevNo; 2],
-        sectors: u64,
-        bounds: Bounds,
-        first: LegNo,
+        begin: Begin,
         deliver: impl Fn(FromLeg) -> bool + Send + Sync + 'static,
     ) -> Result<(Leg, OwnedFd), MirrorError> {
         let system = |what| move |source| MirrorError::System { what, source };
@@ -287,9 +290,7 @@ impl Mirror {
         let mirror_reads = move || {
             health_of(&asks, outer).map_or(true, |health| health.is_some_and(|(local, _)| local != Health::Alive))
         };
-        let info = leg::export(ByteLen(sectors * SECTOR));
-        let leg = Leg::serve_from(first, ours, info, bounds.answer_ms, mirror_reads, deliver)
-            .map_err(system("start the leg's threads"))?;
+        let leg = Leg::serve_from(begin, ours, mirror_reads, deliver).map_err(system("start the leg's threads"))?;
         Ok((leg, kernel.into()))
     }
 
@@ -323,7 +324,8 @@ impl Mirror {
     ) -> Result<(), MirrorError> {
         let Some(reconnect) = bounds.reconnect() else { return Ok(()) };
         let first = self.leg.last() + 1;
-        let (leg, kernel) = Self::serve(dm, [self.outer, self.inner], self.sectors, bounds, first, deliver)?;
+        let begin = begin(first, Answers::Engine, self.sectors, bounds);
+        let (leg, kernel) = Self::serve(dm, [self.outer, self.inner], begin, deliver)?;
         self.nbd.again(&kernel, bounds.timeout(), reconnect)?;
         self.leg = leg;
         Ok(())

@@ -1,4 +1,5 @@
-//! `dm-mirror-nbd`: capture that makes the host wait for the box, on volumes of the device mapper (LVM, LUKS, plain dm).
+//! `dm-mirror-nbd`: capture that makes the host wait for the box, on volumes of the device mapper (LVM, LUKS, plain dm); and
+//! `dm-mirror-async`: the same without the waiting, where the kernel refuses BPF.
 //!
 //! The kernel's own mirror is put live into the volume: its first leg is the disk as it was, its second an NBD device that the agent
 //! serves. A write of the host returns when **both** have it, and the agent answers for its leg when the box has the write durable. No
@@ -10,6 +11,7 @@
 //! | [`table`] | which tables may carry a mirror, what ours looks like |
 //! | [`nbdk`], [`netlink`] | the kernel's NBD client |
 //! | [`leg`] | the served leg, its guard |
+//! | [`budget`] | how much may lie between legs and engine in async mode |
 //! | [`mirror`] | insertion, watch, removal |
 //! | [`order`] | which writes may not be on the local disk yet |
 //! | [`process`] | what the agent's process must be meanwhile |
@@ -20,6 +22,18 @@
 //! **Order.** Writes are handed on as they arrive at the leg. A write that depends on another was issued after that one returned, that is,
 //! after it had arrived here: so every prefix is a crash image. A write is handed on at the latest before it returns.
 //!
+//! **Async.** The leg answers as soon as a write lies in the engine's inbox. What has no room there is not kept: its place is marked, told before
+//! whatever was written later on any volume, and copied. So each write costs the host one way to the agent's memory and back, never a wait
+//! for the engine, the box or the agent's own disk. What was written while no agent ran is not known where BPF is refused: the next agent
+//! compares the whole volume.
+//!
+//! **Why not `dm-log-writes`**, the kernel's own log of writes, which asks for nobody's answer: its log is not in the order of the writes. A write
+//! is logged when a flush that began after it completes, or at once when it carries FUA. So a block that was written and then written with
+//! FUA (`O_DSYNC`) stands in the log with its old contents last (tried on 6.1: the disk had the new block, the replayed log the old one); and
+//! of two flushes under way at once the later one may end first (each hardware queue has its own), and then what hangs on the earlier one
+//! comes behind what was written after it. Nothing in the log tells. Besides, it keeps unflushed writes in kernel memory without a bound, and
+//! a page that it cannot get fails the host's write.
+//!
 //! **What may fail, and what the host sees**
 //!
 //! | | |
@@ -29,6 +43,8 @@
 //! | the same under *strict* | the kernel keeps the host's writes; the next agent takes them up, those that were under way `wait_ms_max` + 5.5 s after they were sent. With none within `sync_hold_s` the kernel lets the host go on alone, without an error; the next agent says so and compares what was written. A stop in good order (`systemctl stop`, an upgrade) takes the mirror out under this policy too |
 //! | the agent hangs in the kernel | the kernel's time limit: bound + 5.5 s, once; then as if killed |
 //! | the agent's engine hangs | the leg's guard answers at the bound |
+//! | async: the agent's engine hangs, its disk too | nothing; what does not fit into the agent's memory is marked and copied |
+//! | async: the local disk fails | within a second the mirror is taken out, and the host hears its disk's errors itself; a write that failed in that second was reported as done, and only the box has it |
 //! | the local disk fails | the host's writes go on to the box and an alarm is raised; reads are served from the box while it has everything (state sync), else they fail (EIO) |
 //! | the local disk fails, and then the agent dies | nothing is left to write to: the host gets errors (EIO), under *strict* when `sync_hold_s` is over; a new agent does not go on, for it cannot tell the box's newer data from the disk's older |
 //! | LVM loads another table | seen within a second; the mirror is put in again; what was written in between is compared |
@@ -41,15 +57,18 @@
 //!
 //! **Limits.** What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
 //! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
-//! dm volumes and are refused. The agent's state directory must not lie on a volume it mirrors. A disk that fails for the first time *during*
+//! dm volumes and are refused. In sync mode the agent's state directory must not lie on a volume it mirrors; in async mode it may, and then there is no spool file. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
-//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`. There, under emulation: a killed agent held
+//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
 //! a host's write for 0.2 to 0.7 s, a stopped one for 0.2 s; 50 cuts and a kill of a writing host lost no acknowledged write.
 
 /// As the status shows it.
 pub const NAME: &str = "dm-mirror-nbd";
+/// The same where the host does not wait for the box.
+pub const NAME_ASYNC: &str = "dm-mirror-async";
 
+pub mod budget;
 pub mod ioctl;
 pub mod leg;
 pub mod mirror;

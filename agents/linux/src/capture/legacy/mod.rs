@@ -41,10 +41,10 @@ mod testdisk;
 
 use super::assemble::Assembler;
 use super::bpf::{
-    BpfCapture, Options, Pins, at_rest, attach_loaded, by_bio, granules_of, key_of, layout as shared, lift_memlock,
-    load, map_error, merged, push_granule, take_map,
+    Options, at_rest, attach_loaded, by_bio, granules_of, key_of, layout as shared, lift_memlock, load, map_error,
+    merged, push_granule, take_map,
 };
-use super::{Barrier, Capture, CaptureError, Captured, Counters, DevNo, LostWhy, Polled, Position, Target, TargetId};
+use super::{Barrier, Capture, CaptureError, Captured, Counters, LostWhy, Polled, Position, Target, TargetId};
 use crate::clock;
 use aya::{
     Ebpf, EbpfLoader,
@@ -65,7 +65,6 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::fs::FileExt,
     },
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -86,33 +85,6 @@ const QUIET_PAUSE: Duration = Duration::from_micros(50);
 const SELFTEST_MAX_MS: u64 = 20_000;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("HOLDFAST_BPF_LEGACY_OBJECT"));
-
-/// Which backend captures the disks that are not mirrored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Choice {
-    #[default]
-    BpfRq,
-    /// For kernels that are too old for the other one. Only when it is asked for: on the kernels it was made for its start has not been
-    /// seen to end yet.
-    BpfLegacy,
-}
-
-/// Starts the backend that was chosen.
-pub fn start(options: &Options, on: Option<(&Path, DevNo)>, choice: Choice) -> Result<Box<dyn Capture>, CaptureError> {
-    if choice == Choice::BpfLegacy {
-        // What the other one may have left would capture on, for nobody.
-        if let Some(pins) = Pins::existing(&options.pins) {
-            pins.clear()?;
-        }
-        return Ok(Box::new(LegacyCapture::start(options)?));
-    }
-    match BpfCapture::start(options, on) {
-        Ok(capture) => Ok(Box::new(capture)),
-        Err(e) if e.asks_too_much_of_the_kernel() => Err(CaptureError::TooOld { source: Box::new(e) }),
-        Err(e) => Err(e),
-    }
-}
 
 /// Parses the object and makes its maps, for as many CPUs as there can be; no program is loaded yet.
 fn load_object() -> Result<Ebpf, CaptureError> {
