@@ -17,6 +17,7 @@ pub mod local;
 pub mod net;
 pub mod psi;
 pub mod reader;
+pub mod rescue;
 pub mod schedule;
 pub mod spool;
 pub mod state;

@@ -89,7 +89,7 @@ pub enum LinkError {
 
 impl LinkError {
     /// Refusals that time alone does not mend.
-    fn lasting(&self) -> bool {
+    pub(crate) fn lasting(&self) -> bool {
         let Self::Refused(refusal) = self else { return false };
         matches!(
             refusal.code,
@@ -159,6 +159,8 @@ pub struct Conn {
     /// How much of `inbox` has been used up.
     used: usize,
     eof: bool,
+    /// The box may send records on it: a restore.
+    takes_records: bool,
 }
 
 impl Conn {
@@ -169,7 +171,7 @@ impl Conn {
         let mut tls = ClientConnection::new(config, tls::box_name()).map_err(LinkError::Setup)?;
         // We bound what is staged ourselves.
         tls.set_buffer_limit(None);
-        let mut this = Self { tls, sock, inbox: Vec::new(), used: 0, eof: false };
+        let mut this = Self { tls, sock, inbox: Vec::new(), used: 0, eof: false, takes_records: false };
         while this.tls.is_handshaking() {
             this.step(Some(deadline), None)?;
             if this.eof && this.tls.is_handshaking() {
@@ -180,7 +182,7 @@ impl Conn {
     }
 
     /// Writes what is staged as far as the socket takes it, waits, reads what is there.
-    fn step(&mut self, deadline: Option<Instant>, wake: Option<&Wake>) -> Result<(), LinkError> {
+    pub(crate) fn step(&mut self, deadline: Option<Instant>, wake: Option<&Wake>) -> Result<(), LinkError> {
         self.write_out()?;
         let timeout = match deadline {
             None => Duration::from_millis(500),
@@ -245,11 +247,11 @@ impl Conn {
     }
 
     /// The next whole frame that has arrived.
-    fn next_frame(&mut self) -> Result<Option<(FrameHeader, Vec<u8>)>, LinkError> {
+    pub(crate) fn next_frame(&mut self) -> Result<Option<(FrameHeader, Vec<u8>)>, LinkError> {
         let here = &self.inbox[self.used..];
         let frame = if let Some((head, rest)) = here.split_first_chunk::<HEADER_LEN>() {
             let header = decode_header(head).map_err(LinkError::Frame)?;
-            if matches!(header.kind, FrameKind::Record(_)) {
+            if matches!(header.kind, FrameKind::Record(_)) && !self.takes_records {
                 return Err(LinkError::OutOfPlace { kind: header.kind });
             }
             rest.get(..header.payload_len as usize).map(|p| (header, p.to_vec()))
@@ -274,6 +276,14 @@ impl Conn {
         let mut bytes = Vec::new();
         encode_message(message, &mut bytes).map_err(LinkError::Message)?;
         self.tls.writer().write_all(&bytes).map_err(LinkError::Io)
+    }
+
+    /// From here on the box may send records.
+    pub(crate) fn take_records(&mut self) {
+        self.takes_records = true;
+    }
+    pub(crate) fn stage_bytes(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
+        self.tls.writer().write_all(bytes).map_err(LinkError::Io)
     }
 
     /// Sends a message and waits for one.
@@ -313,7 +323,7 @@ impl Conn {
     }
 
     /// Says goodbye as TLS wants it, without waiting.
-    fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.tls.send_close_notify();
         let _ = self.write_out();
     }

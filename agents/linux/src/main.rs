@@ -15,6 +15,7 @@ use agent_linux::{
     engine::Engine,
     enrol, fence, freeze, inside,
     local::{self, Failure},
+    rescue,
     state::{StateDir, boot_id},
     throttle::{Kernel, Throttle},
 };
@@ -57,6 +58,27 @@ enum Command {
     },
     /// Run the agent (what the service does)
     Run,
+    /// Wait for a box to write this machine's disks: from a live Linux or an initramfs, never on a machine that serves
+    Rescue {
+        /// HOST:PORT of the box
+        #[arg(long = "box")]
+        box_address: String,
+        /// The token, or `-` to read it from standard input
+        #[arg(long, allow_hyphen_values = true)]
+        token: String,
+        /// Name of this machine on the box [default: its host name]
+        #[arg(long)]
+        name: Option<String>,
+        /// Disks that may be written [default: every whole disk that nothing uses]
+        #[arg(long = "allow", value_name = "DISK")]
+        allow: Vec<String>,
+        /// Go on running when the box says that the machine is to be started anew
+        #[arg(long)]
+        no_reboot: bool,
+        /// Where the identity is kept; should be in memory
+        #[arg(long, default_value = "/run/holdfast-rescue")]
+        dir: PathBuf,
+    },
     /// In a machine that a box runs in this host's place: answer the box
     #[command(hide = true)]
     Inside,
@@ -194,13 +216,19 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
     if matches!(cli.command, Command::Inside) {
         return inside::serve().context("speak with the box over its port");
     }
+    if let Command::Rescue { box_address, token, name, allow, no_reboot, dir } = cli.command {
+        let token = enrol::token_from(&token, std::io::stdin()).context("could not read the token")?;
+        let name = name.unwrap_or_else(enrol::host_name);
+        let options = rescue::Options { box_address, token, name, allow, reboot: !no_reboot, dir };
+        return Ok(rescue::run(&options)?);
+    }
     if let Command::Early { sysroot } = &cli.command {
         return early(cli.config.as_deref(), sysroot);
     }
     let config = Config::load(cli.config.as_deref())?;
     let ask = |request| local::ask(&config.socket(), &request);
     match cli.command {
-        Command::ThawGuard { .. } | Command::Early { .. } | Command::Inside => Ok(()),
+        Command::ThawGuard { .. } | Command::Early { .. } | Command::Inside | Command::Rescue { .. } => Ok(()),
         Command::CarryOut { call_boot } => carry_out(&config, call_boot),
         Command::Enrol { box_address, token, name } => {
             let state = StateDir::open(&config.state_dir, &config.run_dir)?;

@@ -32,7 +32,7 @@ pub enum Command {
     /// Open a moment as read-only disks (NBD)
     #[command(subcommand)]
     View(ViewCommand),
-    /// Copy a volume as it was at a moment to a file or a device
+    /// Copy a volume as it was at a moment to a file or a device, or, with GROUP, whole disks to a machine that waits
     Restore(RestoreArgs),
     /// Check every checksum of a group's history
     Verify(VerifyArgs),
@@ -325,25 +325,58 @@ pub enum ViewCommand {
 }
 
 #[derive(ClapArgs, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct RestoreArgs {
-    /// `latest`, a time (2026-11-22T10:31:07.250, `10:31`, `5m ago`), an LSN or a bookmark
-    #[arg(long, value_name = "POINT")]
-    pub at: String,
+    #[command(subcommand)]
+    pub command: Option<RestoreCommand>,
+    /// Restore all disks of these groups to the machine named with --to, on which `holdfast-agent rescue` runs
+    #[arg(value_name = "GROUP", conflicts_with_all = ["group", "volume", "format", "force", "onto_protected"])]
+    pub groups: Vec<String>,
+    /// `latest`, a time (2026-11-22T10:31:07.250, `10:31`, `5m ago`), an LSN or a bookmark; to a machine, the latest when left out
+    #[arg(long, value_name = "POINT", required_unless_present = "groups")]
+    pub at: Option<String>,
     #[arg(short, long)]
     pub group: Option<String>,
+    /// To a machine: which of its disks gets a volume [default: the one of the same serial, else the only one of the same size]
+    #[arg(long = "disk", value_name = "VOLUME=/dev/DISK", requires = "groups")]
+    pub disks: Vec<String>,
+    /// To a machine: overwrite its disks without being asked
+    #[arg(long, requires = "groups")]
+    pub yes: bool,
+    /// To a machine: start it anew when it is done
+    #[arg(long, requires = "groups")]
+    pub reboot: bool,
     /// Name or number; may be left out when the group has only one
     #[arg(long)]
     pub volume: Option<String>,
     #[command(flatten)]
-    pub to: TargetArgs,
+    pub to: Option<TargetArgs>,
     #[arg(long, default_value = "raw")]
     pub format: Format,
 }
 
+#[derive(Subcommand, Debug)]
+pub enum RestoreCommand {
+    /// Machines that wait for their disks' content
+    Targets {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Restores to machines, those that are over too
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// How far one is
+    Show { id: String },
+    /// End one where it is; what is written stays written
+    Cancel { id: String },
+}
+
 #[derive(ClapArgs, Debug)]
 pub struct TargetArgs {
-    /// File or block device to write
-    #[arg(long, value_name = "FILE|DEVICE")]
+    /// File or block device to write; with GROUP, the machine
+    #[arg(long, value_name = "FILE|DEVICE|MACHINE")]
     pub to: PathBuf,
     /// Overwrite what is there
     #[arg(long)]
@@ -439,6 +472,10 @@ mod tests {
             "holdfast bookmark create before-upgrade --consistency filesystem",
             "holdfast view open --at 2026-11-22T10:31:07.250 --tcp",
             "holdfast restore --at latest --volume /dev/sdb --to out.img --format qcow2 --force",
+            "holdfast restore targets",
+            "holdfast restore show 0123abcd",
+            "holdfast restore db1 --to metal --disk /dev/sda=/dev/vda --yes --reboot",
+            "holdfast restore db1 db1-data --at before-upgrade --to metal",
             "holdfast verify --journal /srv/j",
             "holdfast inspect /srv/j --records --from 7 --limit 3",
             "holdfast export /srv/j --at lsn:9 --to out.img",
@@ -448,9 +485,15 @@ mod tests {
                 panic!("{line}: {e}");
             }
         }
-        for line in
-            ["holdfast", "holdfast status --count 3", "holdfast verify g --journal d", "holdfast restore --at latest"]
-        {
+        for line in [
+            "holdfast",
+            "holdfast status --count 3",
+            "holdfast verify g --journal d",
+            "holdfast restore --at latest",
+            "holdfast restore --to out.img",
+            "holdfast restore db1 --at latest",
+            "holdfast restore --at latest --to out.img --yes",
+        ] {
             assert!(Args::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
     }

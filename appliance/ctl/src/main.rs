@@ -19,6 +19,7 @@ mod api;
 mod args;
 mod client;
 mod copy;
+mod machine;
 mod offline;
 mod online;
 mod picture;

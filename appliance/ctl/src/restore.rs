@@ -5,6 +5,7 @@ use crate::{
     args::{Format, RestoreArgs},
     client::{Client, Route},
     copy::{self, Copied},
+    machine,
     online::{self, ViewWish, open_view},
     target::{Allowed, Protected, Target},
     times::Clock,
@@ -18,13 +19,21 @@ use std::{io::IsTerminal, os::unix::net::UnixStream, process::Command, time::Ins
 const IDLE_MINUTES: u64 = 5;
 
 pub fn run(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
+    if let Some(command) = &args.command {
+        return machine::command(client, command);
+    }
+    if !args.groups.is_empty() {
+        return machine::restore(client, args);
+    }
     let clock = Clock::local();
-    let point = clock.point(&args.at)?;
+    // Both are demanded where no group is given first.
+    let to = args.to.as_ref().context("--to is missing")?;
+    let point = clock.point(args.at.as_deref().unwrap_or("latest"))?;
     let groups = online::groups(client)?;
     let group = online::pick_group(&groups, args.group.as_deref())?;
     let volume = online::pick_volume(&group.volumes, &group.name, args.volume.as_deref())?;
-    let allowed = Allowed { overwrite: args.to.force, onto_protected: args.to.onto_protected };
-    let mut target = Target::open(&args.to.to, allowed, &protected(&groups))?;
+    let allowed = Allowed { overwrite: to.force, onto_protected: to.onto_protected };
+    let mut target = Target::open(&to.to, allowed, &protected(&groups))?;
     if args.format == Format::Qcow2 {
         target.image_path()?;
     }
@@ -44,8 +53,8 @@ pub fn run(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
         Format::Qcow2 => convert(&export.uri, ByteLen(export.bytes), &target),
     };
     let copied = result.with_context(|| match target.is_device() {
-        true => format!("{} holds a part of the volume only", args.to.to.display()),
-        false => format!("nothing was left at {}", args.to.to.display()),
+        true => format!("{} holds a part of the volume only", to.to.display()),
+        false => format!("nothing was left at {}", to.to.display()),
     })?;
     target.finish()?;
     drop(opened);
@@ -54,7 +63,7 @@ pub fn run(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
         "restored {} as of {moment} (LSN {}) to {}: {}, {} of it written, in {seconds:.1} s",
         volume.name,
         view.lsn,
-        args.to.to.display(),
+        to.to.display(),
         copied.size,
         copied.data
     );

@@ -11,6 +11,7 @@ use crate::{
     files::{self, FileError, Lock, LockError},
     links::{LinkParts, Links},
     pki::{self, Pki, PkiError},
+    restores::Restores,
     takeovers::Takeovers,
     vault::{Phase, Vault, VaultError, VaultParts},
     views::Views,
@@ -73,6 +74,7 @@ pub struct App {
     pub(crate) exports: Arc<Exports>,
     pub(crate) views: Views,
     pub(crate) takeovers: Takeovers,
+    pub(crate) restores: Restores,
     pub(crate) device: Device,
     /// What was amiss at start and is put right.
     pub(crate) start_alerts: Vec<String>,
@@ -117,6 +119,7 @@ impl Daemon {
     /// <data>/metrics.token   for Prometheus
     /// <data>/plans/          what to do when a host is lost (takeovers)
     /// <data>/takeovers/      and what was done
+    /// <data>/restores/       machines that get their disks back  (restores)
     /// <run>/control.sock     control API                    (api)
     /// <run>/nbd/*.sock       exports                        (exports)
     /// ```
@@ -131,7 +134,7 @@ impl Daemon {
             move || open(&config, clock, &events)
         });
         let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
-        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers } = opened;
+        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores } = opened;
 
         let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
         let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock, config.view_idle());
@@ -166,6 +169,7 @@ impl Daemon {
             exports: Arc::clone(&exports),
             views,
             takeovers,
+            restores,
             device,
             start_alerts,
             links: Arc::clone(&links),
@@ -191,6 +195,7 @@ impl Daemon {
             tasks.push(tokio::spawn(api::serve_metrics(Arc::clone(&app), listener, token)));
         }
         app.takeovers.go_on(&app);
+        app.restores.go_on(&app);
         app.events.note(Event::Started, &app.box_name, format!("version {}", env!("CARGO_PKG_VERSION")));
         Ok(Self { app, control, metrics: metrics_at, tasks, reads, _lock: lock })
     }
@@ -211,7 +216,11 @@ impl Daemon {
         }
         // Their machines run on, and wait for the next daemon.
         let app = Arc::clone(&self.app);
-        let _ = tokio::task::spawn_blocking(move || app.takeovers.pause()).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            app.takeovers.pause();
+            app.restores.pause();
+        })
+        .await;
         for view in self.app.views.list() {
             self.app.views.close(&view.id);
         }
@@ -235,6 +244,7 @@ struct Opened {
     device: Device,
     start_alerts: Vec<String>,
     takeovers: Takeovers,
+    restores: Restores,
 }
 
 /// Everything that touches the disk. Blocking.
@@ -276,7 +286,12 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
     start_alerts.extend(
         unreadable.into_iter().map(|file| format!("a takeover's state cannot be read and is left alone: {file}")),
     );
-    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers })
+    let mut unreadable = Vec::new();
+    let restores = Restores::open(&config.data, &mut unreadable)?;
+    start_alerts.extend(
+        unreadable.into_iter().map(|file| format!("a restore's state cannot be read and is left alone: {file}")),
+    );
+    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores })
 }
 
 fn metrics_token(data: &Path) -> Result<String, StartError> {

@@ -113,6 +113,13 @@ events! {
     TakeoverServing = "takeover-serving" Warn,
     TakeoverFailed = "takeover-failed" Error,
     TakeoverEnded = "takeover-ended" Info,
+    /// A machine waits for its disks' content.
+    TargetConnected = "target-connected" Info,
+    TargetGone = "target-gone" Info,
+    RestoreBegun = "restore-begun" Warn,
+    RestoreDone = "restore-done" Info,
+    RestoreFailed = "restore-failed" Error,
+    RestoreEnded = "restore-ended" Info,
 }
 
 /// One event as `status` shows it.

@@ -33,6 +33,7 @@ pub mod metrics;
 mod outbox;
 mod pki;
 mod pump;
+mod restores;
 mod status;
 mod takeovers;
 mod vault;

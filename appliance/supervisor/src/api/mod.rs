@@ -3,6 +3,7 @@
 //! `GET|POST|PATCH|DELETE /api/v1/…`; every refusal is `{"error":{"code","message","remedy"}}`. Bodies are limited to
 //! [`BODY_MAX`]; [`REQUESTS_MAX`] requests at once. What may touch a disk runs on the blocking threads, never on a worker.
 
+mod restores;
 mod routes;
 mod takeovers;
 

@@ -90,6 +90,7 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
         (_, ["plans" | "plan-example" | "runs" | "records-key", ..]) => {
             super::takeovers::handle(app, request, &parts, &query).await
         }
+        (_, ["restores" | "restore-targets", ..]) => super::restores::handle(app, request, &parts).await,
         (&Method::GET, ["events"]) => Ok(ok(&json!(app.events.recent()))),
         (&Method::GET, ["ca"]) => Ok(plain(StatusCode::OK, "application/x-pem-file", app.pki.ca_pem().to_owned())),
         (&Method::POST, ["client-certs"]) => client_certificate(app, body(request).await?).await,

@@ -3,7 +3,7 @@
 //! ```text
 //! accept ─▶ ClientHello ─┬ ALPN enrol       ─▶ TLS without client certificate ─▶ enrol
 //!                        └ ALPN replication ─▶ TLS with client certificate ─▶ host known, not revoked ─▶ Hello ─▶ session
-//!                                                                                                  control ┴ stream
+//!                                                                                                  control ┴ stream ┴ restore
 //! ```
 //!
 //! **One identity, one agent.** A host's sessions belong to the instance that opened the first of them. Another instance is refused by
@@ -18,10 +18,13 @@ mod control;
 mod enrol;
 pub mod frames;
 pub mod lane;
+mod restore;
 mod sessions;
 mod stream;
 
 pub use control::{CommandError, risk_of};
+pub use lane::{Inbound, LinkLane};
+pub use restore::{Follower, FromTarget, TargetInfo, Targets};
 use sessions::Sessions;
 
 use crate::{
@@ -74,6 +77,7 @@ pub struct Links {
     handshake_limit: Duration,
     sessions: Sessions,
     pub hosts: control::Hosts,
+    pub targets: Targets,
     enrol: Arc<ServerConfig>,
     replication: Arc<ServerConfig>,
     handshakes: Arc<Semaphore>,
@@ -122,6 +126,7 @@ impl Links {
             handshake_limit: HANDSHAKE_LIMIT.min(Duration::from_millis(silence_ms)),
             sessions: Sessions::default(),
             hosts: control::Hosts::default(),
+            targets: Targets::default(),
             enrol,
             replication,
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
@@ -268,10 +273,7 @@ impl Links {
         match hello.purpose {
             Purpose::Control => control::serve(self, talk, agent, &session, hello.agent_version).await,
             Purpose::Stream { group } => stream::serve(self, talk, agent, &session, group).await,
-            Purpose::Restore => {
-                talk.refuse(refusal(RefuseCode::OutOfPlace, "this box restores no machines yet")).await;
-                Ok(())
-            }
+            Purpose::Restore => restore::serve(self, talk, agent, &session, hello.instance).await,
             Purpose::Enrol => Ok(()),
         }
     }

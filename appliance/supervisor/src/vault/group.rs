@@ -346,6 +346,10 @@ impl Group {
         // One that came after the others had moved on would be left behind.
         if self.shared.life() == life { Ok(handle) } else { Err(GroupError::Opening) }
     }
+    /// The same as [`Group::barrier`]. Blocking.
+    pub fn wait_durable(&self) -> Result<(), GroupError> {
+        self.ask_blocking(|reply| Command::Barrier { reply })
+    }
     /// Keeps a moment for another group's journal. Blocking.
     pub fn hold(&self, for_group: GroupId, at: ResolvedPoint) -> Result<(), GroupError> {
         self.ask_blocking(|reply| Command::Hold { for_group, at, reply })

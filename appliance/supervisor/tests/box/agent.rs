@@ -181,8 +181,12 @@ impl Identity {
 
 impl Conn {
     pub fn hello(&mut self, host: HostId, purpose: Purpose, instance: [u8; 16]) -> Result<(), Refusal> {
+        self.hello_as(2, host, purpose, instance)
+    }
+    /// As an agent that speaks that version at best.
+    pub fn hello_as(&mut self, best: u16, host: HostId, purpose: Purpose, instance: [u8; 16]) -> Result<(), Refusal> {
         self.say(&Message::Hello {
-            versions: vec![7, 2, 1],
+            versions: vec![7, best, 1],
             agent_version: "test".into(),
             host,
             boot_id: "boot".into(),
@@ -190,7 +194,7 @@ impl Conn {
             purpose,
         });
         match self.hear()? {
-            Message::HelloAck { version: 2, .. } => Ok(()),
+            Message::HelloAck { version, .. } if version == best => Ok(()),
             other => panic!("{other:?}"),
         }
     }
@@ -204,6 +208,17 @@ impl Conn {
     }
     pub fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
+    }
+    /// What is there within a moment: frames, and whether the box is still there.
+    pub fn frames(&mut self, wait: Duration) -> io::Result<Vec<(FrameHeader, Vec<u8>)>> {
+        self.stream.sock.set_read_timeout(Some(wait))?;
+        match self.read() {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+            Err(e) => return Err(e),
+        }
+        Ok(std::iter::from_fn(|| self.frame()).collect())
     }
     /// A whole frame, if one is there.
     fn frame(&mut self) -> Option<(FrameHeader, Vec<u8>)> {

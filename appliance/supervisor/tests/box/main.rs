@@ -9,5 +9,6 @@ mod full;
 mod hostile;
 mod ingest;
 mod notices;
+mod restores;
 mod support;
 mod takeovers;

@@ -255,6 +255,7 @@ pub fn http_get(at: SocketAddr, path: &str, token: Option<&str>) -> (u16, String
 pub struct Outside {
     child: Child,
     control: PathBuf,
+    listen: SocketAddr,
 }
 
 impl Outside {
@@ -271,7 +272,11 @@ impl Outside {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert!(line.starts_with("READY listen=127.0.0.1:"), "{line:?}");
         let control = line.split_whitespace().find_map(|w| w.strip_prefix("control=")).unwrap().into();
-        Self { child, control }
+        let listen = line.split_whitespace().find_map(|w| w.strip_prefix("listen=")).unwrap().parse().unwrap();
+        Self { child, control, listen }
+    }
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
     }
     /// A start that is killed after a while, wherever it has come to by then.
     pub fn kill_on_the_way_up(data: &Path, after: Duration) {
