@@ -78,6 +78,27 @@ pub enum PlanCommand {
     },
     /// Delete a plan
     Delete { name: String },
+    /// Who owns each host that a plan leases or watches, and what is seen of it
+    Status {
+        /// Only this plan's host
+        name: Option<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say who owns a host, when the box does not know any more
+    Owner {
+        host: String,
+        owner: OwnerName,
+        /// The host's name once more
+        #[arg(long, value_name = "HOST")]
+        confirm: Option<String>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum OwnerName {
+    Host,
+    Box,
 }
 
 #[derive(ClapArgs, Debug)]
@@ -480,6 +501,8 @@ mod tests {
             "holdfast inspect /srv/j --records --from 7 --limit 3",
             "holdfast export /srv/j --at lsn:9 --to out.img",
             "holdfast client-cert desk --out /tmp/c",
+            "holdfast plan status db1 --json",
+            "holdfast plan owner db1 host --confirm db1",
         ] {
             if let Err(e) = Args::try_parse_from(line.split(' ')) {
                 panic!("{line}: {e}");

@@ -4,7 +4,7 @@
 //! the end what was measured and who is authoritative. Ctrl-C ends the watching, not the run.
 
 use crate::{
-    args::{DrillArgs, PlanCommand, RunCommand, TakeoverArgs},
+    args::{DrillArgs, OwnerName, PlanCommand, RunCommand, TakeoverArgs},
     client::{Client, Route},
     online::{print, print_json},
     picture::Table,
@@ -76,7 +76,74 @@ pub fn plan(client: &Client, command: PlanCommand) -> anyhow::Result<()> {
             let _: Value = client.call(Method::DELETE, &Route::new(&["plans", &name]), None)?;
             print(&format!("plan {name} is deleted\n"))
         }
+        PlanCommand::Status { name, json } => {
+            let all: Value = client.get(&Route::new(&["plan-status"]))?;
+            let of: Vec<Value> = all.as_array().cloned().unwrap_or_default();
+            let of: Vec<Value> =
+                of.into_iter().filter(|e| name.is_none() || e["plan"].as_str() == name.as_deref()).collect();
+            if json {
+                return print_json(&json!(of));
+            }
+            if of.is_empty() {
+                return print(
+                    "no plan leases or watches a host: see [lease] and [detect] in `holdfast plan example`\n",
+                );
+            }
+            print(&of.iter().map(status_lines).collect::<String>())
+        }
+        PlanCommand::Owner { host, owner, confirm } => {
+            let owner = if owner == OwnerName::Host { "host" } else { "box" };
+            let body = json!({ "owner": owner, "confirm": confirm });
+            let _: Value = client.call(Method::POST, &Route::new(&["owners", &host]), Some(&body))?;
+            print(&format!("the {owner} owns {host} now\n"))
+        }
     }
+}
+
+/// One host: who owns it, what is seen of it, why.
+fn status_lines(entry: &Value) -> String {
+    let (owned, seen) = (&entry["ownership"], &entry["seen"]);
+    let mut lines = format!("{} (plan {})\n", text(&entry["host"]), entry["plan"].as_str().unwrap_or("none"));
+    let mut line = |title: &str, said: String| lines += &format!("  {title:<12} {said}\n");
+    if !owned.is_null() {
+        line("owner", format!("{}, term {}", text(&owned["owner"]), owned["term"]));
+        let rules = match owned["rules"]["lease_ms"].as_u64() {
+            Some(ms) => format!(" ({:.1} s)", ms as f64 / 1000.0),
+            None => String::new(),
+        };
+        let holding = owned["holding"].as_str().map(|h| format!(", {h} {} ago", seconds(&owned["holding_age_ms"])));
+        line("lease", format!("{}{rules}{}", text(&owned["hold"]), holding.unwrap_or_default()));
+        if owned["waits_ms"].is_u64() {
+            line("waits", format!("{} at most", seconds(&owned["waits_ms"])));
+        }
+        match owned["why_not"].as_str() {
+            Some(why) => line("fenced", format!("not by its lease: {why}")),
+            None if owned["fences"] == true => line("fenced", "by its lease".into()),
+            None => {}
+        }
+    }
+    if !seen.is_null() {
+        line("seen", text(&seen["text"]));
+        for reason in seen["reasons"].as_array().into_iter().flatten() {
+            let advisory = if reason["advisory"] == true { " (advisory)" } else { "" };
+            let points = text(&reason["points"]).replace("neither", "");
+            line(
+                "",
+                format!("{points:<8} {} (since {}){advisory}", text(&reason["text"]), seconds(&reason["since_ms"])),
+            );
+        }
+        match seen["in_the_way"].as_str() {
+            Some(why) => line("by itself", format!("no: {why}")),
+            None => line("by itself", "yes".into()),
+        }
+        if let Some(alarm) = seen["alarm"].as_str() {
+            line("ALARM", alarm.to_owned());
+        }
+    }
+    for alert in owned["alerts"].as_array().into_iter().flatten() {
+        line("ALARM", text(alert));
+    }
+    lines
 }
 
 fn read_plan(file: &Path) -> anyhow::Result<String> {
@@ -216,7 +283,12 @@ fn watch(client: &Client, id: &str) -> anyhow::Result<()> {
         for step in run["steps"].as_array().into_iter().flatten() {
             let name = text(&step["step"]);
             match step["outcome"]["is"].as_str() {
-                Some("running") => now = text(&step["title"]),
+                Some("running") => {
+                    now = text(&step["title"]);
+                    if let Some(waits) = run["now"].as_str() {
+                        now = format!("{now}: {waits}");
+                    }
+                }
                 Some(_) if shown.insert(name) => {
                     if terminal {
                         print("\r\x1b[K")?;
@@ -256,7 +328,7 @@ fn step_line(run: &Value, step: &Value) -> String {
     let (mark, said) = match outcome["is"].as_str() {
         Some("done") => ("", text(&outcome["text"])),
         Some("skipped") => return String::new(),
-        Some("running") => ("", "…".to_owned()),
+        Some("running") => ("", run["now"].as_str().unwrap_or("…").to_owned()),
         _ => ("FAILED: ", text(&outcome["text"])),
     };
     let begun = run["begun_us"].as_u64().unwrap_or_default();
@@ -268,7 +340,11 @@ fn summary(run: &Value) -> String {
     let measured = &run["measured"];
     let mut lines =
         format!("\nrun {} ({} of {}): {}\n", text(&run["id"]), text(&run["kind"]), text(&run["plan_name"]), phase(run));
+    if let Some(decision) = run["decision"].as_str() {
+        lines += &format!("  begun with no hand on it: {}\n", decision.replace('\n', "\n  "));
+    }
     for (title, key) in [
+        ("from the last that was heard to the decision", "detection_ms"),
         ("age of the moment at the decision (RPO)", "point_age_ms"),
         ("first instruction", "first_instruction_ms"),
         ("booted", "booted_ms"),

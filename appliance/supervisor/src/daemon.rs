@@ -10,11 +10,13 @@ use crate::{
     exports::{Exports, pool::ReadPool},
     files::{self, FileError, Lock, LockError},
     links::{LinkParts, Links},
+    ownership::Ownership,
     pki::{self, Pki, PkiError},
     restores::Restores,
     takeovers::Takeovers,
     vault::{Phase, Vault, VaultError, VaultParts},
     views::Views,
+    watch::{Ears, Watch},
 };
 use data_encoding::HEXLOWER;
 use durable::{Disk, DiskError, OsDisk};
@@ -75,6 +77,8 @@ pub struct App {
     pub(crate) views: Views,
     pub(crate) takeovers: Takeovers,
     pub(crate) restores: Restores,
+    pub(crate) ownership: Arc<Ownership>,
+    pub(crate) watch: Watch,
     pub(crate) device: Device,
     /// What was amiss at start and is put right.
     pub(crate) start_alerts: Vec<String>,
@@ -94,7 +98,11 @@ impl App {
     }
     /// What an administrator should look at and is no group's.
     pub(crate) fn alerts(&self) -> Vec<String> {
-        self.device.doubt.iter().chain(&self.start_alerts).cloned().collect()
+        let mut alerts: Vec<String> = self.device.doubt.iter().chain(&self.start_alerts).cloned().collect();
+        alerts.extend(self.takeovers.plan_faults());
+        alerts.extend(self.ownership.alerts());
+        alerts.extend(self.watch.alerts());
+        alerts
     }
 }
 
@@ -120,6 +128,7 @@ impl Daemon {
     /// <data>/plans/          what to do when a host is lost (takeovers)
     /// <data>/takeovers/      and what was done
     /// <data>/restores/       machines that get their disks back  (restores)
+    /// <data>/ownership/      who runs each leased host   (ownership)
     /// <run>/control.sock     control API                    (api)
     /// <run>/nbd/*.sock       exports                        (exports)
     /// ```
@@ -134,7 +143,8 @@ impl Daemon {
             move || open(&config, clock, &events)
         });
         let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
-        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores } = opened;
+        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores, ownership } =
+            opened;
 
         let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
         let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock, config.view_idle());
@@ -143,6 +153,8 @@ impl Daemon {
             pki: Arc::clone(&pki),
             vault: Arc::clone(&vault),
             events: Arc::clone(&events),
+            ownership: Arc::clone(&ownership),
+            ears: Arc::<Ears>::default(),
             clock,
             box_name: config.box_name.clone(),
             silence_ms: config.heartbeat_timeout_ms,
@@ -170,6 +182,8 @@ impl Daemon {
             views,
             takeovers,
             restores,
+            ownership,
+            watch: Watch::default(),
             device,
             start_alerts,
             links: Arc::clone(&links),
@@ -194,8 +208,12 @@ impl Daemon {
         if let Some((listener, _)) = metrics {
             tasks.push(tokio::spawn(api::serve_metrics(Arc::clone(&app), listener, token)));
         }
+        // What the plans want is known before a run goes on; an agent that asks sooner is answered by what is stored.
+        let settling = Arc::clone(&app);
+        let _ = tokio::task::spawn_blocking(move || settling.takeovers.settle(&settling)).await;
         app.takeovers.go_on(&app);
         app.restores.go_on(&app);
+        app.watch.start(&app).map_err(StartError::Thread)?;
         app.events.note(Event::Started, &app.box_name, format!("version {}", env!("CARGO_PKG_VERSION")));
         Ok(Self { app, control, metrics: metrics_at, tasks, reads, _lock: lock })
     }
@@ -217,6 +235,7 @@ impl Daemon {
         // Their machines run on, and wait for the next daemon.
         let app = Arc::clone(&self.app);
         let _ = tokio::task::spawn_blocking(move || {
+            app.watch.join();
             app.takeovers.pause();
             app.restores.pause();
         })
@@ -245,6 +264,7 @@ struct Opened {
     start_alerts: Vec<String>,
     takeovers: Takeovers,
     restores: Restores,
+    ownership: Arc<Ownership>,
 }
 
 /// Everything that touches the disk. Blocking.
@@ -274,7 +294,7 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
     let reads = Arc::new(ReadPool::start(events).map_err(StartError::Thread)?);
     let vault = Vault::start(VaultParts {
         root: config.data.clone(),
-        disk,
+        disk: Arc::clone(&disk),
         journal: config.journal.clone(),
         clock,
         events: Arc::clone(events),
@@ -291,7 +311,9 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
     start_alerts.extend(
         unreadable.into_iter().map(|file| format!("a restore's state cannot be read and is left alone: {file}")),
     );
-    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores })
+    let ownership = Ownership::open(disk, Arc::clone(events), Arc::clone(&catalog), clock).map_err(StartError::Disk)?;
+    let ownership = Arc::new(ownership);
+    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores, ownership })
 }
 
 fn metrics_token(data: &Path) -> Result<String, StartError> {

@@ -120,6 +120,18 @@ events! {
     RestoreDone = "restore-done" Info,
     RestoreFailed = "restore-failed" Error,
     RestoreEnded = "restore-ended" Info,
+    /// Somebody else runs a host's services from now on.
+    OwnerChanged = "owner-changed" Warn,
+    /// A host holds a lease, or does not any more.
+    LeaseChanged = "lease-changed" Info,
+    /// Who owns a host cannot be read or stored, or its agent knows more than the box.
+    OwnershipUnsure = "ownership-unsure" Error,
+    /// A host's agent does not take its plan.
+    HostPlanRefused = "host-plan-refused" Error,
+    /// Something is wrong with a watched host, and nothing is taken over by itself.
+    TakeoverDoubt = "takeover-doubt" Warn,
+    /// A host was found to be lost; what follows is in the text.
+    TakeoverDecided = "takeover-decided" Warn,
 }
 
 /// One event as `status` shows it.

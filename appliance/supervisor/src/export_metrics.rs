@@ -7,6 +7,7 @@ use crate::{
     status::{self, GroupReport, GroupState},
     vault::{Counters, Group},
 };
+use model::Owner;
 use std::sync::Arc;
 
 /// Makes the page. Cheap: numbers the box has anyway.
@@ -18,6 +19,7 @@ pub fn page(app: &App) -> String {
     group_metrics(&groups, app.clock.wall_us(), &mut page);
     journal_metrics(&groups, &mut page);
     host_metrics(app, &mut page);
+    owner_metrics(app, &mut page);
     page.family("holdfast_events_total", "Events by name since the daemon started.", Kind::Counter);
     for event in Event::ALL {
         page.sample(&[("event", event.name())], app.events.count(*event));
@@ -205,5 +207,38 @@ fn host_metrics(app: &App, page: &mut Page) {
         if let Some(status) = app.links.hosts.live(host.id).status {
             page.sample(&[("host", &host.name)], status.rss_bytes.0);
         }
+    }
+}
+
+fn owner_metrics(app: &App, page: &mut Page) {
+    let data = app.catalog.data();
+    let name = |id| data.host(id).map_or_else(|| format!("{id}"), |h| h.name.clone());
+    let owned: Vec<_> = app.ownership.reports().into_iter().map(|(id, report)| (name(id), report)).collect();
+    page.family("holdfast_host_owner", "Who runs the host's services: 1 for the one who does.", Kind::Gauge);
+    for (host, report) in &owned {
+        let owner = match report.owner {
+            Owner::Host => "host",
+            Owner::Box => "box",
+            Owner::Standby(_) => "standby",
+        };
+        page.sample(&[("host", host), ("owner", owner)], 1u64);
+    }
+    page.family("holdfast_host_term", "The term of the host's owner; it grows with each change.", Kind::Gauge);
+    for (host, report) in &owned {
+        page.sample(&[("host", host)], report.term);
+    }
+    page.family("holdfast_host_lease_fences", "Whether the host's lease would fence it now.", Kind::Gauge);
+    for (host, report) in owned.iter().filter(|(_, r)| r.rules.is_some() || r.why_not.is_some()) {
+        page.sample(&[("host", host)], report.fences);
+    }
+    let seen: Vec<_> =
+        app.takeovers.watched(app).into_iter().filter_map(|w| Some((w.name, app.watch.seen(w.host)?))).collect();
+    page.family("holdfast_host_verdict", "What is seen of a watched host: 1 for the verdict.", Kind::Gauge);
+    for (host, seen) in &seen {
+        page.sample(&[("host", host), ("verdict", seen.verdict)], 1u64);
+    }
+    page.family("holdfast_host_alarm", "Whether something about a watched host needs a person.", Kind::Gauge);
+    for (host, seen) in &seen {
+        page.sample(&[("host", host)], seen.alarm.is_some());
     }
 }

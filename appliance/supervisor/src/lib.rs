@@ -31,6 +31,7 @@ mod files;
 mod links;
 pub mod metrics;
 mod outbox;
+mod ownership;
 mod pki;
 mod pump;
 mod restores;
@@ -38,6 +39,7 @@ mod status;
 mod takeovers;
 mod vault;
 mod views;
+mod watch;
 
 pub use daemon::{App, Daemon, StartError};
 pub use events::Event;

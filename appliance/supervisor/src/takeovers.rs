@@ -14,16 +14,21 @@
 //!
 //! **Limits.** [`PLANS_MAX`], [`RUNS_MAX`] that are not over; records of [`RECORDS_MAX`] runs that are over are kept, the oldest go first.
 
+mod hands;
+mod plans;
+
+pub use plans::Watched;
+
 use crate::{
     App,
     events::Event,
     files::{self, FileError},
     pki,
-    vault::{CreateGroupError, DeleteGroupError, Group, Phase as GroupPhase},
 };
 use data_encoding::HEXLOWER;
-use journal::ResolvedPoint;
-use model::{GroupId, RecoveryPoint};
+use hands::BoxHands;
+use model::RecoveryPoint;
+use plans::Read;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
 use std::{
@@ -35,13 +40,12 @@ use std::{
         atomic::{AtomicU8, Ordering},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 use takeover::{
-    machine::MachineDisk,
-    plan::{Plan, PlanError, Subject},
-    run::{Driver, Hands, HandsError, Member, Wanted},
-    state::{Kind, Measured, Phase, PointTaken, RunState},
+    plan::PlanError,
+    run::{Driver, HandsError},
+    state::{Kind, Measured, Phase, RunState},
 };
 
 pub const PLANS_MAX: usize = 500;
@@ -53,6 +57,8 @@ const PLAN_NAME_MAX: usize = 64;
 const KEEP_MIB: u64 = 512;
 /// How long a branch that was just made may take to open.
 const OPEN_MAX: Duration = Duration::from_secs(60);
+/// What a host that stopped by its own word wrote before may take so long to come.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 pub enum PlanFault {
@@ -66,6 +72,10 @@ pub enum PlanFault {
     TooMany,
     #[error("the plan {0:?} is being carried out")]
     InUse(String),
+    #[error("no agent would take it: {0}")]
+    Agent(String),
+    #[error("the plan {other:?} watches or leases {host:?} already: one plan does that for a host")]
+    Twice { other: String, host: String },
     #[error(transparent)]
     File(#[from] FileError),
 }
@@ -98,6 +108,9 @@ pub struct Wish {
     pub at: Option<RecoveryPoint>,
     pub source_is_off: Option<String>,
     pub hold: bool,
+    /// Of the detector, when nobody pressed a button.
+    pub decision: Option<String>,
+    pub detection_ms: Option<u64>,
 }
 
 struct Run {
@@ -123,6 +136,9 @@ pub struct Takeovers {
     runs_dir: PathBuf,
     key: Ed25519KeyPair,
     runs: Mutex<BTreeMap<String, Arc<Run>>>,
+    read: Mutex<Arc<Read>>,
+    /// What the hosts' desks were told last, so that they are told changes only.
+    told: Mutex<Option<String>>,
 }
 
 impl Takeovers {
@@ -144,7 +160,10 @@ impl Takeovers {
                 None => drop(fs::remove_dir(runs_dir.join(&id))),
             }
         }
-        Ok(Self { plans, runs_dir, key, runs: Mutex::new(runs) })
+        let this =
+            Self { plans, runs_dir, key, runs: Mutex::new(runs), read: Mutex::default(), told: Mutex::default() };
+        this.read_plans()?;
+        Ok(this)
     }
 
     /// Goes on with every run that is not over. When the groups' journals are being opened.
@@ -177,49 +196,6 @@ impl Takeovers {
             if let Some(thread) = crate::lock(&run.thread).take() {
                 let _ = thread.join();
             }
-        }
-    }
-
-    // ------------------------------------------------------------ plans
-
-    fn plan_file(&self, name: &str) -> Result<PathBuf, PlanFault> {
-        let fine = !name.is_empty()
-            && name.len() <= PLAN_NAME_MAX
-            && !name.starts_with('.')
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
-        if fine { Ok(self.plans.join(format!("{name}.toml"))) } else { Err(PlanFault::Name(name.into())) }
-    }
-    pub fn plan_names(&self) -> Result<Vec<String>, FileError> {
-        let names = names_in(&self.plans)?;
-        Ok(names.into_iter().filter_map(|n| n.strip_suffix(".toml").map(str::to_owned)).collect())
-    }
-    /// As it was written.
-    pub fn plan_text(&self, name: &str) -> Result<String, PlanFault> {
-        let bytes = files::read_small(&self.plan_file(name)?)?.ok_or_else(|| PlanFault::Unknown(name.into()))?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    }
-    pub fn plan(&self, name: &str) -> Result<Plan, PlanFault> {
-        Ok(Plan::parse(&self.plan_text(name)?)?)
-    }
-    /// Keeps a plan that makes sense. Blocking.
-    pub fn set_plan(&self, name: &str, text: &str) -> Result<Plan, PlanFault> {
-        let file = self.plan_file(name)?;
-        let plan = Plan::parse(text)?;
-        if !file.exists() && self.plan_names()?.len() >= PLANS_MAX {
-            return Err(PlanFault::TooMany);
-        }
-        files::write_secret(&file, text.as_bytes())?;
-        Ok(plan)
-    }
-    pub fn delete_plan(&self, name: &str) -> Result<(), PlanFault> {
-        let file = self.plan_file(name)?;
-        if self.list().iter().any(|s| s.plan_name == name && !s.is_over()) {
-            return Err(PlanFault::InUse(name.into()));
-        }
-        match fs::remove_file(&file) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(PlanFault::Unknown(name.into())),
-            Err(source) => Err(FileError { op: "remove", path: file, source }.into()),
-            Ok(()) => Ok(()),
         }
     }
 
@@ -262,6 +238,8 @@ impl Takeovers {
             plan,
             at: wish.at,
             source_is_off: wish.source_is_off,
+            decision: wish.decision,
+            now: None,
             hold: wish.hold,
             begun_us: app.clock.wall_us(),
             phase: Phase::Working,
@@ -273,7 +251,7 @@ impl Takeovers {
             started: false,
             volumes: Vec::new(),
             applications: Vec::new(),
-            measured: Measured::default(),
+            measured: Measured { detection_ms: wish.detection_ms, ..Measured::default() },
         };
         let run = Arc::new(Run::of(state));
         {
@@ -436,6 +414,8 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
         }
         Phase::Working | Phase::Ending => {}
     }
+    // A host that was being taken over may have a plan that waits.
+    app.takeovers.settle(app);
 }
 
 fn stuck(app: &App, run: &Run, text: String) {
@@ -468,177 +448,6 @@ fn write_record(takeovers: &Takeovers, dir: &Path, state: &RunState) -> Result<(
     let signature = HEXLOWER.encode(takeovers.key.sign(&bytes).as_ref());
     files::write_secret(&dir.join("record.json"), &bytes)?;
     files::write_secret(&dir.join("record.sig"), format!("{signature}\n").as_bytes())
-}
-
-struct BoxHands<'a> {
-    app: &'a Arc<App>,
-    run: &'a Run,
-    dir: &'a Path,
-}
-
-impl BoxHands<'_> {
-    fn group(&self, id: GroupId) -> Result<Arc<Group>, HandsError> {
-        let gone = || HandsError::new(format!("group {id} is gone"), "it was deleted: end this run");
-        let group = self.app.vault.get(id).ok_or_else(gone)?;
-        // After a start of the daemon its journal may still be opening.
-        let deadline = Instant::now() + OPEN_MAX;
-        while matches!(group.shared.phase(), GroupPhase::Opening) && Instant::now() < deadline {
-            if self.wanted() == Wanted::Pause {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(group)
-    }
-}
-
-fn group_trouble(name: &str, e: &dyn std::error::Error) -> HandsError {
-    HandsError::new(format!("group {name:?}: {}", crate::chain(e)), "look at `holdfast status` and `holdfast points`")
-}
-
-impl Hands for BoxHands<'_> {
-    fn now_us(&self) -> u64 {
-        self.app.clock.wall_us()
-    }
-    fn keep(&self, state: &RunState) -> Result<(), HandsError> {
-        match keep(self.dir, state) {
-            Ok(()) => {}
-            Err(RunFault::Hands(e)) => return Err(e),
-            Err(e) => return Err(HandsError::new(crate::chain(&e), "look at the daemon's log")),
-        }
-        *crate::lock(&self.run.state) = Arc::new(state.clone());
-        Ok(())
-    }
-    fn wanted(&self) -> Wanted {
-        match self.run.wanted.load(Ordering::Acquire) {
-            PAUSE => Wanted::Pause,
-            END => Wanted::End,
-            _ => Wanted::GoOn,
-        }
-    }
-
-    fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError> {
-        let groups = self.app.vault.groups();
-        let members: Vec<Member> = match subject {
-            Subject::Host(name) => {
-                let host = self.app.catalog.data().find_host(name).map(|h| h.id);
-                let host = host.ok_or_else(|| {
-                    HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`")
-                })?;
-                let mut of_host: Vec<&Arc<Group>> = groups.iter().filter(|g| g.shared.host == Some(host)).collect();
-                let data = self.app.catalog.data();
-                of_host.sort_by_key(|g| data.group(g.id()).map(|entry| entry.created_us));
-                of_host.into_iter().map(|g| Member { id: g.id(), name: g.name().to_owned() }).collect()
-            }
-            Subject::Groups(names) => names
-                .iter()
-                .map(|name| {
-                    let found = groups.iter().find(|g| g.name() == name);
-                    let found = found.ok_or_else(|| {
-                        HandsError::new(format!("there is no group {name:?}"), "list them with `holdfast group list`")
-                    })?;
-                    Ok(Member { id: found.id(), name: name.clone() })
-                })
-                .collect::<Result<_, HandsError>>()?,
-        };
-        if members.is_empty() {
-            return Err(HandsError::new(
-                "no disk of it is protected",
-                "protect its disks first: `holdfast-agent protect`",
-            ));
-        }
-        Ok(members)
-    }
-
-    fn seen_alive(&self, subject: &Subject) -> Option<String> {
-        let Subject::Host(name) = subject else { return None };
-        let host = self.app.catalog.data().find_host(name).map(|h| h.id)?;
-        self.app.links.hosts.live(host).connected.then(|| format!("the agent of {name} is connected"))
-    }
-
-    fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError> {
-        let group = self.group(group)?;
-        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
-        reader.resolve(at).map_err(|e| group_trouble(group.name(), &e))
-    }
-
-    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError> {
-        let group = self.group(group)?;
-        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
-        let newest = reader.points().bookmarks.into_iter().max_by_key(|b| b.lsn);
-        let newest = newest.ok_or_else(|| {
-            HandsError::new(
-                format!("group {:?} has no bookmark", group.name()),
-                "make one, or have the plan take the latest moment",
-            )
-        })?;
-        Ok(RecoveryPoint::Bookmark(newest.name))
-    }
-
-    fn fresh_group_id(&self) -> Result<GroupId, HandsError> {
-        pki::random_128().map(GroupId).ok_or_else(|| HandsError::new("the system gave no random bytes", "try again"))
-    }
-
-    fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError> {
-        if self.app.vault.get(point.branch).is_none() {
-            let trunk = self.group(point.group)?;
-            let made = self.app.vault.create_branch(&trunk, point.at(), point.branch, &point.branch_name);
-            made.map_err(|e| match e {
-                CreateGroupError::Trunk(e) => group_trouble(trunk.name(), &e),
-                e => HandsError::new(crate::chain(&e), "look at `holdfast status`"),
-            })?;
-        }
-        let branch = self.group(point.branch)?;
-        branch.reader().map_err(|e| group_trouble(branch.name(), &e))?;
-        let volumes = branch.shared.spec().volumes;
-        self.app
-            .exports
-            .add_ingest(&branch, &volumes, self.app.nbd_listen.is_some())
-            .map_err(|e| HandsError::new(crate::chain(&e), "look at the daemon's log"))?;
-        let exports = self.app.exports.of_group(branch.id());
-        volumes
-            .iter()
-            .map(|volume| {
-                let export = exports.iter().find(|e| e.volume == volume.id);
-                let export = export.ok_or_else(|| {
-                    HandsError::new(format!("{} is not exported", volume.name), "look at the daemon's log")
-                })?;
-                Ok(MachineDisk {
-                    socket: export.socket.clone(),
-                    export: export.name.clone(),
-                    serial: volume.name.clone(),
-                })
-            })
-            .collect()
-    }
-
-    fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError> {
-        let Some(branch) = self.app.vault.get(point.branch) else { return Ok(()) };
-        self.app.views.close_group(branch.id());
-        self.app.exports.remove_group(branch.id());
-        match self.app.vault.delete(&branch) {
-            Ok(()) => {}
-            Err(DeleteGroupError::Disk(e)) => {
-                return Err(HandsError::new(crate::chain(&e), "the folder is removed at the daemon's next start"));
-            }
-            Err(e) => return Err(HandsError::new(crate::chain(&e), "delete what goes on from it first")),
-        }
-        self.app.exports.remove_group(branch.id());
-        Ok(())
-    }
-
-    fn memory_mib(&self) -> Result<u64, HandsError> {
-        let failed =
-            || HandsError::new("/proc/meminfo does not say how much memory there is", "this system is not supported");
-        let text = fs::read_to_string("/proc/meminfo").map_err(|_| failed())?;
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).ok_or_else(failed)?;
-        let kib: u64 = line.split_whitespace().next().and_then(|n| n.parse().ok()).ok_or_else(failed)?;
-        Ok((kib / 1024).saturating_sub(KEEP_MIB))
-    }
-
-    fn dir(&self, id: &str) -> PathBuf {
-        self.dir.join(id)
-    }
 }
 
 /// A run as the API shows it.

@@ -8,7 +8,12 @@
 //!
 //! # Limits
 //!
-//! [`PLAN_BYTES_MAX`]; [`APPLICATIONS_MAX`] applications, [`NETWORKS_MAX`] networks, [`ADDRESSES_MAX`] addresses each.
+//! [`PLAN_BYTES_MAX`]; [`APPLICATIONS_MAX`] applications, [`NETWORKS_MAX`] networks, [`ADDRESSES_MAX`] addresses each; 64 services and
+//! probes, which is what one host's agent takes.
+
+mod watch;
+
+pub use watch::{Detect, LEASE_MS_MAX, LEASE_MS_MIN, Lease, OTHERS_MAX, RENEWING_MS, STOP_MS_MIN};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, net::IpAddr, str::FromStr};
@@ -233,6 +238,12 @@ pub struct Plan {
     pub networks: Vec<Network>,
     pub applications: Vec<Application>,
     pub hooks: Hooks,
+    /// None: the host is stopped by nobody but people and hooks.
+    #[serde(default)]
+    pub lease: Option<Lease>,
+    /// None: nobody watches.
+    #[serde(default)]
+    pub detect: Option<Detect>,
 }
 
 // ---------------------------------------------------------------- as it is written
@@ -252,6 +263,8 @@ struct File {
     application: Vec<Spanned<FileApplication>>,
     #[serde(default)]
     hooks: Option<Spanned<FileHooks>>,
+    lease: Option<Spanned<watch::FileLease>>,
+    detect: Option<Spanned<watch::FileDetect>>,
 }
 
 #[derive(Deserialize)]
@@ -509,15 +522,19 @@ impl Checker<'_> {
             hooks.fence = self.hook(given.fence.as_ref(), "fence");
             hooks.hook_seconds_max = seconds(self, given.hook_seconds_max.as_ref(), "hook_seconds_max", HOOK_SECONDS);
         }
+        let lease = file.lease.as_ref().map(|at| self.lease(at, &subject, &networks));
+        let fenced = lease.is_some() || hooks.fence.is_some();
+        let detect = file.detect.as_ref().map(|at| self.detect(at, &subject, fenced));
         let (firmware, disk, nic) = (machine.firmware, machine.disk, machine.nic);
         let machine = Machine { size, firmware, disk, nic, boot_seconds_max };
-        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks }
+        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks, lease, detect }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::detect::Channel;
 
     #[test]
     fn the_example_is_a_plan() {
@@ -527,8 +544,19 @@ mod tests {
         assert_eq!(plan.networks[0].mac.to_string(), "52:54:00:12:34:56");
         assert_eq!(plan.networks[0].addresses[0].to_string(), "192.0.2.10/24");
         assert_eq!(plan.applications[0].seconds_max, 60);
+        let lease = plan.lease.as_ref().expect("a lease");
+        assert_eq!((lease.rules.lease_ms, lease.rules.stop_ms, lease.services.len()), (10_000, 4_000, 2));
+        let detect = plan.detect.as_ref().expect("detection");
+        assert!(!detect.policy.automatic, "nobody who copies the example begins takeovers by it");
+        assert_eq!(detect.policy.check(), Ok(()));
         let kept = serde_json::to_string(&plan).expect("encodes");
         assert_eq!(serde_json::from_str::<Plan>(&kept).expect("decodes"), plan);
+        // As runs of earlier versions kept it.
+        let mut old: serde_json::Value = serde_json::from_str(&kept).expect("decodes");
+        let keys = old.as_object_mut().expect("an object");
+        assert!(keys.remove("lease").is_some() && keys.remove("detect").is_some());
+        let old: Plan = serde_json::from_value(old).expect("decodes");
+        assert_eq!((old.lease, old.detect), (None, None));
     }
 
     #[test]
@@ -564,6 +592,83 @@ fence = ["ipmitool"]
         let lines: Vec<usize> = faults.iter().map(|f| f.line).collect();
         assert_eq!(lines, [1, 4, 6, 7, 11, 12, 13, 13, 13, 18, 21, 23, 26], "{faults:#?}");
         assert!(faults.iter().all(|f| !f.remedy.is_empty()));
+    }
+
+    #[test]
+    fn faults_of_lease_and_detection_are_named_with_their_lines_too() {
+        let text = r#"groups = ["x"]
+[machine]
+cpus = 1
+memory_mib = 64
+[[network]]
+mac = "52:54:00:12:34:56"
+bridge = "br0"
+addresses = ["192.0.2.10/24"]
+[lease]
+lease_ms = 1000
+stop_ms = 9000
+addresses = [
+  { address = "192.0.2.11", device = "eth0" },
+  { address = "192.0.2.12/24", device = "eth0/x" },
+]
+services = [
+  { unit = "no unit" },
+  { unit = "a.service" },
+  { unit = "a.service" },
+]
+[detect]
+automatic = true
+address = "here"
+hold_ms = 9999999
+channels = [
+  { channel = "arp", weight = "advisory" },
+  { channel = "icmp", weight = "advisory", missed_max = 1 },
+  { channel = "icmp", weight = "advisory", period_ms = 1 },
+]
+[detect.uplink]
+others_min = 0
+fresh_ms = 1
+[detect.damping]
+hold_ms_max = 100000000
+[[detect.probe]]
+name = "a"
+kind = { tcp = { address = "nowhere" } }
+failures_min = 1
+[[detect.probe]]
+name = "a"
+kind = { unit = "a.service" }
+"#;
+        let faults = Plan::parse(text).expect_err("full of faults").0;
+        let lines: Vec<usize> = faults.iter().map(|f| f.line).collect();
+        let want = [9, 9, 10, 11, 13, 14, 17, 19, 21, 22, 23, 24, 25, 26, 27, 28, 28, 32, 34, 37, 38, 40];
+        assert_eq!(lines, want, "{faults:#?}");
+        assert!(faults.iter().all(|f| !f.remedy.is_empty()));
+    }
+
+    #[test]
+    fn nothing_is_automatic_without_a_fence_and_an_uplink() {
+        let plan = |more: &str| Plan::parse(&format!("host = \"a\"\n[machine]\ncpus = 1\nmemory_mib = 64\n{more}"));
+        let lease = "[lease]\nservices = [{ unit = \"a.service\" }]\n";
+        let hook = "[hooks]\nfence = [\"/bin/true\"]\n";
+        let automatic = "[detect]\nautomatic = true\n";
+        let uplink = "[detect.uplink]\nothers = [\"192.0.2.3\"]\n";
+        for fence in [lease, hook] {
+            let plan = plan(&format!("{fence}{automatic}{uplink}")).expect("a plan");
+            let detect = plan.detect.expect("detection");
+            assert_eq!(detect.policy.check(), Ok(()));
+            assert_eq!(detect.policy.uplink.others_min, 1, "the others are meant as the proof");
+            assert!(detect.policy.channels.iter().all(|c| c.channel != Channel::Beat), "no agent has to send them");
+        }
+        for (more, what) in [
+            (format!("{automatic}{uplink}"), "nothing would show"),
+            (format!("{lease}{automatic}"), "nothing would prove"),
+            ("[lease]\n".to_owned(), "stops nothing"),
+        ] {
+            let faults = plan(&more).expect_err(what).0;
+            assert!(faults.len() == 1 && faults[0].what.contains(what), "{faults:?}");
+        }
+        let plain = plan(&format!("{lease}[detect]\n")).expect("only watched");
+        assert_eq!(plain.lease.expect("a lease").rules, wire::LeaseRules { lease_ms: 10_000, stop_ms: 4_000 });
     }
 
     #[test]

@@ -184,11 +184,16 @@ pub enum Fenced {
     Hook { output: String },
     /// Whoever pressed the button did.
     Word { who: String },
+    /// Its lease has ended for certain, by its own word or by the box's clock.
+    Lease { term: u64, how: String },
 }
 
 /// Measured from the decision on, in milliseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Measured {
+    /// Before the decision: since the host was heard last. None when a person decided.
+    #[serde(default)]
+    pub detection_ms: Option<u64>,
     pub first_instruction_ms: Option<u64>,
     pub booted_ms: Option<u64>,
     /// The addresses answer (NRO).
@@ -210,6 +215,12 @@ pub struct RunState {
     pub at: Option<RecoveryPoint>,
     /// The word of whoever pressed the button that the host is off.
     pub source_is_off: Option<String>,
+    /// Why a takeover began with no hand on it: the detector's decision with every reason.
+    #[serde(default)]
+    pub decision: Option<String>,
+    /// What the running step waits for.
+    #[serde(default)]
+    pub now: Option<String>,
     /// A drill that waits to be looked at instead of ending by itself.
     pub hold: bool,
     pub begun_us: u64,

@@ -87,7 +87,7 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
             let targets = app.exports.ingest_targets();
             Ok(ok(&targets.iter().map(|e| status::export_json(app, e)).collect::<Value>()))
         }
-        (_, ["plans" | "plan-example" | "runs" | "records-key", ..]) => {
+        (_, ["plans" | "plan-example" | "plan-status" | "owners" | "runs" | "records-key", ..]) => {
             super::takeovers::handle(app, request, &parts, &query).await
         }
         (_, ["restores" | "restore-targets", ..]) => super::restores::handle(app, request, &parts).await,

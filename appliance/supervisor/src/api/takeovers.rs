@@ -6,6 +6,8 @@
 //! | `GET /plan-example` | a plan with every key |
 //! | `PUT /plans/NAME` | checks a plan whole and keeps it; with `?check=1` only checks |
 //! | `DELETE /plans/NAME` | |
+//! | `GET /plan-status` | of each host that a plan leases or watches: who owns it, by what, and what is seen of it, with every reason |
+//! | `POST /owners/HOST` | `owner` (`host`, `box`), `confirm` (the host's name): an operator says who owns it, when the box does not know |
 //! | `GET /runs`, `GET /runs/ID` | what takeovers and drills have come to |
 //! | `POST /runs` | begins one: `plan`, `kind` (`failover`, `drill`), `at`, `source_is_off`, `hold`, `dry_run` |
 //! | `POST /runs/ID/end` | takes its machine down and throws away what it wrote; a failover asks for `confirm`, its plan's name |
@@ -22,12 +24,12 @@ use crate::{
 };
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
-use model::RecoveryPoint;
+use model::{HostId, Owner, RecoveryPoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use takeover::{
-    plan::Plan,
+    plan::{Plan, Subject},
     state::{Kind, Step},
 };
 
@@ -55,9 +57,16 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], 
             let name = (*name).to_owned();
             blocking(app, move |app| {
                 app.takeovers.delete_plan(&name).map_err(plan_error)?;
+                app.takeovers.settle(app);
                 Ok(ok(&json!({ "deleted": name })))
             })
             .await?
+        }
+        (&Method::GET, ["plan-status"]) => blocking(app, |app| Ok(ok(&plan_status(app)))).await?,
+        (&Method::POST, ["owners", host]) => {
+            let wish: OwnerWish = body(request).await?;
+            let host = (*host).to_owned();
+            blocking(app, move |app| adopt(app, &host, &wish)).await?
         }
         (&Method::GET, ["runs"]) => {
             let runs: Vec<Value> = app.takeovers.list().iter().map(|s| run_json(&app.takeovers, s)).collect();
@@ -106,7 +115,66 @@ fn set_plan(app: &App, name: &str, text: &str, only_check: bool) -> Result {
     } else {
         app.takeovers.set_plan(name, text).map_err(plan_error)?
     };
+    if !only_check {
+        app.takeovers.settle(app);
+    }
     Ok(ok(&json!({ "name": name, "plan": plan, "kept": !only_check })))
+}
+
+/// One entry for each host that a plan leases or watches, or has.
+pub(super) fn plan_status(app: &App) -> Value {
+    let data = app.catalog.data();
+    let name = |id: HostId| data.host(id).map_or_else(|| id.to_string(), |h| h.name.clone());
+    let mut hosts: BTreeMap<HostId, Value> = BTreeMap::new();
+    for (id, report) in app.ownership.reports() {
+        hosts.insert(id, json!({ "host": name(id), "host_id": id, "plan": report.plan, "ownership": report }));
+    }
+    for watched in app.takeovers.watched(app) {
+        let entry =
+            hosts.entry(watched.host).or_insert_with(|| json!({ "host": watched.name, "host_id": watched.host }));
+        entry["plan"] = json!(watched.plan);
+        entry["seen"] = json!(app.watch.seen(watched.host));
+    }
+    hosts.into_values().collect()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OwnerWish {
+    owner: Owner,
+    #[serde(default)]
+    confirm: Option<String>,
+}
+
+fn adopt(app: &Arc<App>, name: &str, wish: &OwnerWish) -> Result {
+    let data = app.catalog.data();
+    let host = data.find_host(name);
+    let host = host.ok_or_else(|| {
+        not_found("no-such-host", format!("there is no host {name:?}"), "list them with `holdfast host list`")
+    })?;
+    if matches!(wish.owner, Owner::Standby(_)) {
+        return Err(bad_request("owner", "host or box is expected".into()));
+    }
+    if let Some(run) = app.takeovers.open_failover(&Subject::Host(host.name.clone())) {
+        let text = format!("run {} of plan {:?} is open", run.id, run.plan_name);
+        return Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "plan-in-use",
+            text,
+            "end it: the host gets back what is its own",
+        ));
+    }
+    if wish.confirm.as_deref() != Some(&host.name) {
+        let text = format!("{} will own {}: if that is false, two may serve at once", wish.owner, host.name);
+        return Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "confirm-needed",
+            text,
+            "repeat it with the host's name as confirm",
+        ));
+    }
+    app.ownership.adopt(host.id, wish.owner).map_err(internal)?;
+    Ok(ok(&json!(app.ownership.report(host.id))))
 }
 
 #[derive(Deserialize)]
@@ -147,7 +215,15 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
         return Ok(ok(&json!({ "dry_run": true, "plan": plan, "steps": steps })));
     }
     let source_is_off = wish.source_is_off.map(|who| crate::catalog::clean_name(&who, "somebody"));
-    let wish = Wish { plan: wish.plan, kind: wish.kind, at: wish.at, source_is_off, hold: wish.hold };
+    let wish = Wish {
+        plan: wish.plan,
+        kind: wish.kind,
+        at: wish.at,
+        source_is_off,
+        hold: wish.hold,
+        decision: None,
+        detection_ms: None,
+    };
     let state = app.takeovers.begin(app, wish).map_err(run_error)?;
     Ok(json_answer(StatusCode::CREATED, &run_json(&app.takeovers, &state)))
 }
@@ -193,6 +269,10 @@ fn plan_error(e: PlanFault) -> ApiError {
         PlanFault::TooMany => {
             ApiError::new(StatusCode::CONFLICT, "limit", text, "delete plans that are not needed any more")
         }
+        PlanFault::Twice { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "plan-twice", text, "take [lease] and [detect] out of one of them")
+        }
+        PlanFault::Agent(_) => ApiError::new(StatusCode::BAD_REQUEST, "bad-plan", text, "correct it; nothing was kept"),
         PlanFault::InUse(_) => ApiError::new(StatusCode::CONFLICT, "plan-in-use", text, "end the run first"),
         PlanFault::File(_) => internal(text),
     }

@@ -1,7 +1,7 @@
 //! A control connection: what the agent says of itself, what it wants protected, what the box asks of it.
 
 use super::{
-    Agent, Links, Tls,
+    Agent, Hello, Links, Tls, fencing,
     frames::{LinkError, Talk},
     refusal,
     sessions::Session,
@@ -140,21 +140,23 @@ pub async fn serve(
     talk: &mut Talk<Tls>,
     agent: &Agent,
     session: &Session,
-    agent_version: String,
+    hello: &Hello,
 ) -> Result<(), LinkError> {
     let (sender, mut orders) = mpsc::channel(COMMANDS_QUEUED_MAX);
+    let agent_version = &hello.agent_version;
     let number = session_number();
     let now_us = links.clock.wall_us();
     links.hosts.change(agent.host, |known| {
         known.orders = Some((number, sender));
         known.live.connected = true;
         known.live.last_heard_us = Some(now_us);
-        known.live.agent_version = Some(clean_name(&agent_version, "unknown"));
+        known.live.agent_version = Some(clean_name(agent_version, "unknown"));
     });
     let _presence = Presence { links, agent, number };
     links.events.note(Event::HostConnected, agent.subject(), format!("agent {agent_version}"));
     let silence = Duration::from_millis(links.silence_ms);
     let mut deadline = Instant::now() + silence;
+    let mut owner_says = fencing::connected(links, agent, hello.version).await;
     let mut open: BTreeMap<u64, oneshot::Sender<CommandResult>> = BTreeMap::new();
     let mut next_id = 1u64;
     let mut stop = links.stop.clone();
@@ -186,6 +188,7 @@ pub async fn serve(
                 talk.say(&Message::Command { id: next_id, what: order.what }).await?;
                 next_id += 1;
             }
+            Some(message) = owner_says.recv() => talk.say(&message).await?,
             () = sleep_until(deadline) => {
                 let text = format!("nothing was heard for {} ms", links.silence_ms);
                 links.events.note(Event::HostSilent, agent.subject(), &text);
@@ -307,6 +310,9 @@ async fn answer(
                 Ok(Message::ReadBackDone { id, data })
             }))
             .await
+        }
+        Message::Lease(_) | Message::LeaseReleased(_) | Message::HostPlanTaken { .. } | Message::Probe(_) => {
+            fencing::heard(links, agent, message).await
         }
         other => Err(refusal(RefuseCode::OutOfPlace, format!("a {} on a control connection", other.name()))),
     }

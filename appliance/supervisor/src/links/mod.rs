@@ -16,6 +16,7 @@
 
 mod control;
 mod enrol;
+mod fencing;
 pub mod frames;
 pub mod lane;
 mod restore;
@@ -31,8 +32,10 @@ use crate::{
     catalog::Catalog,
     clock::Clock,
     events::{Event, Events},
+    ownership::Ownership,
     pki::{self, Peer, Pki},
     vault::Vault,
+    watch::Ears,
 };
 use frames::{LinkError, Talk};
 use model::HostId;
@@ -70,6 +73,8 @@ pub struct Links {
     pub pki: Arc<Pki>,
     pub vault: Arc<Vault>,
     pub events: Arc<Events>,
+    pub ownership: Arc<Ownership>,
+    pub ears: Arc<Ears>,
     pub clock: Clock,
     pub box_name: String,
     pub silence_ms: u64,
@@ -91,6 +96,8 @@ pub struct LinkParts {
     pub pki: Arc<Pki>,
     pub vault: Arc<Vault>,
     pub events: Arc<Events>,
+    pub ownership: Arc<Ownership>,
+    pub ears: Arc<Ears>,
     pub clock: Clock,
     pub box_name: String,
     pub silence_ms: u64,
@@ -113,13 +120,15 @@ impl Agent {
 
 impl Links {
     pub fn new(parts: LinkParts) -> Result<Arc<Self>, pki::PkiError> {
-        let LinkParts { catalog, pki, vault, events, clock, box_name, silence_ms, stop } = parts;
+        let LinkParts { catalog, pki, vault, events, ownership, ears, clock, box_name, silence_ms, stop } = parts;
         let (enrol, replication) = (pki.enrol_config()?, pki.session_config()?);
         Ok(Arc::new(Self {
             catalog,
             pki,
             vault,
             events,
+            ownership,
+            ears,
             clock,
             box_name,
             silence_ms,
@@ -248,7 +257,7 @@ impl Links {
         let now = self.clock.mono();
         let claimed = self.sessions.claim(agent.host, hello.purpose, hello.instance, now, self.silence_ms);
         let session = match claimed {
-            Ok(session) => session,
+            Ok(session) => session.heard_for(self.ears.connected(agent.host, agent.from.ip(), now)),
             Err(e) => {
                 let code = match e {
                     sessions::ClaimError::Duplicate { .. } => {
@@ -271,7 +280,7 @@ impl Links {
         }
         talk.say(&self.hello_ack(hello.version)).await?;
         match hello.purpose {
-            Purpose::Control => control::serve(self, talk, agent, &session, hello.agent_version).await,
+            Purpose::Control => control::serve(self, talk, agent, &session, &hello).await,
             Purpose::Stream { group } => stream::serve(self, talk, agent, &session, group).await,
             Purpose::Restore => restore::serve(self, talk, agent, &session, hello.instance).await,
             Purpose::Enrol => Ok(()),
@@ -328,7 +337,9 @@ impl Links {
     }
     /// Marks that something was heard.
     fn heard(&self, session: &sessions::Session) {
-        session.heard.store(self.clock.mono().0, Ordering::Relaxed);
+        let now = self.clock.mono();
+        session.heard.store(now.0, Ordering::Relaxed);
+        session.host_heard.store(now.0, Ordering::Relaxed);
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Session {
     number: u64,
     /// Nanoseconds on the box's monotonic clock.
     pub heard: Arc<AtomicU64>,
+    /// The same of all connections of its host, over all of them.
+    pub host_heard: Arc<AtomicU64>,
     /// Set when the session must end, to why.
     pub cut: watch::Receiver<Option<Refusal>>,
     /// An older connection of the same agent was cut for it.
@@ -121,7 +123,8 @@ impl Sessions {
         let (sender, cut) = watch::channel(None);
         claims.sessions.insert(key, Claim { number, heard: Arc::clone(&heard), cut: sender });
         let replaced = replaced.is_some();
-        Ok(Session { hosts: Arc::clone(&self.hosts), host, key, number, heard, cut, replaced })
+        let host_heard = Arc::clone(&heard);
+        Ok(Session { hosts: Arc::clone(&self.hosts), host, key, number, heard, host_heard, cut, replaced })
     }
 
     /// Tells all sessions of a host to end.
@@ -139,6 +142,13 @@ impl Sessions {
 }
 
 impl Session {
+    /// What is heard on it is heard of the host.
+    #[must_use]
+    pub fn heard_for(mut self, host_heard: Arc<AtomicU64>) -> Self {
+        self.host_heard = host_heard;
+        self
+    }
+
     /// Waits until the session must end.
     pub async fn ended(&self) -> Refusal {
         let mut cut = self.cut.clone();

@@ -198,6 +198,10 @@ impl Conn {
             other => panic!("{other:?}"),
         }
     }
+    /// Nothing within this is an error of kind `WouldBlock`.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.stream.sock.set_read_timeout(Some(patience)).unwrap();
+    }
     pub fn try_say(&mut self, message: &Message) -> io::Result<()> {
         let mut out = Vec::new();
         encode_message(message, &mut out).unwrap();

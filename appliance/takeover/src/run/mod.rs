@@ -10,16 +10,19 @@
 //!   branch of a moment has its id before it is made, a machine that runs is taken up, an address that is set is set.
 //! - The chosen moment is kept before the branch is made, and never chosen again.
 //! - Nothing is touched before [`Step::Check`] is done, and no machine serves before [`Step::Fence`] is.
+//! - What a host's lease ends is taken from it before anything else of that step, and given back only after the machine has ended.
 //! - What failed stays to be looked at until the run is ended; what a failover wrote is thrown away by nobody but a person.
 //!
 //! The driver runs on a thread of its own; everything that is the box's comes through [`Hands`]. Which kills it survives is tested in the
 //! box's own tests, with the daemon killed at each step.
 
+mod fence;
+
 use crate::{
     machine::{self, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
     plan::{Application, Plan, PointRule, Size, Subject},
     port::{Port, PortError},
-    state::{AppState, Ended, Fenced, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState},
+    state::{AppState, Ended, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState},
 };
 use journal::ResolvedPoint;
 use model::{GroupId, RecoveryPoint};
@@ -75,6 +78,15 @@ pub enum Wanted {
     End,
 }
 
+/// How far the host has been taken from its owner.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum LeaseWait {
+    /// Until it says that it has stopped; or for so long, when its silence proves something.
+    Waits { ms: Option<u64> },
+    /// The box owns it; `released`: by the host's own word, so that it may still have something to send.
+    Done { term: u64, how: String, released: bool },
+}
+
 /// What the box does for a run. All calls may block.
 pub trait Hands {
     fn now_us(&self) -> u64;
@@ -85,6 +97,18 @@ pub trait Hands {
     fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError>;
     /// Whether the host of this plan is seen to live, and by what.
     fn seen_alive(&self, subject: &Subject) -> Option<String>;
+    /// Whether the host's lease would show that it is off, and why not; none when the plan has no lease.
+    fn lease_fences(&self, plan: &Plan) -> Option<Result<(), String>>;
+    /// Takes the host from its owner, or looks how far that is.
+    fn take(&self, plan: &Plan) -> Result<LeaseWait, HandsError>;
+    /// The host has no power, or somebody swears so.
+    fn fenced_by_power(&self, plan: &Plan) -> Result<(), HandsError>;
+    /// Waits until what a host that lives wrote before it stopped is here.
+    fn drain(&self, plan: &Plan) -> Result<(), HandsError>;
+    /// Whether the box owns the host of a leased plan.
+    fn is_ours(&self, plan: &Plan) -> bool;
+    /// The host may serve again, if the box has taken it. Nothing of ours serves any more.
+    fn give_back(&self, plan: &Plan) -> Result<(), HandsError>;
     /// The moment a wish means in a group.
     fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError>;
     fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError>;
@@ -212,10 +236,10 @@ impl<'a, H: Hands> Driver<'a, H> {
                 entry.outcome = outcome;
             }
             if is_failed {
-                // Nothing was touched: there is nothing to look at and nothing to throw away.
+                // Nothing was touched: there is nothing to look at and nothing to throw away. The host may have been taken from its owner.
                 let nothing = self.state.points.is_empty();
                 self.evidence();
-                self.state.phase = if nothing { Phase::Ended { how: Ended::Refused } } else { Phase::Failed { step } };
+                self.state.phase = if nothing { Phase::Ending } else { Phase::Failed { step } };
                 return self.hands.keep(&self.state);
             }
             self.hands.keep(&self.state)?;
@@ -286,16 +310,7 @@ impl<'a, H: Hands> Driver<'a, H> {
                     return Err(failed(format!("this box has no bridge {:?}", network.bridge), remedy));
                 }
             }
-            let proof = plan.hooks.fence.is_some() || self.state.source_is_off.is_some();
-            if !proof {
-                let text = "nothing shows that the host is off: two that serve at once destroy each other's work";
-                let remedy = "give the plan a fence hook, or say so yourself with --source-is-off";
-                return Err(failed(text, remedy));
-            }
-            if let (Some(seen), None) = (self.hands.seen_alive(&plan.subject), &plan.hooks.fence) {
-                let remedy = "shut the host down first, or give the plan a fence hook";
-                return Err(failed(format!("the host is said to be off, but {seen}"), remedy));
-            }
+            self.check_fence()?;
         }
         let have = self.hands.memory_mib()?;
         let (profile, size) = fitting(plan, have).ok_or_else(|| {
@@ -319,22 +334,6 @@ impl<'a, H: Hands> Driver<'a, H> {
     fn hook(&self, which: impl Fn(&Plan) -> Option<Vec<String>>) -> Result<Option<String>, Stop> {
         let Some(words) = which(&self.state.plan) else { return Ok(None) };
         run_hook(&words, &self.state, self.state.plan.hooks.hook_seconds_max).map(Some)
-    }
-
-    fn fence(&mut self) -> Result<String, Stop> {
-        let (fenced, text) = match self.hook(|plan| plan.hooks.fence.clone())? {
-            Some(output) => (Fenced::Hook { output: output.clone() }, format!("the fence hook says so: {output}")),
-            None => {
-                let who = self
-                    .state
-                    .source_is_off
-                    .clone()
-                    .ok_or_else(|| failed("nothing shows that the host is off", "see the plan's [hooks]"))?;
-                (Fenced::Word { who: who.clone() }, format!("{who} says so"))
-            }
-        };
-        self.state.fenced = Some(fenced);
-        Ok(text)
     }
 
     fn choose(&mut self) -> Result<String, Stop> {
@@ -441,6 +440,11 @@ impl<'a, H: Hands> Driver<'a, H> {
 
     fn start(&mut self) -> Result<String, Stop> {
         if !self.state.started {
+            let is_failover = self.state.kind == Kind::Failover;
+            if is_failover && self.state.plan.lease.is_some() && !self.hands.is_ours(&self.state.plan) {
+                let remedy = "end this run; who owns the host is in `holdfast plan status`";
+                return Err(failed("the box does not own the host any more", remedy));
+            }
             self.machine()?.go_on()?;
             self.state.started = true;
             self.state.measured.first_instruction_ms = Some(self.elapsed_ms());
@@ -595,10 +599,16 @@ impl<'a, H: Hands> Driver<'a, H> {
             }
             unplug(&spec);
         }
+        // The machine has ended: before what may take long, for the host serves from here on.
+        if self.state.kind == Kind::Failover {
+            let plan = self.state.plan.clone();
+            self.hands.give_back(&plan)?;
+        }
         for point in self.state.points.clone() {
             self.hands.drop_branch(&point)?;
         }
-        self.state.phase = Phase::Ended { how: Ended::Discarded };
+        let refused = self.state.points.is_empty() && self.state.failure().is_some();
+        self.state.phase = Phase::Ended { how: if refused { Ended::Refused } else { Ended::Discarded } };
         self.hands.keep(&self.state)
     }
 }

@@ -18,7 +18,7 @@ const LAW: &[(&str, &[&str])] = &[
     ("update", &["durable"]),
     ("replication", &["wire"]),
     ("pair", &["durable", "wire"]),
-    ("takeover", &["journal", "nbd"]),
+    ("takeover", &["journal", "nbd", "wire"]),
     ("agent-linux", &["durable", "wire", "nbd", "replication"]),
     ("ctl", &["durable", "journal", "nbd"]),
     ("sim", &["durable", "wire", "journal", "replication", "pair", "takeover", "update"]),

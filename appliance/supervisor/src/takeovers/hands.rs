@@ -1,0 +1,274 @@
+//! What the box does for a run.
+
+use super::{DRAIN_MAX, END, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep};
+use crate::{
+    App,
+    ownership::Fencing,
+    pki,
+    vault::{CreateGroupError, DeleteGroupError, Group, Phase as GroupPhase},
+};
+use journal::ResolvedPoint;
+use model::{GroupId, HostId, Owner, RecoveryPoint};
+use replication::ownership::EndedBy;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+use takeover::{
+    machine::MachineDisk,
+    plan::{Plan, Subject},
+    run::{Hands, HandsError, LeaseWait, Member, Wanted},
+    state::{PointTaken, RunState},
+};
+
+pub(super) struct BoxHands<'a> {
+    pub app: &'a Arc<App>,
+    pub run: &'a Run,
+    pub dir: &'a Path,
+}
+
+impl BoxHands<'_> {
+    fn host(&self, name: &str) -> Result<HostId, HandsError> {
+        let host = self.app.catalog.data().find_host(name).map(|h| h.id);
+        host.ok_or_else(|| HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`"))
+    }
+    fn leased(&self, plan: &Plan) -> Result<HostId, HandsError> {
+        match &plan.subject {
+            Subject::Host(name) => self.host(name),
+            Subject::Groups(_) => Err(HandsError::new("groups have no lease", "correct the plan")),
+        }
+    }
+    fn group(&self, id: GroupId) -> Result<Arc<Group>, HandsError> {
+        let gone = || HandsError::new(format!("group {id} is gone"), "it was deleted: end this run");
+        let group = self.app.vault.get(id).ok_or_else(gone)?;
+        // After a start of the daemon its journal may still be opening.
+        let deadline = Instant::now() + OPEN_MAX;
+        while matches!(group.shared.phase(), GroupPhase::Opening) && Instant::now() < deadline {
+            if self.wanted() == Wanted::Pause {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(group)
+    }
+}
+
+fn owner_trouble(text: String) -> HandsError {
+    HandsError::new(text, "look at `holdfast plan status` and at the data disk")
+}
+
+fn group_trouble(name: &str, e: &dyn std::error::Error) -> HandsError {
+    HandsError::new(format!("group {name:?}: {}", crate::chain(e)), "look at `holdfast status` and `holdfast points`")
+}
+
+impl Hands for BoxHands<'_> {
+    fn now_us(&self) -> u64 {
+        self.app.clock.wall_us()
+    }
+    fn keep(&self, state: &RunState) -> Result<(), HandsError> {
+        match keep(self.dir, state) {
+            Ok(()) => {}
+            Err(RunFault::Hands(e)) => return Err(e),
+            Err(e) => return Err(HandsError::new(crate::chain(&e), "look at the daemon's log")),
+        }
+        *crate::lock(&self.run.state) = Arc::new(state.clone());
+        Ok(())
+    }
+    fn wanted(&self) -> Wanted {
+        match self.run.wanted.load(Ordering::Acquire) {
+            PAUSE => Wanted::Pause,
+            END => Wanted::End,
+            _ => Wanted::GoOn,
+        }
+    }
+
+    fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError> {
+        let groups = self.app.vault.groups();
+        let members: Vec<Member> = match subject {
+            Subject::Host(name) => {
+                let host = self.app.catalog.data().find_host(name).map(|h| h.id);
+                let host = host.ok_or_else(|| {
+                    HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`")
+                })?;
+                let mut of_host: Vec<&Arc<Group>> = groups.iter().filter(|g| g.shared.host == Some(host)).collect();
+                let data = self.app.catalog.data();
+                of_host.sort_by_key(|g| data.group(g.id()).map(|entry| entry.created_us));
+                of_host.into_iter().map(|g| Member { id: g.id(), name: g.name().to_owned() }).collect()
+            }
+            Subject::Groups(names) => names
+                .iter()
+                .map(|name| {
+                    let found = groups.iter().find(|g| g.name() == name);
+                    let found = found.ok_or_else(|| {
+                        HandsError::new(format!("there is no group {name:?}"), "list them with `holdfast group list`")
+                    })?;
+                    Ok(Member { id: found.id(), name: name.clone() })
+                })
+                .collect::<Result<_, HandsError>>()?,
+        };
+        if members.is_empty() {
+            return Err(HandsError::new(
+                "no disk of it is protected",
+                "protect its disks first: `holdfast-agent protect`",
+            ));
+        }
+        Ok(members)
+    }
+
+    fn seen_alive(&self, subject: &Subject) -> Option<String> {
+        let Subject::Host(name) = subject else { return None };
+        let host = self.host(name).ok()?;
+        self.app.links.hosts.live(host).connected.then(|| format!("the agent of {name} is connected"))
+    }
+
+    fn lease_fences(&self, plan: &Plan) -> Option<Result<(), String>> {
+        plan.lease.as_ref()?;
+        let Subject::Host(name) = &plan.subject else { return None };
+        Some(self.host(name).map_err(|e| e.text).and_then(|host| self.app.ownership.proof(host)))
+    }
+
+    fn take(&self, plan: &Plan) -> Result<LeaseWait, HandsError> {
+        let host = self.leased(plan)?;
+        let fencing = self.app.ownership.take(host).map_err(owner_trouble)?;
+        Ok(match fencing {
+            Fencing::Done { term, by } => LeaseWait::Done {
+                term: term.0,
+                how: by.map_or_else(|| "the box owns it".to_owned(), |by| by.to_string()),
+                released: by == Some(EndedBy::Release),
+            },
+            Fencing::Waits { ms } => LeaseWait::Waits { ms },
+            Fencing::NotBegun => LeaseWait::Waits { ms: None },
+        })
+    }
+
+    fn fenced_by_power(&self, plan: &Plan) -> Result<(), HandsError> {
+        let host = self.leased(plan)?;
+        match self.app.ownership.fenced_by_power(host).map_err(owner_trouble)? {
+            Fencing::Done { .. } => Ok(()),
+            _ => Err(owner_trouble("the host could not be taken from its owner".into())),
+        }
+    }
+
+    fn drain(&self, plan: &Plan) -> Result<(), HandsError> {
+        let begun_us = self.app.clock.wall_us();
+        let deadline = Instant::now() + DRAIN_MAX;
+        for member in self.members(&plan.subject)? {
+            let group = self.group(member.id)?;
+            loop {
+                let proven = crate::status::group_report(self.app, &group).verdict.lag_proven_us;
+                // One that has gone meanwhile sends nothing any more: what is here is what there is.
+                if proven.is_some_and(|us| us >= begun_us) || self.seen_alive(&plan.subject).is_none() {
+                    break;
+                }
+                if self.wanted() != Wanted::GoOn || Instant::now() >= deadline {
+                    let text = format!(
+                        "what the host wrote last to {:?} has not come within {} s",
+                        member.name,
+                        DRAIN_MAX.as_secs()
+                    );
+                    return Err(HandsError::new(text, "look at `holdfast status`"));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_ours(&self, plan: &Plan) -> bool {
+        let owner =
+            self.leased(plan).ok().and_then(|host| self.app.ownership.report(host)).map(|r| (r.owner, r.moving_to));
+        owner == Some((Owner::Box, None))
+    }
+
+    fn give_back(&self, plan: &Plan) -> Result<(), HandsError> {
+        let Some(lease) = &plan.lease else { return Ok(()) };
+        let host = self.leased(plan)?;
+        self.app.ownership.give_back(host, Some(lease.rules)).map_err(owner_trouble)
+    }
+
+    fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError> {
+        let group = self.group(group)?;
+        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        reader.resolve(at).map_err(|e| group_trouble(group.name(), &e))
+    }
+
+    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError> {
+        let group = self.group(group)?;
+        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        let newest = reader.points().bookmarks.into_iter().max_by_key(|b| b.lsn);
+        let newest = newest.ok_or_else(|| {
+            HandsError::new(
+                format!("group {:?} has no bookmark", group.name()),
+                "make one, or have the plan take the latest moment",
+            )
+        })?;
+        Ok(RecoveryPoint::Bookmark(newest.name))
+    }
+
+    fn fresh_group_id(&self) -> Result<GroupId, HandsError> {
+        pki::random_128().map(GroupId).ok_or_else(|| HandsError::new("the system gave no random bytes", "try again"))
+    }
+
+    fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError> {
+        if self.app.vault.get(point.branch).is_none() {
+            let trunk = self.group(point.group)?;
+            let made = self.app.vault.create_branch(&trunk, point.at(), point.branch, &point.branch_name);
+            made.map_err(|e| match e {
+                CreateGroupError::Trunk(e) => group_trouble(trunk.name(), &e),
+                e => HandsError::new(crate::chain(&e), "look at `holdfast status`"),
+            })?;
+        }
+        let branch = self.group(point.branch)?;
+        branch.reader().map_err(|e| group_trouble(branch.name(), &e))?;
+        let volumes = branch.shared.spec().volumes;
+        self.app
+            .exports
+            .add_ingest(&branch, &volumes, self.app.nbd_listen.is_some())
+            .map_err(|e| HandsError::new(crate::chain(&e), "look at the daemon's log"))?;
+        let exports = self.app.exports.of_group(branch.id());
+        volumes
+            .iter()
+            .map(|volume| {
+                let export = exports.iter().find(|e| e.volume == volume.id);
+                let export = export.ok_or_else(|| {
+                    HandsError::new(format!("{} is not exported", volume.name), "look at the daemon's log")
+                })?;
+                Ok(MachineDisk {
+                    socket: export.socket.clone(),
+                    export: export.name.clone(),
+                    serial: volume.name.clone(),
+                })
+            })
+            .collect()
+    }
+
+    fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError> {
+        let Some(branch) = self.app.vault.get(point.branch) else { return Ok(()) };
+        self.app.views.close_group(branch.id());
+        self.app.exports.remove_group(branch.id());
+        match self.app.vault.delete(&branch) {
+            Ok(()) => {}
+            Err(DeleteGroupError::Disk(e)) => {
+                return Err(HandsError::new(crate::chain(&e), "the folder is removed at the daemon's next start"));
+            }
+            Err(e) => return Err(HandsError::new(crate::chain(&e), "delete what goes on from it first")),
+        }
+        self.app.exports.remove_group(branch.id());
+        Ok(())
+    }
+
+    fn memory_mib(&self) -> Result<u64, HandsError> {
+        let failed =
+            || HandsError::new("/proc/meminfo does not say how much memory there is", "this system is not supported");
+        let text = fs::read_to_string("/proc/meminfo").map_err(|_| failed())?;
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).ok_or_else(failed)?;
+        let kib: u64 = line.split_whitespace().next().and_then(|n| n.parse().ok()).ok_or_else(failed)?;
+        Ok((kib / 1024).saturating_sub(KEEP_MIB))
+    }
+
+    fn dir(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+}

@@ -1,0 +1,441 @@
+//! Leases and takeovers that begin by themselves: an agent with the real holder of a lease, services that are a word, and boxes that are killed.
+//! With kernels, databases and real addresses it is tested on whole hosts (`hw-tests/tests/takeover.rs`).
+
+use crate::{
+    agent::{Conn, Host, Identity},
+    support::{Control, Inside, Outside, Rng, wait_for},
+};
+use model::{ByteLen, GroupId, MonoTime, SourceSeq};
+use replication::ownership::{Holder, HolderAction, HolderEvent, HolderRecord, HolderState};
+use serde_json::{Value, json};
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+use wire::{AgentStatus, GroupAgentState, GroupAgentStatus, Holding, HostPlan, Message, Purpose};
+
+const LOOK: Duration = Duration::from_millis(10);
+const RENEW: Duration = Duration::from_millis(300);
+
+fn wall_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64
+}
+
+/// What the host is, to be looked at and changed by a test.
+struct Shared {
+    at: SocketAddr,
+    /// The network to the box is cut.
+    is_cut: bool,
+    ends: bool,
+    /// Every plan is refused with this.
+    refuses: Option<String>,
+    plan: Option<HostPlan>,
+    holding: Holding,
+    term: u64,
+    /// When it was seen to serve last.
+    served_us: u64,
+}
+
+/// A host that holds a lease as the real agent does, in a thread of its own.
+struct Leased {
+    shared: Arc<Mutex<Shared>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Leased {
+    fn start((identity, group): (Identity, GroupId), at: SocketAddr) -> Self {
+        let shared = Shared {
+            at,
+            is_cut: false,
+            ends: false,
+            refuses: None,
+            plan: None,
+            holding: Holding::Unfenced,
+            term: 0,
+            served_us: 0,
+        };
+        let shared = Arc::new(Mutex::new(shared));
+        let of_thread = Arc::clone(&shared);
+        let thread = thread::spawn(move || Life::new(identity, group, of_thread).run());
+        Self { shared, thread: Some(thread) }
+    }
+    fn see(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn serves(&self) -> bool {
+        !matches!(self.see().holding, Holding::Down | Holding::Stopping)
+    }
+    fn wait(&self, what: &str, is: impl Fn(&Shared) -> bool) {
+        wait_for(what, || is(&self.see()).then_some(()));
+    }
+}
+
+impl Drop for Leased {
+    fn drop(&mut self) {
+        self.see().ends = true;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Life {
+    identity: Identity,
+    group: GroupId,
+    shared: Arc<Mutex<Shared>>,
+    holder: Holder,
+    conn: Option<Conn>,
+    began: Instant,
+    asked: Option<Instant>,
+}
+
+impl Life {
+    fn new(identity: Identity, group: GroupId, shared: Arc<Mutex<Shared>>) -> Self {
+        let (holder, actions) = Holder::new(identity.host, HolderRecord::UNFENCED, None, 7_000, 500, MonoTime(1));
+        assert!(actions.is_empty(), "{actions:?}");
+        Self { identity, group, shared, holder, conn: None, began: Instant::now(), asked: None }
+    }
+    fn now(&self) -> MonoTime {
+        MonoTime(self.began.elapsed().as_nanos() as u64 + 1)
+    }
+    fn connect(&self, at: SocketAddr) -> io::Result<Conn> {
+        let mut conn = self.identity.dial(at)?;
+        let hello = conn.hello_as(4, self.identity.host, Purpose::Control, self.identity.instance);
+        hello.map_err(|refused| io::Error::other(refused.to_string()))?;
+        conn.set_patience(LOOK);
+        Ok(conn)
+    }
+
+    fn run(mut self) {
+        loop {
+            let (at, is_cut, ends) = {
+                let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                shared.holding = self.holder.holding();
+                shared.term = self.holder.record().term.0;
+                if !matches!(shared.holding, Holding::Down | Holding::Stopping) {
+                    shared.served_us = wall_us();
+                }
+                (shared.at, shared.is_cut, shared.ends)
+            };
+            if ends {
+                return;
+            }
+            if is_cut {
+                self.conn = None;
+            } else if self.conn.is_none() {
+                self.conn = self.connect(at).ok();
+            }
+            if self.conn.is_none() {
+                thread::sleep(LOOK);
+            } else if self.talk().is_err() {
+                self.conn = None;
+            }
+            let actions = self.holder.on(HolderEvent::Tick, self.now());
+            self.act(actions);
+        }
+    }
+
+    fn talk(&mut self) -> io::Result<()> {
+        if self.asked.is_none_or(|at| at.elapsed() >= RENEW) {
+            self.asked = Some(Instant::now());
+            let request = self.holder.request(self.now());
+            self.say(&Message::Lease(request))?;
+            self.say(&Message::Status(all_is_in(self.group)))?;
+        }
+        let Some(conn) = &mut self.conn else { return Ok(()) };
+        let heard = match conn.try_hear() {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => return Ok(()),
+            heard => heard?,
+        };
+        let now = self.now();
+        let actions = match heard {
+            Message::LeaseAnswer(answer) => self.holder.on(HolderEvent::Answer(answer), now),
+            Message::LeaseRevoke(end) => self.holder.on(HolderEvent::Revoke(end), now),
+            Message::HostPlan(plan) => {
+                let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                let refused = shared.refuses.clone();
+                let (whose, version) = (plan.whose, plan.version);
+                if refused.is_none() {
+                    shared.plan = Some(plan);
+                }
+                drop(shared);
+                return self.say(&Message::HostPlanTaken { whose, version, refused });
+            }
+            _ => return Ok(()),
+        };
+        self.act(actions);
+        Ok(())
+    }
+    fn say(&mut self, message: &Message) -> io::Result<()> {
+        self.conn.as_mut().map_or(Ok(()), |conn| conn.try_say(message))
+    }
+
+    /// Its services start and stop at once.
+    fn act(&mut self, actions: Vec<HolderAction>) {
+        for action in actions {
+            let event = match action {
+                HolderAction::Raise { order, .. } => HolderEvent::Raised { order },
+                HolderAction::Stop { order, .. } => HolderEvent::Stopped { order },
+                HolderAction::Released(end) => {
+                    // Lost with the connection, it is said again when the box asks again.
+                    let _ = self.say(&Message::LeaseReleased(end));
+                    continue;
+                }
+                _ => continue,
+            };
+            let next = self.holder.on(event, self.now());
+            self.act(next);
+        }
+        assert!(!matches!(self.holder.state(), HolderState::Stopping { hard: true, .. }), "it stops at once");
+    }
+}
+
+/// Of an agent whose every write is durable on the box.
+fn all_is_in(group: GroupId) -> AgentStatus {
+    let group = GroupAgentStatus {
+        group,
+        state: GroupAgentState::Replicating,
+        text: String::new(),
+        lag_ms: Some(0),
+        spool_bytes: ByteLen(0),
+        spool_bytes_max: ByteLen(0),
+        dirty_bytes: ByteLen(0),
+        sync_done: ByteLen(0),
+        sync_total: ByteLen(0),
+        durable: SourceSeq(0),
+        gate: "async".into(),
+        captured_bytes: ByteLen(0),
+        captured_records: 0,
+    };
+    AgentStatus {
+        agent_version: "test".into(),
+        kernel: String::new(),
+        backend: String::new(),
+        uptime_s: 1,
+        rss_bytes: ByteLen(0),
+        mono_ns: 1,
+        wall_us: wall_us(),
+        groups: vec![group],
+    }
+}
+
+fn plan(more: &str) -> String {
+    format!(
+        "host = \"db1\"\n[machine]\ncpus = 1\nmemory_mib = 64\nboot_seconds_max = 2\n\
+         [lease]\nlease_ms = 3000\nstop_ms = 1000\nservices = [{{ configured = \"web\" }}]\n{more}"
+    )
+}
+
+const DETECT: &str = "[detect]\nautomatic = true\nhold_ms = 100\n\
+    channels = [{ channel = \"stream\", period_ms = 500, missed_max = 4 }]\n\
+    [detect.uplink]\nothers = [\"127.0.0.1\"]\n";
+
+/// A host of which the box holds a disk that boots and says nothing.
+fn protected(inside: &Inside) -> (Identity, GroupId) {
+    let mut disk = vec![0; 4 << 20];
+    // cli; hlt; jmp back to the hlt
+    disk[..4].copy_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let mut host = Host::protect(inside, "db1", disk);
+    host.connect();
+    host.settle();
+    (host.identity().clone(), host.spec.id)
+}
+
+fn status(control: &impl Control) -> Value {
+    control.get("plan-status")[0].clone()
+}
+fn wait_fences(control: &impl Control) {
+    wait_for("the lease to be held", || (status(control)["ownership"]["fences"] == true).then_some(()));
+}
+fn settled(control: &impl Control, id: &str) -> Value {
+    wait_for("the run to settle", || {
+        let run = control.get(&format!("runs/{id}"));
+        assert!(run["stuck"].is_null(), "{run}");
+        matches!(run["phase"]["is"].as_str(), Some("serving" | "failed" | "ended")).then_some(run)
+    })
+}
+fn step<'a>(run: &'a Value, name: &str) -> &'a Value {
+    run["steps"].as_array().unwrap().iter().find(|s| s["step"] == name).unwrap_or_else(|| panic!("no {name}: {run}"))
+}
+
+#[test]
+fn a_host_that_falls_silent_is_fenced_by_its_lease_and_taken_over_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let inside = Inside::start(&data, "");
+    let host = Leased::start(protected(&inside), inside.listen());
+    inside.ok("PUT", "plans/db1", &plan(DETECT));
+    wait_fences(&inside);
+    host.wait("the plan", |h| h.plan.as_ref().is_some_and(|p| p.services.len() == 1));
+    host.wait("the lease", |h| h.holding == Holding::Serving);
+    wait_for("the host to be seen well", || (status(&inside)["seen"]["verdict"] == "well").then_some(()));
+    wait_for("the uplink", || {
+        status(&inside)["seen"]["reasons"].to_string().contains("peer 127.0.0.1 answers").then_some(())
+    });
+    wait_for("nothing to be in the way", || status(&inside)["seen"]["in_the_way"].is_null().then_some(()));
+    assert_eq!(inside.refused("PUT", "plans/other", &plan("")), "plan-twice");
+
+    // Alive, and cut off from the box.
+    host.see().is_cut = true;
+    let begun = wait_for("a takeover with no hand on it", || inside.get("runs")[0].as_object().cloned());
+    let run = settled(&inside, begun["id"].as_str().unwrap());
+    assert_eq!(run["phase"], json!({ "is": "failed", "step": "boot" }), "{run}");
+    assert_eq!(run["fenced"]["by"], "lease", "{run}");
+    assert!(run["decision"].as_str().unwrap().contains("silent on every required channel"), "{run}");
+    assert!(run["measured"]["detection_ms"].as_u64().is_some_and(|ms| ms >= 1_000), "{run}");
+    assert!(!host.serves(), "the host has stopped by itself");
+    let first_us = step(&run, "fence")["ended_us"].as_u64().unwrap();
+    assert!(host.see().served_us < first_us, "the host had stopped when the box began");
+    assert_eq!(inside.get("runs").as_array().map(Vec::len), Some(1), "one takeover for one silence");
+    let owned = status(&inside)["ownership"].clone();
+    assert_eq!((&owned["owner"], &owned["hold"]), (&json!("box"), &json!("standing")), "{owned}");
+    let page = inside.metrics(&data);
+    for line in ["holdfast_host_owner{host=\"db1\",owner=\"box\"} 1", "holdfast_host_verdict{host=\"db1\""] {
+        assert!(page.contains(line), "{page}");
+    }
+    assert_eq!(inside.refused("PUT", "plans/db1", &plan("")), "plan-in-use");
+    let adopt = json!({ "owner": "host", "confirm": "db1" }).to_string();
+    assert_eq!(inside.refused("POST", "owners/db1", &adopt), "plan-in-use");
+
+    // It comes back: it is told, and stays down.
+    let term = owned["term"].as_u64().unwrap();
+    host.see().is_cut = false;
+    host.wait("the truth", |h| h.term == term);
+    assert!(!host.serves());
+    end_machine(&data, run["id"].as_str().unwrap());
+    // Ended: what the machine wrote is thrown away, and the host's services are its own again.
+    let id = run["id"].as_str().unwrap();
+    inside.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "db1" }).to_string());
+    assert_eq!(settled_end(&inside, id)["phase"]["how"], "discarded");
+    host.wait("the services of the host", |h| h.holding == Holding::Serving && h.term > term);
+    wait_fences(&inside);
+    // Without its plan it is its own for good, and is told so last.
+    inside.ok("DELETE", "plans/db1", "");
+    host.wait("the end of the lease", |h| h.holding == Holding::Unfenced);
+    host.wait("the end of the plan", |h| h.plan.as_ref().is_some_and(|p| p.services.is_empty()));
+    assert!(inside.events(supervisor::Event::TakeoverDecided) == 1);
+    drop(host);
+    inside.stop();
+}
+
+/// Nothing in it would hear that it is to shut down, which it is given a minute and a half for.
+fn end_machine(data: &Path, id: &str) {
+    let pid = std::fs::read_to_string(data.join("takeovers").join(id).join("pid")).expect("a machine");
+    let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+fn settled_end(control: &impl Control, id: &str) -> Value {
+    wait_for("the run to end", || {
+        let run = control.get(&format!("runs/{id}"));
+        (run["phase"]["is"] == "ended").then_some(run)
+    })
+}
+
+#[test]
+fn what_is_not_certain_is_an_alarm_once_and_no_takeover() {
+    let dir = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&dir.path().join("d"), "");
+    let host = Leased::start(protected(&inside), inside.listen());
+    host.see().refuses = Some("no [fence.services.web]".into());
+    inside.ok("PUT", "plans/db1", &plan(DETECT));
+    wait_for("the refusal", || (inside.events(supervisor::Event::HostPlanRefused) == 1).then_some(()));
+    wait_for("the host to be seen", || (status(&inside)["seen"]["verdict"] == "well").then_some(()));
+    wait_for("the uplink", || {
+        status(&inside)["seen"]["reasons"].to_string().contains("peer 127.0.0.1 answers").then_some(())
+    });
+    let seen = status(&inside);
+    assert!(seen["seen"]["in_the_way"].as_str().unwrap().contains("refuses the plan"), "{seen}");
+    assert_eq!(seen["ownership"]["hold"], "standing", "what it has not taken is not armed");
+    host.see().is_cut = true;
+    let alarm = wait_for("an alarm", || status(&inside)["seen"]["alarm"].as_str().map(str::to_owned));
+    assert!(alarm.contains("nothing is taken over by itself: its agent refuses the plan"), "{alarm}");
+    let told = inside.events(supervisor::Event::TakeoverDoubt);
+    // By hand neither, without a word.
+    let begun = inside.ok("POST", "runs", &json!({ "plan": "db1", "kind": "failover" }).to_string());
+    let run = settled(&inside, begun["id"].as_str().unwrap());
+    assert_eq!(run["phase"], json!({ "is": "ended", "how": "refused" }), "{run}");
+    assert!(step(&run, "check")["outcome"]["text"].as_str().unwrap().contains("its lease does not fence it"), "{run}");
+    assert!(inside.get("status").to_string().contains("nothing is taken over by itself"), "an alert for the status");
+    assert_eq!(inside.events(supervisor::Event::TakeoverDoubt), told, "said once");
+    assert_eq!(inside.events(supervisor::Event::TakeoverDecided), 0);
+    host.see().is_cut = false;
+    wait_for("the alarm to be over", || status(&inside)["seen"]["alarm"].is_null().then_some(()));
+    assert!(host.serves());
+    drop(host);
+    inside.stop();
+}
+
+/// One takeover of a leased host, with its box killed again and again on the way.
+fn killed_on_the_way(data: &Path, host: &Leased, running: Outside, rng: &mut Rng, is_cut: bool) -> Outside {
+    let mut running = running;
+    host.see().is_cut = is_cut;
+    let begun = running.ok("POST", "runs", &json!({ "plan": "db1", "kind": "failover" }).to_string());
+    let id = begun["id"].as_str().unwrap().to_owned();
+    for _ in 0..6 {
+        // Wherever it has come to by then: that is the point.
+        thread::sleep(Duration::from_millis(rng.below(700)));
+        running.kill();
+        running = Outside::start(data);
+        host.see().at = running.listen();
+    }
+    let run = wait_for("the run to settle", || {
+        let run = running.get(&format!("runs/{id}"));
+        // Whoever sees the box own it must find the host stopped.
+        if status(&running)["ownership"]["owner"] == "box" {
+            assert!(!host.serves(), "two would serve");
+        }
+        matches!(run["phase"]["is"].as_str(), Some("failed" | "ended")).then_some(run)
+    });
+    assert_eq!(run["phase"], json!({ "is": "failed", "step": "boot" }), "{run}");
+    assert_eq!(run["fenced"]["by"], "lease", "{run}");
+    assert!(host.see().served_us < step(&run, "start")["ended_us"].as_u64().unwrap(), "the host had stopped: {run}");
+    assert!(!host.serves());
+    host.see().is_cut = false;
+    end_machine(data, &id);
+    running.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "db1" }).to_string());
+    running.kill();
+    running = Outside::start(data);
+    host.see().at = running.listen();
+    // Killed before its end was kept, it is ended again.
+    wait_for("the run to end", || match running.get(&format!("runs/{id}"))["phase"]["is"].as_str() {
+        Some("ended") => Some(()),
+        Some("failed") => {
+            running.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "db1" }).to_string());
+            None
+        }
+        _ => None,
+    });
+    host.wait("the services of the host", |h| h.holding == Holding::Serving);
+    running
+}
+
+#[test]
+fn a_host_is_fenced_whenever_its_box_is_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let inside = Inside::start(&data, "");
+    let identity = protected(&inside);
+    inside.ok("PUT", "plans/db1", &plan(""));
+    inside.stop();
+    let mut rng = Rng::new(11);
+    let mut running = Outside::start(&data);
+    let host = Leased::start(identity, running.listen());
+    // Cut off, so that only the lease's end shows that it has stopped; then heard, by its own word.
+    for is_cut in [true, false, true] {
+        wait_fences(&running);
+        running = killed_on_the_way(&data, &host, running, &mut rng, is_cut);
+    }
+    // A lease survives its box's death.
+    running.kill();
+    running = Outside::start(&data);
+    host.see().at = running.listen();
+    wait_fences(&running);
+    assert_eq!(host.see().holding, Holding::Serving);
+    running.terminate();
+}
