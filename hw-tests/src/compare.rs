@@ -36,6 +36,13 @@ pub fn export_with_file(client: &mut Client, oracle: &Path) -> Result<Option<Dif
     images(size, |offset, buf| client.read(offset, buf), |offset, buf| Ok(file.read_exact_at(buf, offset)?))
 }
 
+/// Reads the whole export and compares it with a part of the file that begins at `from`.
+pub fn export_with_part(client: &mut Client, oracle: &Path, from: u64) -> Result<Option<Difference>> {
+    let file = File::open(oracle).with_context(|| format!("open oracle {}", oracle.display()))?;
+    let want = |offset: u64, buf: &mut [u8]| Ok(file.read_exact_at(buf, from + offset)?);
+    images(client.size(), |offset, buf| client.read(offset, buf), want)
+}
+
 /// Compares two files of one size.
 pub fn file_with_file(have: &Path, want: &Path) -> Result<Option<Difference>> {
     let open = |p: &Path| File::open(p).with_context(|| format!("open {}", p.display()));

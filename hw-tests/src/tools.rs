@@ -61,6 +61,12 @@ pub const TOOLS: &[Tool] = &[
         needed_by: &[Test],
     },
     Tool {
+        name: "unshare",
+        package: "util-linux",
+        used_for: "installing a package into a guest's disk",
+        needed_by: &[Test],
+    },
+    Tool {
         name: "qemu-img",
         package: "qemu-utils",
         used_for: "qcow2, comparing and converting views",

@@ -172,7 +172,16 @@ PATH=$hooks/bin:$PATH
 sh "$hooks/system-shutdown" reboot || fail "the shutdown hook fails when the agent does"
 sh "$hooks/early.sh" "$hooks/root" || fail "the boot hook fails when the agent does"
 sh "$hooks/early.sh" "$hooks/none" || fail "the boot hook fails without state"
-same "calls of the hooks" "carry-out;early --sysroot $hooks/root" "$(paste -sd';' "$hooks/calls")"
+sh "$hooks/early.sh" --device "$hooks/none" || fail "the boot hook fails without a device"
+calls="carry-out;early --sysroot $hooks/root"
+for device in /dev/*; do
+    if [ -b "$device" ]; then
+        sh "$hooks/early.sh" --device "$device" || fail "the boot hook fails when the agent does, before the mount"
+        calls="$calls;early --device $device"
+        break
+    fi
+done
+same "calls of the hooks" "$calls" "$(paste -sd';' "$hooks/calls")"
 rm "$hooks/agent"
 sh "$hooks/system-shutdown" reboot || fail "the shutdown hook fails without the agent"
 sh "$hooks/early.sh" "$hooks/root" || fail "the boot hook fails without the agent"

@@ -4,7 +4,8 @@
 //!  agent stops          states in run_dir; the plan: where carry.bin lies on its disk
 //!  shutdown hook        root is read-only: what the kernel half caught since goes into the states; states → carry.bin, past the file system
 //!  ── reboot ──
-//!  initramfs hook       capture begins before anything is mounted for writing; carry.bin is checked → early.json in run_dir
+//!  initramfs hook       the root file system is looked into without its journal; capture begins before it is mounted; carry.bin is
+//!                       checked → early.json in run_dir
 //!  agent starts         early.json names the groups that go on as if the host had not been away; carry.bin is made void first
 //! ```
 //!
@@ -13,10 +14,11 @@
 //!
 //! - its state was written by the hook, whole (checksum), in the boot before this one;
 //! - capture was there before the disk's first write of this boot: the kernel's own count of writes and discards was zero after capture
-//!   had begun. Mounting ext4 writes its superblock and its journal's even when it is mounted read-only, as a real boot of Debian 12 showed, and
-//!   the hooks run after that mount: a group with an ext4 root on it is compared for now;
-//! - the first MiB of each volume is what it was: whoever mounts a file system for writing elsewhere (a rescue system) changes its superblock there.
-//!   What such a system writes without touching that MiB is not found out: after one, `holdfast-agent resync`.
+//!   had begun. Mounting ext4 or XFS writes even when it is mounted read-only, so the hook comes before that mount ([`crate::premount`]); one
+//!   after it is for what the first left alone;
+//! - the first MiB of each volume, and of each partition in it, is what it was: whoever mounts a file system for writing elsewhere (a rescue system)
+//!   changes its superblock there. What such a system writes without touching these, as to a logical volume, is not found out: after one,
+//!   `holdfast-agent resync`.
 //! - no disk of it is a member of an md array: the array writes its superblocks after the hook.
 //!
 //! # Format of carry.bin
@@ -112,7 +114,7 @@ pub struct CarriedGroup {
     pub group: GroupId,
     /// Of the source machine, in hexadecimal.
     pub state: String,
-    /// BLAKE3 of the first MiB of each volume.
+    /// BLAKE3 of the first MiB of each volume and of each partition in it, in their order.
     pub fingerprints: Vec<(VolumeId, String)>,
 }
 
@@ -286,10 +288,23 @@ fn lies_on(disks: &Disks, device: &str, disk: &str) -> bool {
 fn fingerprint(disks: &Disks, placed: &Placed) -> io::Result<String> {
     let node = disks.get(&placed.disk).map(|d| d.node()).ok_or(io::ErrorKind::NotFound)?;
     let file = crate::reader::open(&node)?;
-    let len = FINGERPRINT_BYTES.min(placed.range.bytes()) as usize;
-    let mut buf = aligned(&vec![0; len.next_multiple_of(SECTOR as usize)]);
-    file.read_exact_at(buf.as_mut_slice(), placed.range.start() * SECTOR)?;
-    Ok(blake3::hash(buf.as_slice()).to_hex().to_string())
+    let mut parts = vec![placed.range];
+    parts.extend(disks.iter().filter_map(|d| match &d.class {
+        Class::Partition { of, start } if *of == placed.disk => {
+            Some(Extent::new(*start, d.sectors)).filter(|p| placed.range.contains(p))
+        }
+        _ => None,
+    }));
+    parts.sort();
+    parts.dedup();
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        let len = FINGERPRINT_BYTES.min(part.bytes()) as usize;
+        let mut buf = aligned(&vec![0; len.next_multiple_of(SECTOR as usize)]);
+        file.read_exact_at(buf.as_mut_slice(), part.start() * SECTOR)?;
+        hasher.update(buf.as_slice());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 fn aligned(bytes: &[u8]) -> AlignedBuf {

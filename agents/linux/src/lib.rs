@@ -15,6 +15,7 @@ pub mod inside;
 pub mod link;
 pub mod local;
 pub mod net;
+pub mod premount;
 pub mod psi;
 pub mod reader;
 pub mod rescue;

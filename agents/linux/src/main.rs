@@ -15,7 +15,7 @@ use agent_linux::{
     engine::Engine,
     enrol, fence, freeze, inside,
     local::{self, Failure},
-    rescue,
+    premount, rescue,
     state::{StateDir, boot_id},
     throttle::{Kernel, Throttle},
 };
@@ -149,6 +149,9 @@ enum Command {
         /// Where the root file system is mounted
         #[arg(long, default_value = "/")]
         sysroot: PathBuf,
+        /// What the root file system is going to be mounted from
+        #[arg(long, conflicts_with = "sysroot")]
+        device: Option<PathBuf>,
     },
     /// Ends a freeze; started by the agent itself
     #[command(name = freeze::GUARD_COMMAND, hide = true)]
@@ -222,8 +225,11 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         let options = rescue::Options { box_address, token, name, allow, reboot: !no_reboot, dir };
         return Ok(rescue::run(&options)?);
     }
-    if let Command::Early { sysroot } = &cli.command {
-        return early(cli.config.as_deref(), sysroot);
+    if let Command::Early { sysroot, device } = &cli.command {
+        return match device {
+            Some(device) => early_before_mount(cli.config.as_deref(), device),
+            None => early(cli.config.as_deref(), sysroot).map(drop),
+        };
     }
     let config = Config::load(cli.config.as_deref())?;
     let ask = |request| local::ask(&config.socket(), &request);
@@ -353,7 +359,20 @@ fn carry_out(config: &Config, call_boot: Option<String>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn early(config: Option<&Path>, sysroot: &Path) -> anyhow::Result<()> {
+/// Ends with [`NOT_HERE`] when capture could not begin yet: then the next hook tries, with the root file system mounted.
+fn early_before_mount(config: Option<&Path>, device: &Path) -> anyhow::Result<()> {
+    let begun = match premount::Looked::into(device, Path::new("/run/holdfast-agent.root"))? {
+        Some(looked) => early(config, looked.path())?,
+        None => false,
+    };
+    if !begun {
+        std::process::exit(i32::from(NOT_HERE));
+    }
+    Ok(())
+}
+
+/// Answers whether there is anything to capture.
+fn early(config: Option<&Path>, sysroot: &Path) -> anyhow::Result<bool> {
     let inside = |path: &Path| sysroot.join(path.strip_prefix("/").unwrap_or(path));
     let default = inside(Path::new(agent_linux::config::DEFAULT_PATH));
     let config = match config {
@@ -361,19 +380,20 @@ fn early(config: Option<&Path>, sysroot: &Path) -> anyhow::Result<()> {
         None if default.exists() => Config::load(Some(&default))?,
         None => Config::default(),
     };
-    if !config.carry_over {
-        return Ok(());
+    let state_dir = inside(&config.state_dir);
+    if !config.carry_over || !state_dir.join("identity.json").exists() {
+        return Ok(false);
     }
-    let mut state = StateDir::open_read_only(&inside(&config.state_dir), &config.run_dir)?;
+    let mut state = StateDir::open_read_only(&state_dir, &config.run_dir)?;
     let targets = carry::targets(&Disks::here()?, &state.load_groups()?);
-    let Some((node, first)) = targets.first().map(|(node, t)| (node.clone(), t.disk)) else { return Ok(()) };
+    let Some((node, first)) = targets.first().map(|(node, t)| (node.clone(), t.disk)) else { return Ok(false) };
     let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
     let mut capture = BpfCapture::start(&options, Some((&node, first)))?;
     capture.set_targets(&targets.into_iter().map(|(_, t)| t).collect::<Vec<_>>())?;
     std::fs::create_dir_all(&config.run_dir)?;
     let early = carry::check_early(&mut state, &config.run_dir, &boot_id(), Path::new("/sys"))?;
     carry::tell(&format!("capture begins; {} groups go on over the reboot", early.groups.len()));
-    Ok(())
+    Ok(true)
 }
 
 /// An agent that was started a moment ago is still on its way to the box: what needs the box waits for that, for a while, and says so.

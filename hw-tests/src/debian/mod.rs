@@ -15,7 +15,8 @@
 //! LVM's labels by LVM's own tools on a loop device with no device mapper. That takes root and about a minute, once for each folder of
 //! guests; what went in is the name's key, so that a change of `image.rs` makes it anew. `cargo xtask deps` does it before tests are timed.
 //!
-//! A test gets an [`overlay`](DebianImage::overlay), which is its own and costs nothing; the image itself is never written to.
+//! A test gets an [`overlay`](DebianImage::overlay), which is its own and costs nothing; the image itself is never written to. A raw copy is for
+//! tests that compare the disk byte by byte, and for [`install`], which puts a package into it.
 //!
 //! # Limits
 //!
@@ -23,6 +24,7 @@
 //! taken: what is tested is today's bookworm.
 
 mod image;
+pub mod install;
 
 pub use image::{DebianImage, Profile, Root};
 
@@ -67,7 +69,7 @@ pub struct DebianGuest {
 const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
 
 impl DebianGuest {
-    /// Boots from a disk, qcow2; `dir` is for sockets and the console's log.
+    /// Boots from a disk, qcow2 by its name's end, else raw; `dir` is for sockets and the console's log.
     pub fn boot(disk: &Path, dir: &Path, options: &Options) -> Result<Self> {
         let mut args: Vec<String> = Vec::new();
         if options.firmware == Firmware::Uefi {
@@ -78,7 +80,7 @@ impl DebianGuest {
             args.push("-drive".to_owned());
             args.push(format!("file={},if=virtio,format={format},cache=writeback,discard=unmap", file.display()));
         };
-        drive(disk, "qcow2");
+        drive(disk, if disk.extension().is_some_and(|e| e == "qcow2") { "qcow2" } else { "raw" });
         options.disks.iter().for_each(|d| drive(d, "raw"));
         let forwards: String =
             options.forwards.iter().map(|(ours, its)| format!(",hostfwd=tcp:127.0.0.1:{ours}-:{its}")).collect();

@@ -1,5 +1,5 @@
 #!/bin/bash
-# dracut module: capture begins before the root file system is writable. Becomes part of the next initramfs that is made (`dracut -f`).
+# dracut module: capture begins before the root file system is mounted. Becomes part of the next initramfs that is made (`dracut -f`).
 
 check() {
     require_binaries /usr/bin/holdfast-agent || return 1
@@ -15,5 +15,7 @@ install() {
     inst_multiple -o mount timeout
     inst_script /usr/share/holdfast-agent/early.sh /usr/share/holdfast-agent/early.sh
     # shellcheck disable=SC2154 # dracut sets moddir
+    # After what resumes from a disk, which is at 10.
+    inst_hook pre-mount 90 "$moddir/holdfast-premount.sh"
     inst_hook pre-pivot 05 "$moddir/holdfast-early.sh"
 }

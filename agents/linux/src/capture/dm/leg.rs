@@ -126,6 +126,15 @@ pub fn export(bytes: ByteLen) -> ExportInfo {
     }
 }
 
+/// What the kernel's NBD client is told of an export's abilities: no flush and no FUA. A write is answered when all is done that the host
+/// waits for, so neither says more; and a flush that fails because the agent died could hang the host: device-mapper's mirror then
+/// forgets, of a region that it was about to recover and that has a write under way, that it is recovering. What is written there waits for
+/// ever, and so does whoever wants to suspend the volume (`dm_rh_dec` and `flush_failure` in the kernel).
+pub fn kernel_flags(export: &ExportInfo) -> u16 {
+    let flags = export.flags.without(ExportFlags::FLUSH).without(ExportFlags::FUA);
+    ExportInfo { flags, ..export.clone() }.agreed_flags()
+}
+
 /// How a leg begins.
 pub struct Begin {
     /// Its requests are numbered from here: one that goes on where another ended goes on counting.
@@ -591,6 +600,12 @@ mod tests {
         let FromLeg::Read { id, .. } = inbox.recv_timeout(Duration::from_secs(60)).unwrap() else { panic!() };
         leg.done(id);
         assert_ne!(reply(&mut kernel).0, 0, "a read without data fails");
+    }
+
+    #[test]
+    fn the_kernel_hears_of_neither_flush_nor_fua() {
+        // Has flags, trim.
+        assert_eq!(kernel_flags(&export(ByteLen(1 << 20))), 1 | 1 << 5);
     }
 
     #[test]

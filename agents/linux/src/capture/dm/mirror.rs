@@ -301,7 +301,7 @@ impl Mirror {
             block: SECTOR as u32,
             timeout: bounds.timeout(),
             reconnect: bounds.reconnect(),
-            server_flags: info.agreed_flags(),
+            server_flags: leg::kernel_flags(&info),
         };
         let nbd = nbdk::connect(kernel, &setup)?;
         if let Err(e) = nbd.bound_requests(leg::REQUEST_KIB) {
