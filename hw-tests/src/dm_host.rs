@@ -62,7 +62,7 @@ pub struct Host {
 impl Host {
     pub fn boot(kernel: &Kernel, bins: &Binaries, dir: &Path, kind: Kind) -> Result<Self> {
         let mut initramfs = Initramfs::new(kernel)?;
-        for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd", "dm-crypt", "xts", "aes_generic"] {
+        for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd", "virtio_rng", "dm-crypt", "xts", "aes_generic"] {
             initramfs.module(kernel, module)?;
         }
         for tool in ["mke2fs", "dmsetup", "lvm"] {
@@ -83,6 +83,9 @@ impl Host {
             "user,id=net",
             "-device",
             "virtio-net-pci,netdev=net",
+            // An old kernel that has just begun has no randomness, and the agent's connection waits for some.
+            "-device",
+            "virtio-rng-pci",
             "-drive",
             &drives[0],
             "-drive",

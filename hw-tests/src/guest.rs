@@ -5,7 +5,7 @@
 //! and status come back. Everything the guest prints on its console is in the log named by [`Guest::log_path`].
 //!
 //! The kernel comes as a Debian package by `apt-get download` (no root needed), which checks it against the archive's signed index, and
-//! is kept in a cache folder. A kernel of another Debian release comes by a list of sources of its own in that folder: the
+//! is kept in a cache folder. A kernel of another release, Debian's or Ubuntu's, comes by a list of sources of its own in that folder: the
 //! system's sources are not touched.
 
 use crate::{
@@ -46,7 +46,7 @@ pub struct Kernel {
     pub version: String,
 }
 
-/// A Debian release whose kernel is not the system's.
+/// A release whose kernel is not the system's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Release {
     /// Name of its folder in the cache.
@@ -54,21 +54,50 @@ pub struct Release {
     /// Base address and suite.
     archive: &'static str,
     suite: &'static str,
+    /// What the kernel is in; empty where `linux-image-amd64` names it.
+    packages: &'static [&'static str],
+    keys: Keys,
 }
 
+/// Who signs an archive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keys {
+    Debian,
+    /// Ubuntu's keys come as a package of Debian's, signed by Debian.
+    Ubuntu,
+}
+
+const DEBIAN_KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// Linux 6.12.
-pub const BOOKWORM_BACKPORTS: Release =
-    Release { name: "6.12", archive: "http://deb.debian.org/debian", suite: "bookworm-backports" };
+pub const BOOKWORM_BACKPORTS: Release = debian("6.12", "http://deb.debian.org/debian", "bookworm-backports");
 /// Linux 5.10.
-pub const BULLSEYE_SECURITY: Release =
-    Release { name: "5.10", archive: "http://deb.debian.org/debian-security", suite: "bullseye-security" };
+pub const BULLSEYE_SECURITY: Release = debian("5.10", "http://deb.debian.org/debian-security", "bullseye-security");
+/// Linux 4.18, which has neither BPF ring buffer nor type information: the last of those that Ubuntu 18.04 had for newer hardware.
+pub const UBUNTU_4_18: Release = Release {
+    name: "4.18",
+    archive: "http://archive.ubuntu.com/ubuntu",
+    suite: "bionic-updates",
+    packages: &["linux-image-4.18.0-25-generic", "linux-modules-4.18.0-25-generic"],
+    keys: Keys::Ubuntu,
+};
+/// Brings Ubuntu's keys.
+const TRIXIE: Release = debian("ubuntu-keys", "http://deb.debian.org/debian", "trixie");
+
+const fn debian(name: &'static str, archive: &'static str, suite: &'static str) -> Release {
+    Release { name, archive, suite, packages: &[], keys: Keys::Debian }
+}
 
 impl Release {
     /// Options that make apt use this release alone, with all it keeps in `dir`.
     fn apt_options(&self, dir: &Path) -> Result<Vec<String>> {
         fs::create_dir_all(dir.join("lists/partial"))?;
         fs::create_dir_all(dir.join("archives/partial"))?;
-        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let keys = match self.keys {
+            Keys::Debian => PathBuf::from(DEBIAN_KEYS),
+            Keys::Ubuntu => ubuntu_keys(&dir.join("keys"))?,
+        };
+        let keys = keys.display();
         let list = format!("deb [arch=amd64 signed-by={keys}] {} {} main\n", self.archive, self.suite);
         fs::write(dir.join("sources.list"), list)?;
         let at = |name: &str| dir.join(name).display().to_string();
@@ -83,6 +112,23 @@ impl Release {
     }
 }
 
+/// The keys of Ubuntu's archive, fetched into `dir`.
+fn ubuntu_keys(dir: &Path) -> Result<PathBuf> {
+    let keys = dir.join("usr/share/keyrings/ubuntu-archive-keyring.gpg");
+    if keys.exists() {
+        return Ok(keys);
+    }
+    let options = TRIXIE.apt_options(&dir.join("apt"))?;
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    call("apt-get", &[&options[..], &["--quiet=2", "update"]].concat(), DOWNLOAD_MAX)?;
+    let packages = Kernel::download(&["ubuntu-keyring"], &dir.join("deb"), &options)?;
+    for package in packages {
+        call("dpkg-deb", &["-x", &package.to_string_lossy(), &dir.to_string_lossy()], UNPACK_MAX)?;
+    }
+    ensure!(keys.exists(), "{} is not in Debian's package any more", keys.display());
+    Ok(keys)
+}
+
 impl Kernel {
     /// The kernel of another release, downloaded once into `cache`.
     pub fn of_release(release: &Release, cache: &Path) -> Result<Self> {
@@ -94,10 +140,14 @@ impl Kernel {
         Self::unpacked(&name, &cache, || {
             let options = release.apt_options(&cache.join(format!("{name}.apt")))?;
             let options: Vec<&str> = options.iter().map(String::as_str).collect();
-            if Self::kept(&cache.join(format!("{name}.deb")))?.is_none() {
+            let dir = cache.join(format!("{name}.deb"));
+            if Self::kept(&dir)?.is_empty() {
                 call("apt-get", &[&options[..], &["--quiet=2", "update"]].concat(), DOWNLOAD_MAX)?;
             }
-            Self::package("linux-image-amd64", &name, &cache, &options)
+            match release.packages {
+                [] => Self::package("linux-image-amd64", &name, &cache, &options),
+                packages => Self::download(packages, &dir, &options),
+            }
         })
     }
 
@@ -108,17 +158,19 @@ impl Kernel {
         Self::unpacked(meta, cache, || Self::package(meta, meta, cache, &[]))
     }
 
-    fn unpacked(name: &str, cache: &Path, package: impl FnOnce() -> Result<PathBuf>) -> Result<Self> {
+    fn unpacked(name: &str, cache: &Path, packages: impl FnOnce() -> Result<Vec<PathBuf>>) -> Result<Self> {
         let root = cache.join(name);
         if !root.join("complete").exists() {
-            let package = package()?;
+            let packages = packages()?;
             let fresh = cache.join(format!("{name}.unpacking"));
             if fresh.exists() {
                 fs::remove_dir_all(&fresh)?;
             }
             fs::create_dir_all(&fresh)?;
-            let (deb, to) = (package.to_string_lossy(), fresh.to_string_lossy());
-            call("dpkg-deb", &["-x", &deb, &to], UNPACK_MAX)?;
+            let to = fresh.to_string_lossy();
+            for package in packages {
+                call("dpkg-deb", &["-x", &package.to_string_lossy(), &to], UNPACK_MAX)?;
+            }
             let version = Self::version_in(&fresh)?;
             call("depmod", &["-b", &to, &version], UNPACK_MAX)?;
             File::create(fresh.join("complete"))?;
@@ -136,32 +188,44 @@ impl Kernel {
         entry.file_name().into_string().map_err(|name| anyhow::anyhow!("kernel version {name:?}"))
     }
 
-    /// The package in a folder of the cache.
-    fn kept(dir: &Path) -> Result<Option<PathBuf>> {
-        let mut found = None;
+    /// The packages in a folder of the cache.
+    fn kept(dir: &Path) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
         fs::create_dir_all(dir)?;
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             if path.extension().is_some_and(|e| e == "deb") {
-                found = Some(path);
+                found.push(path);
             }
         }
         Ok(found)
     }
 
     /// The package file, from the cache or from Debian. `options` are for apt.
-    fn package(meta: &str, name: &str, cache: &Path, options: &[&str]) -> Result<PathBuf> {
+    fn package(meta: &str, name: &str, cache: &Path, options: &[&str]) -> Result<Vec<PathBuf>> {
         let dir = cache.join(format!("{name}.deb"));
-        if let Some(file) = Self::kept(&dir)? {
-            return Ok(file);
+        let kept = Self::kept(&dir)?;
+        if !kept.is_empty() {
+            return Ok(kept);
         }
         let depends = call("apt-cache", &[options, &["depends", meta]].concat(), TOOL_MAX)?;
         let real = depends.stdout.lines().find_map(|l| l.trim().strip_prefix("Depends: linux-image-"));
         let real = real.with_context(|| format!("apt knows no kernel behind {meta}: run apt-get update"))?;
+        Self::download(&[&format!("linux-image-{real}")], &dir, options)
+    }
+
+    /// Packages by name, from the folder or from where apt has them. All of them or none are in the folder.
+    fn download(packages: &[&str], dir: &Path, options: &[&str]) -> Result<Vec<PathBuf>> {
+        let kept = Self::kept(dir)?;
+        if kept.len() == packages.len() {
+            return Ok(kept);
+        }
         let mut download = Command::new(tools::need("apt-get")?);
-        download.args(options).arg("download").arg(format!("linux-image-{real}")).current_dir(&dir);
+        download.args(options).arg("download").args(packages).current_dir(dir);
         run(download, DOWNLOAD_MAX)?.ok()?;
-        Self::kept(&dir)?.with_context(|| format!("apt-get downloaded nothing for linux-image-{real}"))
+        let kept = Self::kept(dir)?;
+        ensure!(kept.len() == packages.len(), "apt-get brought {kept:?} for {packages:?}");
+        Ok(kept)
     }
 
     fn image(&self) -> PathBuf {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use hw_tests::{
     Draw, Scratch,
     disk::check_ext4,
-    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Guest, Initramfs, Kernel, Release},
+    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Guest, Initramfs, Kernel, Release, UBUNTU_4_18},
     process,
     product::Binaries,
     record::{Record, first_difference, recorder},
@@ -59,8 +59,12 @@ impl Drives {
 
 /// Capture of `disks` begins; the record goes to vda.
 fn begin(guest: &mut Guest, disks: &str) -> Result<()> {
+    begin_by(guest, "bpf-rq", disks)
+}
+
+fn begin_by(guest: &mut Guest, backend: &str, disks: &str) -> Result<()> {
     guest.sh(
-        &format!("(/programs/record /dev/vda /tmp/stop {disks} >/tmp/record.out 2>&1; echo ended >>/tmp/record.out) &"),
+        &format!("(HOLDFAST_CAPTURE={backend} /programs/record /dev/vda /tmp/stop {disks} >/tmp/record.out 2>&1; echo ended >>/tmp/record.out) &"),
         STEP_MAX,
     )?;
     guest
@@ -102,7 +106,7 @@ fn counter(image: &Path, name: &str) -> Result<u64> {
 /// Writes with and without fsync, and A before B.
 const WORKLOAD: &str = "i=1; while [ $i -le 25 ]; do for f in A B; do printf %020d $i >/tmp/n; dd if=/tmp/n of=/mnt/$f conv=notrunc,fsync 2>/dev/null; done; dd if=/dev/urandom of=/mnt/f$((i%5)) bs=$((i*1000)) count=3 2>/dev/null; i=$((i+1)); done; dd if=/dev/urandom of=/mnt/big bs=1M count=6 conv=fsync 2>/dev/null; rm /mnt/big; sync; fstrim /mnt || true";
 
-fn capture_is_the_disk(kernel: Result<Kernel>, release: &str) -> Result<()> {
+fn capture_is_the_disk(kernel: Result<Kernel>, release: &str, backend: &str) -> Result<()> {
     let kernel = match kernel {
         Ok(kernel) => kernel,
         Err(e) => {
@@ -112,17 +116,21 @@ fn capture_is_the_disk(kernel: Result<Kernel>, release: &str) -> Result<()> {
     };
     let dir = Scratch::new()?;
     let mut initramfs = Initramfs::new(&kernel)?;
+    // For the self-test of one of the backends.
+    initramfs.module(&kernel, "loop")?;
     initramfs.program(&tools::need("mke2fs")?)?;
     initramfs.program(&recorder()?)?;
     let drives = Drives::make(dir.path(), &[RECORD_BYTES, DISK_BYTES])?;
     let mut guest = drives.boot(&kernel, &initramfs, &dir.path().join("guest"))?;
     guest.sh("/programs/mke2fs -q -t ext4 /dev/vdb && sync && blockdev --flushbufs /dev/vdb", STEP_MAX)?;
     let before = drives.images(1..2)?;
-    begin(&mut guest, "/dev/vdb")?;
+    // As the agent does for each disk that it protects.
+    guest.sh("echo 1024 >/sys/block/vdb/queue/max_sectors_kb", STEP_MAX)?;
+    begin_by(&mut guest, backend, "/dev/vdb")?;
     guest.sh(&format!("mount /dev/vdb /mnt && {WORKLOAD}; umount /mnt && sync"), STEP_MAX)?;
     let record = end(&mut guest, &drives.0[0])?;
     guest.power_off()?;
-    println!("Linux {}: {} requests", kernel.version, record.requests.len());
+    println!("Linux {}, {backend}: {} requests", kernel.version, record.requests.len());
     identical(&record, &before, &drives.images(1..2)?);
 
     let seed = 71;
@@ -146,11 +154,23 @@ fn capture_is_the_disk(kernel: Result<Kernel>, release: &str) -> Result<()> {
 
 #[test]
 fn capture_is_the_disk_on_linux_6_1() -> Result<()> {
-    capture_is_the_disk(Kernel::debian("linux-image-amd64", &cache()), "6.1")
+    capture_is_the_disk(Kernel::debian("linux-image-amd64", &cache()), "6.1", "bpf-rq")
 }
 
 fn of(release: &Release) -> Result<()> {
-    capture_is_the_disk(Kernel::of_release(release, &cache()), release.name)
+    capture_is_the_disk(Kernel::of_release(release, &cache()), release.name, "bpf-rq")
+}
+
+/// The newest kernel here that the backend for old ones runs on, with page tables of five levels.
+#[test]
+fn the_backend_for_old_kernels_captures_on_linux_6_1() -> Result<()> {
+    capture_is_the_disk(Kernel::debian("linux-image-amd64", &cache()), "6.1", "bpf-legacy")
+}
+
+/// One it was made for.
+#[test]
+fn the_backend_for_old_kernels_captures_on_linux_4_18() -> Result<()> {
+    capture_is_the_disk(Kernel::of_release(&UBUNTU_4_18, &cache()), UBUNTU_4_18.name, "bpf-legacy")
 }
 
 #[test]

@@ -10,7 +10,7 @@ use hw_tests::{
     process::wait_for,
     product::{Appliance, At, Binaries},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use std::{fs, path::Path};
 
 /// Under the strict policy the host's writes wait for an agent that died, and for no longer than they are to.

@@ -1,13 +1,14 @@
 //! Capture on hosts whose kernel refuses BPF: volumes of the device mapper are captured at mirrors, and the host waits for nobody.
 //!
-//! The refusal is the kernel's own: lockdown in mode confidentiality, which lets no BPF program read its memory.
+//! The refusal is the kernel's own: lockdown in mode confidentiality, which lets no BPF program read its memory. A kernel that has no type
+//! information refuses too; an old one is served by the backend made for it.
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
     Draw, Scratch,
     disk::check_ext4,
     dm_host::{AGENT, DISK_BYTES, Host, Kind, STEP_MAX, assert_identical, cache, kernel},
-    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Kernel, Release},
+    guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Kernel, Release, UBUNTU_4_18},
     process::{self, wait_for},
     product::{Appliance, At, Binaries},
 };
@@ -209,4 +210,57 @@ fn an_agent_that_hangs_neither_holds_the_host_nor_fills_its_memory() -> Result<(
     assert_identical(&appliance, &At::Lsn(end.lsn), &host.disk)?;
     appliance.stop()?;
     dir.done()
+}
+
+/// A kernel that is too old for everything else: mirrors are refused there, for they could hang the host, and the backend for old kernels works
+/// when it is asked for.
+#[test]
+fn a_volume_is_protected_on_linux_4_18_by_the_backend_for_old_kernels() -> Result<()> {
+    let kernel = Kernel::of_release(&UBUNTU_4_18, &cache())?;
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::boot(&kernel, &bins, dir.path(), Kind::Lvm)?;
+    host.join(&appliance)?;
+    let volume = host.volume();
+    host.sh(&format!("/programs/mke2fs -q -t ext4 {volume} && mount {volume} /mnt"))?;
+    for how in ["", "--sync"] {
+        let refused = host.sh(&format!("! {AGENT} protect {how} {volume} --group no"))?;
+        ensure!(refused.contains("older ones than 5.10"), "{refused}");
+    }
+    let text = host.sh(&format!("{AGENT} disks"))?;
+    ensure!(text.contains("type information") && text.contains("bpf-legacy"), "{text}");
+
+    host.stop_agent("TERM")?;
+    host.sh("echo 'capture = \"bpf-legacy\"' >>/etc/agent.toml")?;
+    host.start_agent(&appliance)?;
+    host.start_writer()?;
+    host.sh(&format!("{AGENT} protect {volume} --group data"))?;
+    host.sh(A_BEFORE_B)?;
+    host.stop_writer()?;
+    assert_disk_identical(&mut host, &appliance, "worked")?;
+
+    // What is written while no agent runs is compared by the next one.
+    host.start_writer()?;
+    host.stop_agent("KILL")?;
+    host.sh("dd if=/dev/urandom of=/mnt/alone bs=64k count=8 conv=fsync 2>/dev/null")?;
+    host.start_agent(&appliance)?;
+    host.stop_writer()?;
+    assert_disk_identical(&mut host, &appliance, "after")?;
+    appliance.stop()?;
+    dir.done()
+}
+
+/// Nothing of the host is in the air, and the box has what its disk holds.
+fn assert_disk_identical(host: &mut Host, appliance: &Appliance, name: &str) -> Result<()> {
+    host.sh("sync; umount /mnt && sync")?;
+    let mut last = Value::Null;
+    wait_for("the group to be in step", STEP_MAX, || {
+        last = host.group()?;
+        Ok((last["state"] == "replicating").then_some(()))
+    })
+    .with_context(|| format!("last seen: {last}"))?;
+    let moment = appliance.bookmark("data", name)?;
+    assert_identical(appliance, &At::Lsn(moment.lsn), &host.disk)?;
+    host.sh(&format!("mount {} /mnt", host.volume())).map(drop)
 }

@@ -20,8 +20,7 @@ pub enum Choice {
     /// And mirrors where BPF is refused.
     #[default]
     BpfRq,
-    /// For kernels that are too old for the other one. Only when it is asked for: on the kernels it was made for its start has not been
-    /// seen to end yet.
+    /// For kernels that are too old for the other one. Only when it is asked for: it stands on what it finds by looking.
     BpfLegacy,
     /// Mirrors, whether or not BPF would work.
     DmMirror,
@@ -51,6 +50,14 @@ pub fn why_mirrors(choice: Choice) -> Option<String> {
     match choice {
         Choice::BpfLegacy => None,
         Choice::DmMirror => Some("the configuration says capture = \"dm-mirror\"".to_owned()),
-        Choice::BpfRq => bpf::probe::refusal().map(|e| format!("BPF is refused: {}", crate::error_chain(&e))),
+        Choice::BpfRq => bpf::probe::refusal().map(|e| {
+            let old = match e {
+                CaptureError::Btf { .. } => {
+                    "; for kernels from 4.18 on that have none there is capture = \"bpf-legacy\" in the configuration"
+                }
+                _ => "",
+            };
+            format!("BPF is refused: {}{old}", crate::error_chain(&e))
+        }),
     }
 }

@@ -300,8 +300,8 @@ pub enum CaptureError {
     #[error("self-test failed: {what}; capture would send wrong data and stays off")]
     LegacySelfTest { what: &'static str },
     #[error(
-        "bpf-rq cannot work on this kernel; volumes of the device mapper (LVM, LUKS) can be captured all the same: unprotect the group and \
-         protect them; capture = \"bpf-legacy\" in the agent's configuration tries what is meant for older kernels"
+        "bpf-rq cannot work on this kernel; if it is an old one (4.18 and later), set capture = \"bpf-legacy\" in the agent's configuration; on \
+         5.10 and later volumes of the device mapper (LVM, LUKS) can be captured all the same: unprotect the group and protect them"
     )]
     TooOld {
         #[source]

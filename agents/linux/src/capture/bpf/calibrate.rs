@@ -90,8 +90,9 @@ fn file_error(what: &'static str, path: &str) -> impl FnOnce(io::Error) -> Captu
 /// A word that memory does not hold by chance; the low 16 bits are zero.
 pub(crate) fn magic() -> u64 {
     let mut bytes = [0u8; 8];
-    // SAFETY: the buffer is ours and as long as said. Falls back to a mix of time and pid when the call is not there.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), 8, 0) };
+    // Never waited for: early in the boot of an old kernel, whose pool is not filled yet, that may take for ever, and nothing here is a secret.
+    // SAFETY: the buffer is ours and as long as said.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), 8, libc::GRND_NONBLOCK) };
     let mut word = u64::from_ne_bytes(bytes);
     if got != 8 {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);

@@ -55,7 +55,7 @@
 //! before 5.15 do not tell whether a volume's device was made anew, so there a mirror that is not in the table any more (a planned stop,
 //! another table) counts as not known.
 //!
-//! **Limits.** What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
+//! **Limits.** Kernels before 5.10 are refused: on 4.18 a write under way to a leg whose agent was killed never came back. What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
 //! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
 //! dm volumes and are refused. In sync mode the agent's state directory must not lie on a volume it mirrors; in async mode it may, and then there is no spool file. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
