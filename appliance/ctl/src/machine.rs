@@ -218,7 +218,6 @@ fn watch(client: &Client, id: &str, to_done: bool) -> anyhow::Result<()> {
         let phase = &status["phase"];
         let number = |name: &str| phase[name].as_u64().unwrap_or_default();
         let sent = ByteLen(status["shipped_bytes"].as_u64().unwrap_or_default());
-        let same = ByteLen(status["same_bytes"].as_u64().unwrap_or_default());
         match phase["is"].as_str().unwrap_or_default() {
             "failed" => {
                 bar.finish_and_clear();
@@ -230,10 +229,7 @@ fn watch(client: &Client, id: &str, to_done: bool) -> anyhow::Result<()> {
             }
             "done" | "releasing" | "released" => {
                 bar.finish_and_clear();
-                return print(&format!(
-                    "restore {id} is {}: {sent} sent, {same} was there already\n",
-                    text(&phase["is"])
-                ));
+                return print(&format!("restore {id} is {}: {sent} sent, all of it compared\n", text(&phase["is"])));
             }
             "keeping" | "copying" => {
                 bar.set_length(number("total_bytes"));

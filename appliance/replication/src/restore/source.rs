@@ -9,8 +9,10 @@ use wire::{
 
 const COARSE_SECTORS: u32 = GRANULE_SECTORS as u32;
 const FINE_SECTORS: u32 = 8;
-/// Of a look's granules differ so many in sixteen: they are shipped as they are.
+/// Of a look's granules differ so many in sixteen: they are shipped as they are. Only where the look is a long run: a short one is what was
+/// written lately, of which each granule has changed somewhere.
 const WHOLE_FROM_16THS: usize = 12;
+const WHOLE_FROM_GRANULES: usize = 32;
 /// Zeroes cost a disk less to write than data: so many bytes of them count as one when a flush is due.
 const ZEROES_FOR_ONE: u64 = 16;
 const RECORD_SECTORS: u64 = MAX_RECORD_BYTES as u64 / SECTOR;
@@ -394,7 +396,8 @@ impl Source {
                 _ => differing.push((block, zero)),
             }
         }
-        let whole = look.block_sectors == FINE_SECTORS || count * 16 >= blocks * WHOLE_FROM_16THS;
+        let mostly = blocks >= WHOLE_FROM_GRANULES && count * 16 >= blocks * WHOLE_FROM_16THS;
+        let whole = look.block_sectors == FINE_SECTORS || mostly;
         let mut finer = Vec::new();
         for (extent, zero) in differing {
             if whole || zero {

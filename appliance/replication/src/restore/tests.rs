@@ -163,8 +163,8 @@ impl World {
         self.connected = false;
         self.down.clear();
         self.up.clear();
-        self.to_source(SourceEvent::Disconnected);
-        self.to_target(TargetEvent::Disconnected);
+        self.tell_source(SourceEvent::Disconnected);
+        self.tell_target(TargetEvent::Disconnected);
         // What was taken in before is still done, in order; nobody hears of it.
         while let Some(work) = self.work.pop_front() {
             self.do_work(work, false);
@@ -207,12 +207,12 @@ impl World {
         self.begin(pass, full);
     }
 
-    fn to_source(&mut self, event: SourceEvent) {
+    fn tell_source(&mut self, event: SourceEvent) {
         let mut out = Vec::new();
         self.source.on(event, &mut out).expect("an honest target");
         self.box_acts(out);
     }
-    fn to_target(&mut self, event: TargetEvent) {
+    fn tell_target(&mut self, event: TargetEvent) {
         let mut out = Vec::new();
         self.target.on(event, &mut out).expect("an honest box");
         self.target_acts(out);
@@ -247,7 +247,7 @@ impl World {
     fn target_acts(&mut self, actions: Vec<TargetAction>) {
         for action in actions {
             match action {
-                TargetAction::Open { .. } => self.to_target(TargetEvent::Opened { refused: None }),
+                TargetAction::Open { .. } => self.tell_target(TargetEvent::Opened { refused: None }),
                 TargetAction::Hash(look) => self.work.push_back(Work::Hash(look)),
                 TargetAction::Read { id, disk, extent } => self.work.push_back(Work::Read(id, disk, extent)),
                 TargetAction::Write { seq } => self.work.push_back(Work::Write(seq)),
@@ -293,7 +293,7 @@ impl World {
             }
         };
         if tell {
-            self.to_target(event);
+            self.tell_target(event);
         }
     }
 
@@ -319,12 +319,12 @@ impl World {
                     .collect();
                 out.retain(|action| !matches!(action, SourceAction::Keep { .. }));
                 self.box_acts(out);
-                kept.into_iter().for_each(|id| self.to_source(SourceEvent::Kept { id }));
+                kept.into_iter().for_each(|id| self.tell_source(SourceEvent::Kept { id }));
                 return;
             }
             ToBox::Say(other) => panic!("{} from a target", other.name()),
         };
-        self.to_source(event);
+        self.tell_source(event);
     }
 
     fn compare(&mut self, look: &Look, hashes: &[BlockHash]) {
@@ -336,7 +336,7 @@ impl World {
             differ[i / 8] |= u8::from(BlockHash::of(data) != hashes[i]) << (i % 8);
             zero[i / 8] |= u8::from(data.iter().all(|b| *b == 0)) << (i % 8);
         }
-        self.to_source(SourceEvent::Compared { id: look.id, differ, zero });
+        self.tell_source(SourceEvent::Compared { id: look.id, differ, zero });
     }
 
     fn write_at_the_source(&mut self) {
@@ -364,15 +364,15 @@ impl World {
         match able[self.rng.below(able.len() as u64) as usize] {
             0 => match self.down.pop_front() {
                 Some(ToTarget::Say(Message::RestoreOpen { restore, disks })) => {
-                    self.to_target(TargetEvent::Open { restore, disks });
+                    self.tell_target(TargetEvent::Open { restore, disks });
                 }
-                Some(ToTarget::Say(Message::RestoreLook(look))) => self.to_target(TargetEvent::Look(look)),
+                Some(ToTarget::Say(Message::RestoreLook(look))) => self.tell_target(TargetEvent::Look(look)),
                 Some(ToTarget::Say(Message::RestoreFetch { id, disk, extent })) => {
-                    self.to_target(TargetEvent::Fetch { id, disk, extent });
+                    self.tell_target(TargetEvent::Fetch { id, disk, extent });
                 }
                 Some(ToTarget::Record(header, data)) => {
                     self.payloads.insert(header.seq, (header, data));
-                    self.to_target(TargetEvent::Record(header));
+                    self.tell_target(TargetEvent::Record(header));
                 }
                 _ => panic!("nothing else is sent"),
             },
@@ -500,6 +500,16 @@ fn a_small_change_ships_its_blocks_and_not_its_granules() {
     world.begin(Pass::Ship, full);
     world.finish_pass(&mut 0, &mut 0);
     assert_eq!(world.source.progress().shipped_bytes - before, 4096);
+    // The same where just the granules that have changed are looked at: each differs, and each by one block.
+    let before = world.source.progress().shipped_bytes;
+    for granule in [1usize, 2, 3, 5] {
+        let at = granule * 65_536 + 9_000;
+        world.images[0][at] ^= 0x40;
+        world.changed[0].set(granule as u64..granule as u64 + 1);
+    }
+    world.begin_with_changes();
+    world.finish_pass(&mut 0, &mut 0);
+    assert_eq!(world.source.progress().shipped_bytes - before, 4 * 4096);
     assert!(world.disks[0].durable[..world.images[0].len()] == world.images[0][..]);
 }
 
