@@ -1,4 +1,6 @@
 //! A protected Debian host that is rebooted, loses its power, and gets rid of the agent: its root is an ordinary ext4 partition.
+//!
+//! The root is compared with the box while it is held still (`fsfreeze`), from the disk's own file.
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
@@ -18,6 +20,8 @@ const STEP_MAX: Duration = Duration::from_secs(180);
 /// Copying or comparing the whole of the root in an emulated guest.
 const SYNC_MAX: Duration = Duration::from_secs(400);
 const PACKAGE_MAX: Duration = Duration::from_secs(120);
+/// An initramfs made in an emulated guest.
+const PURGE_MAX: Duration = Duration::from_secs(600);
 /// A guest's way to this machine's loopback.
 const HOST: &str = "10.0.2.2";
 const GROUP: &str = "root";
@@ -70,12 +74,12 @@ impl Host {
         guest.sh(line, STEP_MAX).with_context(|| format!("see {log}"))
     }
 
-    /// Enrols, protects the root, and waits until the box has it.
-    fn protect(&mut self, appliance: &Appliance) -> Result<()> {
+    /// Enrols, protects what is mounted at `at`, and waits until the box has it.
+    fn protect(&mut self, appliance: &Appliance, at: &str) -> Result<()> {
         let (token, port) = (appliance.token()?, appliance.listen().port());
         self.sh(&format!("holdfast-agent enrol --box {HOST}:{port} --token {token}"))?;
         self.sh("systemctl start holdfast-agent")?;
-        self.sh(&format!("holdfast-agent protect / --group {GROUP}"))?;
+        self.sh(&format!("holdfast-agent protect {at} --group {GROUP}"))?;
         self.in_step().map(drop)
     }
 
@@ -121,6 +125,20 @@ impl Host {
         self.sh("fsfreeze --unfreeze /").map(drop)
     }
 
+    /// Everything on the host that bears our name.
+    fn named(&mut self) -> Result<String> {
+        let found = self.sh("find / /boot /run /sys/fs/bpf -xdev -iname '*holdfast*'")?;
+        let inside = self.sh("lsinitramfs /boot/initrd.img-* | grep holdfast || true")?;
+        Ok(format!("{found}{inside}").trim().to_owned())
+    }
+
+    /// What of the running system the agent changes while it protects a disk.
+    fn settings(&mut self) -> Result<String> {
+        self.sh(
+            "cat /sys/block/vda/queue/max_sectors_kb; dmsetup table; ls /sys/fs/bpf; systemctl --failed --no-legend",
+        )
+    }
+
     fn early(&mut self) -> Result<Value> {
         let text = self.sh("cat /run/holdfast-agent/early.json")?;
         serde_json::from_str(&text).with_context(|| format!("early.json {text:?}"))
@@ -131,7 +149,7 @@ fn number(group: &Value, key: &str) -> Result<u64> {
     group[key].as_u64().with_context(|| format!("no {key} in {group}"))
 }
 
-/// Of a root of 860 MiB: what carry.bin itself takes (8 MiB), and what is written on the way down, after the agent has ended.
+/// Of a root of 859 MiB: what carry.bin itself takes (8 MiB), and what is written on the way down, after the agent has ended.
 const REREAD_MAX: u64 = 24 << 20;
 
 #[test]
@@ -145,7 +163,7 @@ fn an_ext4_root_is_carried_over_a_clean_reboot_and_compared_after_a_power_cut() 
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
     let mut host = Host::new(&bins, dir.path())?;
     let (_, bytes) = install::partition(&host.disk, install::ROOT)?;
-    host.protect(&appliance)?;
+    host.protect(&appliance, "/")?;
     host.work("before")?;
 
     host.guest()?.reboot()?;
@@ -171,6 +189,40 @@ fn an_ext4_root_is_carried_over_a_clean_reboot_and_compared_after_a_power_cut() 
     ensure!(same > bytes * 8 / 10, "only {same} of {bytes} bytes were found the same: {group}");
     host.work("after")?;
     host.assert_identical(&appliance)?;
+    appliance.stop()?;
+    dir.done()
+}
+
+#[test]
+fn a_purged_agent_leaves_a_debian_host_as_it_was() -> Result<()> {
+    if let Some(why) = DebianImage::refused() {
+        hw_tests::skip(format!("purging the agent from a Debian host: {why}"));
+        return Ok(());
+    }
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = Host::new(&bins, dir.path())?;
+    let before = host.settings()?;
+    host.protect(&appliance, "/boot")?;
+    ensure!(host.settings()? != before, "protecting changed nothing that could be seen: {before}");
+    let named = host.named()?;
+    for wanted in ["local-premount/holdfast-agent", "/sys/fs/bpf/holdfast", "rules.d/60-holdfast-inside.rules"] {
+        ensure!(named.contains(wanted), "{wanted} is not there while the agent is: {named}");
+    }
+
+    host.guest()?.sh("DEBIAN_FRONTEND=noninteractive apt-get purge -y holdfast-agent", PURGE_MAX)?;
+    assert_eq!(host.named()?, "", "left behind");
+    assert_eq!(host.settings()?, before, "not as it was");
+
+    let log = host.guest()?.log_path().to_owned();
+    let said = std::fs::read(&log)?.len();
+    host.guest()?.reboot()?;
+    assert_eq!(host.named()?, "", "back after a boot");
+    assert_eq!(host.settings()?, before, "not as it was after a boot");
+    let since = String::from_utf8_lossy(&std::fs::read(&log)?[said..]).into_owned();
+    ensure!(!since.contains("holdfast-agent"), "the boot after the purge speaks of the agent: {since}");
+    host.guest.take().context("the host is switched off")?.shut_down()?;
     appliance.stop()?;
     dir.done()
 }
