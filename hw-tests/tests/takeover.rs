@@ -156,10 +156,14 @@ fn a_machine_with_a_database_is_taken_over_outlives_its_box_and_is_proved_by_a_d
     // Power off, in the middle of everything.
     let pid = fs::read_to_string(appliance.data_dir().join("takeovers").join(&id).join("pid"))?;
     call("kill", &["-KILL", pid.trim()], STEP_MAX)?;
-    wait_for("the end of the machine to be noticed", STEP_MAX, || {
+    // It serves again by itself, with every committed row.
+    wait_for("the machine to be started again", RUN_MAX, || {
         let run = appliance.control().get(&format!("/runs/{id}"))?;
-        Ok((run["phase"] == json!({ "is": "failed", "step": "start" })).then_some(()))
+        ensure!(run["phase"]["is"] != "failed", "{run}");
+        let again = run["restarts_us"].as_array().is_some_and(|at| at.len() == 1);
+        Ok((again && run["phase"]["is"] == "serving").then_some(()))
     })?;
+    assert_eq!(must(&sql("select count(*) = max(n), max(n) from t"))?.trim(), format!("t|{committed}"));
 
     // A drill of what the machine left: every committed row is there, none twice.
     let counted = sql("select case when count(*) = max(n) then count(*) else -1 end from t");

@@ -49,6 +49,8 @@ pub enum Command {
     Takeover(TakeoverArgs),
     /// Try a plan: run the host apart from everything, look at it, throw it away
     Drill(DrillArgs),
+    /// Bring what a takeover's machine wrote to the host's own disks, and the services back to it
+    Failback(FailbackArgs),
     /// Takeovers and drills: what they have come to
     #[command(subcommand)]
     Run(RunCommand),
@@ -135,6 +137,27 @@ pub struct DrillArgs {
     pub json: bool,
 }
 
+#[derive(ClapArgs, Debug)]
+pub struct FailbackArgs {
+    /// The plan of the takeover that serves, its run, or the host of the plan
+    pub what: String,
+    /// Who gets the data: a machine that waits with `holdfast-agent rescue` (see `holdfast restore targets`)
+    #[arg(long, value_name = "TARGET")]
+    pub to: String,
+    /// Which disk gets which volume, as GROUP/VOLUME=/dev/sdX or VOLUME=/dev/sdX [default: by serial number or size]
+    #[arg(long = "disk", value_name = "VOLUME=DISK")]
+    pub disks: Vec<String>,
+    /// After the host serves: the machine serves again unless somebody commits within so many minutes
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    pub commit_minutes: u64,
+    /// Do not ask before the target's disks are overwritten
+    #[arg(long)]
+    pub yes: bool,
+    /// The box's answer as it is, without waiting for the end
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Subcommand, Debug)]
 pub enum RunCommand {
     /// All takeovers and drills that are known
@@ -150,6 +173,27 @@ pub enum RunCommand {
     },
     /// Its steps as they end
     Watch { id: String },
+    /// Try what failed again; start a machine again that has ended
+    Again { id: String },
+    /// Make a held drill a takeover: what was written in it is kept
+    Promote {
+        id: String,
+        /// You have made sure that the host is off and stays off
+        #[arg(long)]
+        source_is_off: bool,
+        /// The plan's name once more
+        #[arg(long, value_name = "PLAN")]
+        confirm: Option<String>,
+    },
+    /// After a failback: the host serves well, and what the machine wrote may go when the host's own history holds it
+    Commit { id: String },
+    /// Before a failback is committed: the machine shall serve again
+    Rollback {
+        id: String,
+        /// You have made sure that the host is off and stays off
+        #[arg(long)]
+        source_is_off: bool,
+    },
     /// Take its machine down and throw away what it wrote
     End {
         id: String,

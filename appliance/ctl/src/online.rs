@@ -49,6 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Command::Export(args) => offline::export(&args),
         Command::ClientCert(args) => client_cert(&client()?, &args),
         Command::Plan(command) => takeover::plan(&client()?, command),
+        Command::Failback(args) => takeover::failback(&client()?, &args),
         Command::Takeover(args) => takeover::takeover(&client()?, &args),
         Command::Drill(args) => takeover::drill(&client()?, &args),
         Command::Run(command) => takeover::run(&client()?, command),

@@ -4,7 +4,7 @@
 //! the end what was measured and who is authoritative. Ctrl-C ends the watching, not the run.
 
 use crate::{
-    args::{DrillArgs, OwnerName, PlanCommand, RunCommand, TakeoverArgs},
+    args::{DrillArgs, FailbackArgs, OwnerName, PlanCommand, RunCommand, TakeoverArgs},
     client::{Client, Route},
     online::{print, print_json},
     picture::Table,
@@ -156,14 +156,17 @@ fn read_plan(file: &Path) -> anyhow::Result<String> {
 }
 
 pub fn takeover(client: &Client, args: &TakeoverArgs) -> anyhow::Result<()> {
-    let who = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "root".into());
     let body = json!({
         "plan": args.plan,
         "kind": "failover",
-        "source_is_off": args.source_is_off.then_some(who),
+        "source_is_off": args.source_is_off.then(who),
         "dry_run": args.dry_run,
     });
     begin(client, body, args.at.as_deref(), args.dry_run, args.json)
+}
+
+fn who() -> String {
+    std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "root".into())
 }
 
 pub fn drill(client: &Client, args: &DrillArgs) -> anyhow::Result<()> {
@@ -187,6 +190,143 @@ fn begin(client: &Client, mut body: Value, at: Option<&str>, dry_run: bool, json
         return print(&lines);
     }
     watch(client, &text(&begun["id"]))
+}
+
+/// Begins a failback, after the target's disks were shown and somebody agreed to lose what they hold.
+pub fn failback(client: &Client, args: &FailbackArgs) -> anyhow::Result<()> {
+    let runs: Value = client.get(&Route::new(&["runs"]))?;
+    let mut serving = runs.as_array().into_iter().flatten().filter(|run| {
+        let named = [&run["id"], &run["plan_name"], &run["plan"]["subject"]["host"]];
+        run["kind"] == "failover" && run["phase"]["is"] == "serving" && named.contains(&&json!(args.what))
+    });
+    let Some(run) = serving.next() else {
+        bail!("no takeover of {:?} serves\n  what to do: `holdfast run list` shows all of them", args.what);
+    };
+    let id = text(&run["id"]);
+    let targets: Value = client.get(&Route::new(&["restore-targets"]))?;
+    let target = targets
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|target| target["name"] == json!(args.to) || target["host"] == json!(args.to))
+        .with_context(|| {
+            format!(
+                "no restore target {:?} is connected\n  what to do: start the machine from a rescue medium and run `holdfast-agent rescue` on it",
+                args.to
+            )
+        })?;
+    let mut lines = format!("{} has these disks:\n", args.to);
+    for disk in target["disks"].as_array().into_iter().flatten() {
+        let holds = disk["in_use"].as_str().or(disk["holds"].as_str()).unwrap_or("nothing that is known");
+        lines += &format!("  {:<16} {:>15} bytes  {holds}\n", text(&disk["path"]), disk["bytes"]);
+    }
+    eprint!("{lines}");
+    if !args.yes {
+        agree(&format!("What those that get a volume hold is overwritten. Type {:?} to go on: ", args.to), &args.to)?;
+    }
+    let body = json!({
+        "target": args.to,
+        "disks": back_disks(run, &args.disks)?,
+        "by": who(),
+        "commit_minutes": args.commit_minutes,
+    });
+    let begun: Value = client.call(Method::POST, &Route::new(&["runs", &id, "failback"]), Some(&body))?;
+    if args.json {
+        return print_json(&begun);
+    }
+    watch_back(client, &id)
+}
+
+fn agree(question: &str, word: &str) -> anyhow::Result<()> {
+    if !std::io::IsTerminal::is_terminal(&std::io::stdin()) {
+        bail!("disks are overwritten, and nobody is there to be asked\n  what to do: repeat it with --yes");
+    }
+    eprint!("{question}");
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).context("read the answer")?;
+    if line.trim() != word {
+        bail!("nothing was done");
+    }
+    Ok(())
+}
+
+/// `GROUP/VOLUME=DISK` or, where that is plain, `VOLUME=DISK`.
+fn back_disks(run: &Value, words: &[String]) -> anyhow::Result<Vec<Value>> {
+    let points = run["points"].as_array().cloned().unwrap_or_default();
+    words
+        .iter()
+        .map(|word| {
+            let (volume, path) = word.split_once('=').with_context(|| format!("{word:?} is not VOLUME=DISK"))?;
+            let named = volume.split_once('/');
+            let group = match named {
+                Some((group, _)) => points.iter().find(|p| p["group_name"] == group),
+                None if points.len() == 1 => points.first(),
+                None => bail!("{word:?} does not say of which group: give GROUP/VOLUME=DISK"),
+            };
+            let group = group.with_context(|| format!("the takeover has no group of {word:?}"))?;
+            Ok(json!({ "group": group["group"], "volume": named.map_or(volume, |(_, v)| v), "path": path }))
+        })
+        .collect()
+}
+
+/// Shows a failback's steps as they end, until the host serves or the machine does again.
+fn watch_back(client: &Client, id: &str) -> anyhow::Result<()> {
+    let mut shown = BTreeSet::new();
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+    loop {
+        let run: Value = match client.get(&Route::new(&["runs", id])) {
+            Ok(run) => run,
+            Err(e) if e.is_away() => {
+                std::thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let back = &run["failback"];
+        let mut now = String::new();
+        for step in back["steps"].as_array().into_iter().flatten() {
+            match step["outcome"]["is"].as_str() {
+                Some("running") => now = format!("{} {}", text(&step["title"]), progress(&run["shipping"])),
+                Some(_) if shown.insert(text(&step["step"])) => {
+                    if terminal {
+                        print("\r\x1b[K")?;
+                    }
+                    print(&step_line(back, step))?;
+                }
+                _ => {}
+            }
+        }
+        if let Some(stuck) = run["stuck"].as_str() {
+            bail!("the failback does not go on: {stuck}");
+        }
+        match run["phase"]["is"].as_str().unwrap_or_default() {
+            "failing-back" => {}
+            "returned" => {
+                if let Some(note) = back["note"].as_str() {
+                    bail!("{note}");
+                }
+                let down = seconds(&back["down_ms"]);
+                return print(&format!(
+                    "\nthe host serves; nothing served for {down}\n  `holdfast run commit {id}` when it does well, else `holdfast run rollback {id}`; \
+                     rolled back by itself after {} min\n",
+                    back["commit_minutes"]
+                ));
+            }
+            _ => bail!("{}", back["ended"]["why"].as_str().unwrap_or("the failback has ended")),
+        }
+        if terminal && !now.is_empty() {
+            print(&format!("\r\x1b[K{:>8}  {now} …", "")).and_then(|()| Ok(std::io::stdout().flush()?))?;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+fn progress(shipping: &Value) -> String {
+    let (done, total) = (shipping["done_bytes"].as_u64(), shipping["total_bytes"].as_u64());
+    match (done, total) {
+        (Some(done), Some(total)) if total > 0 => format!("{} of {} MiB", done >> 20, total >> 20),
+        _ => shipping["why"].as_str().unwrap_or_default().to_owned(),
+    }
 }
 
 pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
@@ -222,6 +362,25 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             print(&(lines + &summary(&run)))
         }
         RunCommand::Watch { id } => watch(client, &id),
+        RunCommand::Again { id } => {
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "again"]), Some(&json!({})))?;
+            watch(client, &id)
+        }
+        RunCommand::Promote { id, source_is_off, confirm } => {
+            let body = json!({ "confirm": confirm, "source_is_off": source_is_off.then(who) });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "promote"]), Some(&body))?;
+            watch(client, &id)
+        }
+        RunCommand::Commit { id } => {
+            let body = json!({ "by": who() });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "commit"]), Some(&body))?;
+            print(&format!("run {id} is committed; what its machine wrote goes when the host's own history holds it\n"))
+        }
+        RunCommand::Rollback { id, source_is_off } => {
+            let body = json!({ "by": who(), "source_is_off": source_is_off.then(who) });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "rollback"]), Some(&body))?;
+            watch(client, &id)
+        }
         RunCommand::End { id, confirm } => {
             let body = json!({ "confirm": confirm });
             let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "end"]), Some(&body))?;

@@ -132,6 +132,12 @@ events! {
     TakeoverDoubt = "takeover-doubt" Warn,
     /// A host was found to be lost; what follows is in the text.
     TakeoverDecided = "takeover-decided" Warn,
+    /// Its machine had ended by itself.
+    TakeoverRestarted = "takeover-restarted" Error,
+    FailbackBegun = "failback-begun" Info,
+    /// The host serves again, or was told to; somebody has to say that it does well.
+    FailbackReturned = "failback-returned" Warn,
+    FailbackCommitted = "failback-committed" Info,
 }
 
 /// One event as `status` shows it.

@@ -14,8 +14,10 @@
 //!
 //! **Limits.** [`PLANS_MAX`], [`RUNS_MAX`] that are not over; records of [`RECORDS_MAX`] runs that are over are kept, the oldest go first.
 
+mod asks;
 mod hands;
 mod plans;
+mod ship;
 
 pub use plans::Watched;
 
@@ -44,7 +46,7 @@ use std::{
 };
 use takeover::{
     plan::PlanError,
-    run::{Driver, HandsError},
+    run::{Asked, Driver, HandsError},
     state::{Kind, Measured, Phase, RunState},
 };
 
@@ -92,6 +94,8 @@ pub enum RunFault {
     Unknown(String),
     #[error("the run is over")]
     Over,
+    #[error("{what}: {why}")]
+    NotNow { what: &'static str, why: String },
     #[error("{0}")]
     Hands(#[source] HandsError),
     #[error("could not start a thread")]
@@ -116,6 +120,8 @@ pub struct Wish {
 struct Run {
     state: Mutex<Arc<RunState>>,
     wanted: AtomicU8,
+    /// Not kept: who asked sees by the run that it was not done, and asks again.
+    asked: Mutex<Option<Asked>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Why the box could not do its part last, when the driver gave up.
     stuck: Mutex<Option<String>>,
@@ -176,10 +182,15 @@ impl Takeovers {
         }
     }
 
-    /// Sees whether the machines that serve still do.
+    /// Sees whether the machines that serve still do, and goes on with what waits.
     pub fn look_after(&self, app: &Arc<App>) {
         let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
-        for run in runs.into_iter().filter(|run| run.state().phase == Phase::Serving) {
+        let waits = |run: &Arc<Run>| {
+            let phase = &run.state().phase;
+            matches!(phase, Phase::Serving | Phase::FailingBack | Phase::Returned { .. } | Phase::Committed)
+                || crate::lock(&run.asked).is_some()
+        };
+        for run in runs.into_iter().filter(waits) {
             if let Err(e) = self.launch(app, &run) {
                 app.events.note(Event::TakeoverFailed, &run.state().id, crate::chain(&e));
             }
@@ -252,6 +263,8 @@ impl Takeovers {
             volumes: Vec::new(),
             applications: Vec::new(),
             measured: Measured { detection_ms: wish.detection_ms, ..Measured::default() },
+            restarts_us: Vec::new(),
+            failback: None,
         };
         let run = Arc::new(Run::of(state));
         {
@@ -286,8 +299,15 @@ impl Takeovers {
     /// Takes a run down and throws away what its machine wrote.
     pub fn end(&self, app: &Arc<App>, id: &str) -> Result<Arc<RunState>, RunFault> {
         let run = self.get(id)?;
-        if run.state().is_over() {
-            return Err(RunFault::Over);
+        let state = run.state();
+        match state.phase {
+            Phase::Ended { .. } => return Err(RunFault::Over),
+            // The only copy of what the machine wrote may be the one that would go.
+            Phase::FailingBack | Phase::Returned { .. } | Phase::Committed => {
+                let why = "a failback goes on: commit it or roll it back first".to_owned();
+                return Err(RunFault::NotNow { what: "the run is not ended", why });
+            }
+            _ => {}
         }
         run.wanted.store(END, Ordering::Release);
         self.launch(app, &run)?;
@@ -325,7 +345,8 @@ impl Takeovers {
 impl Run {
     fn of(state: RunState) -> Self {
         let state = Mutex::new(Arc::new(state));
-        Self { state, wanted: AtomicU8::new(GO_ON), thread: Mutex::default(), stuck: Mutex::default() }
+        let wanted = AtomicU8::new(GO_ON);
+        Self { state, wanted, asked: Mutex::default(), thread: Mutex::default(), stuck: Mutex::default() }
     }
 }
 
@@ -380,7 +401,7 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
     *crate::lock(&run.stuck) = None;
     let hands = BoxHands { app, run, dir };
     let begun = RunState::clone(&run.state());
-    let was = begun.phase.clone();
+    let (was, restarts) = (begun.phase.clone(), begun.restarts_us.last().copied());
     let mut driver = Driver::new(&hands, begun);
     // A defect here must not take the daemon along.
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive()));
@@ -389,6 +410,10 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
         Ok(Ok(())) => {}
         Ok(Err(e)) => stuck(app, run, format!("{e}: {}", e.remedy)),
         Err(_) => stuck(app, run, "the run's thread panicked; the daemon's log says why".into()),
+    }
+    if state.restarts_us.last().copied() != restarts {
+        let text = format!("run {}: its machine had ended by itself and was started again", state.id);
+        app.events.note(Event::TakeoverRestarted, &state.plan_name, text);
     }
     match &state.phase {
         // Told already, perhaps by an earlier daemon.
@@ -412,7 +437,14 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
             }
             app.events.note(Event::TakeoverEnded, &state.plan_name, format!("run {}", state.id));
         }
-        Phase::Working | Phase::Ending => {}
+        Phase::FailingBack => app.events.note(Event::FailbackBegun, &state.plan_name, format!("run {}", state.id)),
+        Phase::Returned { .. } => {
+            let note = state.failback.as_ref().and_then(|f| f.note.clone());
+            let text = note.unwrap_or_else(|| "the host serves again: commit it or roll it back".into());
+            app.events.note(Event::FailbackReturned, &state.plan_name, format!("run {}: {text}", state.id));
+        }
+        Phase::Committed => app.events.note(Event::FailbackCommitted, &state.plan_name, format!("run {}", state.id)),
+        Phase::Working | Phase::Ending { .. } => {}
     }
     // A host that was being taken over may have a plan that waits.
     app.takeovers.settle(app);
@@ -451,10 +483,20 @@ fn write_record(takeovers: &Takeovers, dir: &Path, state: &RunState) -> Result<(
 }
 
 /// A run as the API shows it.
-pub fn run_json(takeovers: &Takeovers, state: &RunState) -> Value {
+pub fn run_json(app: &App, state: &RunState) -> Value {
     let mut value = json!(state);
     value["authority"] = json!(state.authority());
-    value["stuck"] = json!(takeovers.stuck(&state.id));
+    if let (Phase::FailingBack, Some(failback)) = (&state.phase, &state.failback) {
+        value["shipping"] = json!(app.restores.status(&failback.restore).ok().map(|status| status.phase));
+    }
+    if let Some(steps) = value["failback"]["steps"].as_array_mut() {
+        for step in steps {
+            let title =
+                takeover::state::BackStep::ALL.into_iter().find(|s| json!(s) == step["step"]).map(|s| s.title());
+            step["title"] = json!(title);
+        }
+    }
+    value["stuck"] = json!(app.takeovers.stuck(&state.id));
     for step in value["steps"].as_array_mut().into_iter().flatten() {
         let title = takeover::state::Step::ALL.into_iter().find(|s| json!(s) == step["step"]).map(|s| s.title());
         step["title"] = json!(title);

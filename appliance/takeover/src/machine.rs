@@ -46,6 +46,8 @@ use std::{
 pub const QEMU: &str = "qemu-system-x86_64";
 /// SMBIOS OEM string by which what runs inside knows that it was taken over.
 pub const MARKER: &str = "holdfast.takeover";
+/// What a drill's machine is told that it is.
+pub const DRILL: &str = "drill";
 /// The virtio-serial port of the agent inside.
 pub const PORT: &str = "org.holdfast.0";
 /// Where Debian and Buildroot put the UEFI firmware.
@@ -193,7 +195,10 @@ impl MachineSpec {
         add(&["-smbios", &format!("type=11,value={MARKER}={}", escaped(&self.marker))]);
         // QEMU's own seccomp: a guest that breaks out finds no way to start anything.
         add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
-        add(&["-display", "none", "-vga", "std", "-rtc", "base=utc,driftfix=slew", "-no-reboot"]);
+        add(&["-display", "none", "-vga", "std", "-rtc", "base=utc,driftfix=slew"]);
+        // A guest that shuts down is told from a machine that died; one that restarts does so, except in a drill, which shall show it.
+        let reboot = if self.marker == DRILL { "shutdown" } else { "reset" };
+        add(&["-action", &format!("shutdown=pause,reboot={reboot}")]);
         add(&["-qmp", &format!("unix:{},server=on,wait=off", path(self.qmp_socket()))]);
         add(&["-pidfile", &self.pid_file().to_string_lossy()]);
         add(&[

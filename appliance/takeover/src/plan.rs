@@ -115,6 +115,27 @@ pub struct Machine {
     pub nic: NicModel,
     /// From the first instruction to the word of the agent inside.
     pub boot_seconds_max: u64,
+    /// From the power button to the end; then it is ended as by a power cut.
+    #[serde(default = "shutdown")]
+    pub shutdown_seconds_max: u64,
+    /// Whether the host's own agent answers inside. Without one nothing inside is looked at, set or started.
+    #[serde(default = "yes")]
+    pub agent: bool,
+    /// How often an hour one that ended by itself is started again.
+    #[serde(default = "restarts")]
+    pub restarts_max: u32,
+}
+
+const fn shutdown() -> u64 {
+    90
+}
+
+const fn yes() -> bool {
+    true
+}
+
+const fn restarts() -> u32 {
+    3
 }
 
 /// A hardware address.
@@ -225,6 +246,9 @@ pub struct Hooks {
     pub after: Option<Vec<String>>,
     /// Makes sure that the lost host is off; its success is the proof.
     pub fence: Option<Vec<String>>,
+    /// After a failback; its success says that the host serves well.
+    #[serde(default)]
+    pub check_host: Option<Vec<String>>,
     pub hook_seconds_max: u64,
 }
 
@@ -279,6 +303,9 @@ struct FileMachine {
     #[serde(default)]
     nic: NicModel,
     boot_seconds_max: Option<Spanned<u64>>,
+    shutdown_seconds_max: Option<Spanned<u64>>,
+    restarts_max: Option<Spanned<u32>>,
+    agent: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -313,6 +340,7 @@ struct FileHooks {
     before: Option<Spanned<Vec<String>>>,
     after: Option<Spanned<Vec<String>>>,
     fence: Option<Spanned<Vec<String>>>,
+    check_host: Option<Spanned<Vec<String>>>,
     hook_seconds_max: Option<Spanned<u64>>,
 }
 
@@ -404,6 +432,19 @@ impl Checker<'_> {
             }
         }
         Some(Network { mac: mac?, bridge, addresses, gateway })
+    }
+    /// What only an agent inside could do.
+    fn nobody_inside(&mut self, file: &File) {
+        for app in &file.application {
+            let remedy = "start and check it by hooks on the box, or take `agent = false` out";
+            self.fault(app, "nobody inside could start and check this application", remedy);
+        }
+        for network in &file.network {
+            if let Some(address) = network.get_ref().addresses.first() {
+                let remedy = "leave it to what runs inside, which has it configured, or take `agent = false` out";
+                self.fault(address, "nobody inside could set this address", remedy);
+            }
+        }
     }
     fn subject(&mut self, file: &File) -> Subject {
         match (&file.host, &file.groups) {
@@ -520,13 +561,23 @@ impl Checker<'_> {
             hooks.before = self.hook(given.before.as_ref(), "before");
             hooks.after = self.hook(given.after.as_ref(), "after");
             hooks.fence = self.hook(given.fence.as_ref(), "fence");
+            hooks.check_host = self.hook(given.check_host.as_ref(), "check_host");
             hooks.hook_seconds_max = seconds(self, given.hook_seconds_max.as_ref(), "hook_seconds_max", HOOK_SECONDS);
         }
         let lease = file.lease.as_ref().map(|at| self.lease(at, &subject, &networks));
         let fenced = lease.is_some() || hooks.fence.is_some();
         let detect = file.detect.as_ref().map(|at| self.detect(at, &subject, fenced));
         let (firmware, disk, nic) = (machine.firmware, machine.disk, machine.nic);
-        let machine = Machine { size, firmware, disk, nic, boot_seconds_max };
+        let restarts_max =
+            machine.restarts_max.as_ref().map_or(restarts(), |at| self.number(at, "restarts_max", 0, 100));
+        let shutdown_seconds_max =
+            seconds(self, machine.shutdown_seconds_max.as_ref(), "shutdown_seconds_max", shutdown());
+        let agent = machine.agent.unwrap_or(true);
+        if !agent {
+            self.nobody_inside(file);
+        }
+        let machine =
+            Machine { size, firmware, disk, nic, boot_seconds_max, shutdown_seconds_max, agent, restarts_max };
         Plan { subject, point: file.point, machine, degraded, networks, applications, hooks, lease, detect }
     }
 }
@@ -685,6 +736,16 @@ kind = { unit = "a.service" }
             assert!(faults[0].what.contains(what), "{faults:?}");
         }
         assert!(Plan::parse(&"#".repeat(PLAN_BYTES_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn a_machine_without_an_agent_is_asked_for_nothing_inside() {
+        let alone = "groups = [\"vm\"]\n[machine]\ncpus = 1\nmemory_mib = 64\nagent = false\n";
+        assert!(!Plan::parse(alone).expect("a plan").machine.agent);
+        let more = "[[network]]\nmac = \"52:54:00:12:34:56\"\nbridge = \"br0\"\naddresses = [\"192.0.2.10/24\"]\n\
+                    [[application]]\nname = \"a\"\ncheck = \"true\"\n";
+        let faults = Plan::parse(&format!("{alone}{more}")).expect_err("nobody is inside").0;
+        assert_eq!(faults.iter().map(|f| f.line).collect::<Vec<_>>(), [9, 10], "{faults:#?}");
     }
 
     #[test]

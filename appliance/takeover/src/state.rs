@@ -103,11 +103,17 @@ pub enum Outcome {
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct StepState {
-    pub step: Step,
+pub struct StepState<S = Step> {
+    pub step: S,
     pub begun_us: u64,
     pub ended_us: Option<u64>,
     pub outcome: Outcome,
+}
+
+impl<S> StepState<S> {
+    pub fn is_done(&self) -> bool {
+        matches!(self.outcome, Outcome::Done { .. } | Outcome::Skipped { .. })
+    }
 }
 
 /// Where the run is.
@@ -121,18 +127,33 @@ pub enum Phase {
     Failed {
         step: Step,
     },
-    /// The machine is being taken down and what it wrote thrown away.
-    Ending,
+    /// What the machine wrote is being brought to the host's own disks; the machine serves until the last difference.
+    FailingBack,
+    /// The host serves again. The machine is down and what it wrote is kept, so that it can serve again: by itself when nobody is content by
+    /// then (none: only when somebody says so).
+    Returned {
+        until_us: Option<u64>,
+    },
+    /// Somebody is content. What the machine wrote is kept until the host's own history holds it.
+    Committed,
+    /// The machine is being taken down and its disks are deleted.
+    Ending {
+        #[serde(default)]
+        how: Ended,
+    },
     Ended {
         how: Ended,
     },
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ended {
     /// A drill that went through, or was ended by hand.
+    #[default]
     Discarded,
+    /// The host has it all and serves.
+    FailedBack,
     /// Refused before anything was touched.
     Refused,
 }
@@ -204,6 +225,92 @@ pub struct Measured {
     pub point_age_ms: Option<u64>,
 }
 
+/// In the order they are done.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackStep {
+    /// The machine that gets the data is connected, and its disks are large enough.
+    Target,
+    /// Everything is copied under the serving machine, until little is left.
+    Copy,
+    /// The machine is shut down.
+    Pause,
+    /// The last difference, compared whole.
+    Last,
+    /// Ownership is the host's.
+    Own,
+    /// It starts from its own disks.
+    Restart,
+    /// Its agent answers.
+    HostUp,
+    /// The plan's hook finds its applications well.
+    HostChecks,
+}
+
+impl BackStep {
+    pub const ALL: [Self; 8] =
+        [Self::Target, Self::Copy, Self::Pause, Self::Last, Self::Own, Self::Restart, Self::HostUp, Self::HostChecks];
+
+    /// For people.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Target => "look at the host's disks",
+            Self::Copy => "copy while the machine serves",
+            Self::Pause => "shut the machine down",
+            Self::Last => "copy and compare the last difference",
+            Self::Own => "give the host its ownership",
+            Self::Restart => "restart the host from its own disks",
+            Self::HostUp => "wait until the host is up",
+            Self::HostChecks => "check the host's applications",
+        }
+    }
+}
+
+/// Which disk gets a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BackDisk {
+    pub group: GroupId,
+    pub volume: String,
+    pub path: String,
+}
+
+/// How a failback came to its end.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum BackEnd {
+    Committed {
+        by: String,
+    },
+    /// The machine serves again.
+    RolledBack {
+        why: String,
+    },
+}
+
+/// Bringing what the machine wrote to the host's own disks, or to those of new hardware.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Failback {
+    /// Of the restore that ships the data: eight hexadecimal digits.
+    pub restore: String,
+    /// Who gets it: a host that waits as a restore target.
+    pub target: String,
+    /// Of the groups that the machine was made of. Empty: found by serial number or size, when the target is looked at.
+    pub disks: Vec<BackDisk>,
+    pub by: String,
+    pub begun_us: u64,
+    /// After the host serves, somebody has to be content within this, or the machine serves again.
+    pub commit_minutes: u64,
+    pub steps: Vec<StepState<BackStep>>,
+    /// Where the histories of the host's groups ended when it was told to restart: what comes after is of its own disks as they are now.
+    #[serde(default)]
+    pub heads: Vec<(GroupId, u64)>,
+    /// From the machine's end to the host's answer.
+    pub down_ms: Option<u64>,
+    /// What a person should know of it.
+    pub note: Option<String>,
+    pub ended: Option<BackEnd>,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RunState {
     /// Eight hexadecimal digits.
@@ -235,6 +342,12 @@ pub struct RunState {
     pub volumes: Vec<Mounted>,
     pub applications: Vec<AppState>,
     pub measured: Measured,
+    /// When the machine was started again after it had ended by itself.
+    #[serde(default)]
+    pub restarts_us: Vec<u64>,
+    /// The last one, whatever it came to.
+    #[serde(default)]
+    pub failback: Option<Failback>,
 }
 
 impl RunState {
@@ -245,7 +358,11 @@ impl RunState {
         self.steps.iter().find(|s| s.step == step)
     }
     pub fn is_done(&self, step: Step) -> bool {
-        self.step(step).is_some_and(|s| matches!(s.outcome, Outcome::Done { .. } | Outcome::Skipped { .. }))
+        self.step(step).is_some_and(StepState::is_done)
+    }
+    /// Whether this step of the failback that is going on is done.
+    pub fn is_back(&self, step: BackStep) -> bool {
+        self.failback.as_ref().is_some_and(|f| f.steps.iter().any(|s| s.step == step && s.is_done()))
     }
     /// What failed, for one line.
     pub fn failure(&self) -> Option<(Step, &str, &str)> {
@@ -259,6 +376,13 @@ impl RunState {
         match (self.kind, &self.phase) {
             (Kind::Drill, _) | (_, Phase::Ended { .. }) => "the host",
             (Kind::Failover, Phase::Serving) => "the machine on this box",
+            (Kind::Failover, Phase::FailingBack) if !self.is_back(BackStep::Pause) => {
+                "the machine on this box; its data runs to the host's disks"
+            }
+            (Kind::Failover, Phase::FailingBack) if !self.is_back(BackStep::Restart) => {
+                "nobody: the machine is down, the last difference runs to the host's disks"
+            }
+            (Kind::Failover, Phase::FailingBack | Phase::Returned { .. } | Phase::Committed) => "the host",
             (Kind::Failover, _) if self.fenced.is_some() => "nobody: the host is off, the machine is not up",
             (Kind::Failover, _) => "the host, if it runs",
         }

@@ -11,6 +11,11 @@
 //! | `GET /runs`, `GET /runs/ID` | what takeovers and drills have come to |
 //! | `POST /runs` | begins one: `plan`, `kind` (`failover`, `drill`), `at`, `source_is_off`, `hold`, `dry_run` |
 //! | `POST /runs/ID/end` | takes its machine down and throws away what it wrote; a failover asks for `confirm`, its plan's name |
+//! | `POST /runs/ID/again` | tries what failed again; starts a machine again that has ended |
+//! | `POST /runs/ID/promote` | makes a drill a takeover, with what was written in it: `source_is_off`, `confirm` |
+//! | `POST /runs/ID/failback` | brings what the machine wrote to the host's own disks: `target`, `disks`, `by`, `commit_minutes` |
+//! | `POST /runs/ID/commit` | the host serves well after a failback: `by` |
+//! | `POST /runs/ID/rollback` | the machine shall serve again: `by`, `source_is_off` |
 //! | `GET /runs/ID/screen`, `serial`, `record`, `signature` | its evidence |
 //! | `GET /records-key` | the public key records are signed with |
 
@@ -30,7 +35,8 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc};
 use takeover::{
     plan::{Plan, Subject},
-    state::{Kind, Step},
+    run::{Asked, FailbackWish},
+    state::{BackDisk, Kind, Step},
 };
 
 pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], query: &str) -> Result {
@@ -69,7 +75,7 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], 
             blocking(app, move |app| adopt(app, &host, &wish)).await?
         }
         (&Method::GET, ["runs"]) => {
-            let runs: Vec<Value> = app.takeovers.list().iter().map(|s| run_json(&app.takeovers, s)).collect();
+            let runs: Vec<Value> = app.takeovers.list().iter().map(|s| run_json(app, s)).collect();
             Ok(ok(&json!(runs)))
         }
         (&Method::POST, ["runs"]) => {
@@ -78,12 +84,17 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], 
         }
         (&Method::GET, ["runs", id]) => {
             let state = app.takeovers.state(id).map_err(run_error)?;
-            Ok(ok(&run_json(&app.takeovers, &state)))
+            Ok(ok(&run_json(app, &state)))
         }
         (&Method::POST, ["runs", id, "end"]) => {
             let wish: EndWish = body(request).await?;
             let id = (*id).to_owned();
             blocking(app, move |app| end(app, &id, &wish)).await?
+        }
+        (&Method::POST, ["runs", id, what @ ("again" | "promote" | "failback" | "commit" | "rollback")]) => {
+            let wish: AskWish = body(request).await?;
+            let (id, what) = ((*id).to_owned(), (*what).to_owned());
+            blocking(app, move |app| ask(app, &id, &what, wish)).await?
         }
         (&Method::GET, ["runs", id, what @ ("screen" | "serial" | "record" | "signature")]) => {
             let (id, what) = ((*id).to_owned(), (*what).to_owned());
@@ -202,6 +213,7 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
                 Step::HookBefore => is_drill || plan.hooks.before.is_none(),
                 Step::HookAfter => is_drill || plan.hooks.after.is_none(),
                 Step::Fence => is_drill,
+                Step::Volumes => !plan.machine.agent,
                 Step::Address => plan.networks.iter().all(|n| n.addresses.is_empty()),
                 Step::Applications => plan.applications.is_empty(),
                 _ => false,
@@ -225,7 +237,7 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
         detection_ms: None,
     };
     let state = app.takeovers.begin(app, wish).map_err(run_error)?;
-    Ok(json_answer(StatusCode::CREATED, &run_json(&app.takeovers, &state)))
+    Ok(json_answer(StatusCode::CREATED, &run_json(app, &state)))
 }
 
 #[derive(Deserialize, Default)]
@@ -242,7 +254,58 @@ fn end(app: &Arc<App>, id: &str, wish: &EndWish) -> Result {
         return Err(ApiError::new(StatusCode::CONFLICT, "confirm-needed", text, remedy));
     }
     let state = app.takeovers.end(app, id).map_err(run_error)?;
-    Ok(ok(&run_json(&app.takeovers, &state)))
+    Ok(ok(&run_json(app, &state)))
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct AskWish {
+    confirm: Option<String>,
+    source_is_off: Option<String>,
+    by: Option<String>,
+    target: Option<String>,
+    disks: Vec<BackDisk>,
+    commit_minutes: Option<u64>,
+}
+
+/// Nobody is content at once, and nobody waits a month.
+const COMMIT_MINUTES: std::ops::RangeInclusive<u64> = 1..=43_200;
+const COMMIT_MINUTES_DEFAULT: u64 = 60;
+
+fn ask(app: &Arc<App>, id: &str, what: &str, wish: AskWish) -> Result {
+    let clean = |who: Option<String>| who.map(|who| crate::catalog::clean_name(&who, "somebody"));
+    let by = clean(wish.by).unwrap_or_else(|| "somebody".into());
+    let source_is_off = clean(wish.source_is_off);
+    let asked = match what {
+        "again" => Asked::Again,
+        "promote" => {
+            let state = app.takeovers.state(id).map_err(run_error)?;
+            if wish.confirm.as_deref() != Some(&state.plan_name) {
+                let text = format!(
+                    "the drill of {:?} becomes a takeover: its machine gets the host's addresses",
+                    state.plan_name
+                );
+                let remedy = "repeat it with the plan's name as confirm";
+                return Err(ApiError::new(StatusCode::CONFLICT, "confirm-needed", text, remedy));
+            }
+            Asked::Promote { source_is_off }
+        }
+        "commit" => Asked::Commit { by },
+        "rollback" => Asked::RollBack { by, source_is_off },
+        _ => {
+            let target =
+                wish.target.ok_or_else(|| bad_request("target", "which restore target gets the data?".into()))?;
+            let commit_minutes = wish.commit_minutes.unwrap_or(COMMIT_MINUTES_DEFAULT);
+            if !COMMIT_MINUTES.contains(&commit_minutes) {
+                let (least, most) = COMMIT_MINUTES.into_inner();
+                return Err(bad_request("commit_minutes", format!("give {least} to {most} minutes")));
+            }
+            let restore = app.takeovers.fresh_id().map_err(run_error)?;
+            Asked::Failback(FailbackWish { restore, target, disks: wish.disks, by, commit_minutes })
+        }
+    };
+    let state = app.takeovers.ask(app, id, asked).map_err(run_error)?;
+    Ok(ok(&run_json(app, &state)))
 }
 
 fn evidence(app: &App, id: &str, what: &str) -> Result {
@@ -288,6 +351,9 @@ fn run_error(e: RunFault) -> ApiError {
         }
         RunFault::TooMany => {
             ApiError::new(StatusCode::CONFLICT, "limit", text, "end runs that are not needed any more")
+        }
+        RunFault::NotNow { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "not-now", text, "look at it with `holdfast run show`")
         }
         RunFault::Over => ApiError::new(StatusCode::CONFLICT, "run-over", text, "nothing is left to do"),
         RunFault::Hands(e) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", text, &e.remedy),

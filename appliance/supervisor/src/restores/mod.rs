@@ -24,7 +24,7 @@ mod driver;
 mod passes;
 pub mod state;
 
-pub use state::{DiskMap, RestoreFault, RestoreFrom, RestoreStatus, RestoreWish, Target};
+pub use state::{DiskMap, RestoreFault, RestoreFrom, RestorePhase, RestoreStatus, RestoreWish, Target};
 
 use crate::{
     App,

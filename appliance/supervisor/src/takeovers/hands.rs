@@ -1,6 +1,6 @@
 //! What the box does for a run.
 
-use super::{DRAIN_MAX, END, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep};
+use super::{DRAIN_MAX, END, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep, ship};
 use crate::{
     App,
     ownership::Fencing,
@@ -19,8 +19,8 @@ use std::{
 use takeover::{
     machine::MachineDisk,
     plan::{Plan, Subject},
-    run::{Hands, HandsError, LeaseWait, Member, Wanted},
-    state::{PointTaken, RunState},
+    run::{Asked, Hands, HandsError, LeaseWait, Member, Shipping, Wanted},
+    state::{BackDisk, Failback, PointTaken, RunState},
 };
 
 pub(super) struct BoxHands<'a> {
@@ -270,5 +270,51 @@ impl Hands for BoxHands<'_> {
 
     fn dir(&self, id: &str) -> PathBuf {
         self.dir.join(id)
+    }
+
+    fn is_asked(&self) -> bool {
+        crate::lock(&self.run.asked).is_some()
+    }
+    fn asked(&self) -> Option<Asked> {
+        crate::lock(&self.run.asked).clone()
+    }
+    fn answered(&self) {
+        *crate::lock(&self.run.asked) = None;
+    }
+    fn ship(&self, state: &RunState, failback: &Failback) -> Result<Vec<BackDisk>, HandsError> {
+        ship::begin(self.app, state, failback)
+    }
+    fn shipping(&self, restore: &str) -> Result<Shipping, HandsError> {
+        ship::shipping(self.app, restore)
+    }
+    fn ship_last(&self, restore: &str) -> Result<(), HandsError> {
+        ship::last(self.app, restore)
+    }
+    fn restart_target(&self, restore: &str) -> Result<(), HandsError> {
+        ship::restart_target(self.app, restore)
+    }
+    fn cancel_shipping(&self, restore: &str) -> Result<(), HandsError> {
+        ship::cancel(self.app, restore)
+    }
+    fn head(&self, group: GroupId) -> Result<u64, HandsError> {
+        let group = self.group(group)?;
+        group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        Ok(group.shared.live().progress.written.0)
+    }
+    fn not_whole(&self, group: GroupId, after: u64) -> Result<Option<String>, HandsError> {
+        let group = self.group(group)?;
+        // What no agent writes to is not told of what its disk holds now, and never will be.
+        if group.shared.host.is_none() {
+            return Ok(None);
+        }
+        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+        if reader.points().valid.iter().any(|range| range.first_lsn.0 > after) {
+            return Ok(None);
+        }
+        let live = group.shared.live();
+        Ok(Some(match live.gap {
+            Some((_, reason)) => format!("its host's disks are being compared ({reason})"),
+            None => "its host's agent has not compared the disks yet".into(),
+        }))
     }
 }

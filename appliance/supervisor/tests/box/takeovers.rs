@@ -5,13 +5,22 @@ use crate::{
     ingest::{History, change},
     support::{Control, Inside, Outside, Rng, assert_same, wait_for},
 };
+use nbd::client::Client;
 use serde_json::{Value, json};
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
 
 const SIZE: u64 = 8 << 20;
 
 fn plan(groups: &str, memory_mib: u64, more: &str) -> String {
-    format!("groups = [\"{groups}\"]\n[machine]\ncpus = 1\nmemory_mib = {memory_mib}\nboot_seconds_max = 2\n{more}")
+    format!(
+        "groups = [\"{groups}\"]\n[machine]\ncpus = 1\nmemory_mib = {memory_mib}\nboot_seconds_max = 2\nshutdown_seconds_max = 1\n{more}"
+    )
 }
 
 fn drill(control: &impl Control, plan: &str) -> Value {
@@ -25,6 +34,12 @@ fn settled(control: &impl Control, id: &str) -> Value {
         assert!(run["stuck"].is_null(), "{run}");
         matches!(run["phase"]["is"].as_str(), Some("serving" | "failed" | "ended")).then_some(run)
     })
+}
+
+/// Ends a takeover for good.
+fn end(control: &impl Control, id: &str) {
+    control.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "p" }).to_string());
+    wait_for("the run to end", || (control.get(&format!("runs/{id}"))["phase"]["is"] == "ended").then_some(()));
 }
 
 fn failed_step(run: &Value) -> &Value {
@@ -41,14 +56,24 @@ fn make_vm(control: &impl Control, rng: &mut Rng) -> Vec<u8> {
     for _ in 0..30 {
         change(&mut client, rng, &mut history).expect("written");
     }
-    // cli; hlt; jmp back to the hlt
-    let mut sector = vec![0xfa, 0xf4, 0xeb, 0xfd];
-    sector.resize(510, 0);
-    sector.extend([0x55, 0xaa]);
-    client.write(0, &sector, true).expect("the boot sector");
+    let sector = write_boot_sector(&mut client, &WAIT_FOR_EVER);
     let mut image = history.image_at(u64::MAX, SIZE);
     image[..512].copy_from_slice(&sector);
     image
+}
+
+/// cli; hlt; jmp back to the hlt
+const WAIT_FOR_EVER: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfd];
+/// xor ah, ah; int 0x16 (wait for a key); mov dx, 0x604; mov ax, 0x2000; out dx, ax (ACPI: off)
+const OFF_AT_A_KEY: [u8; 15] =
+    [0x30, 0xe4, 0xcd, 0x16, 0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xfa, 0xf4, 0xeb, 0xfd];
+
+fn write_boot_sector(client: &mut Client<UnixStream>, code: &[u8]) -> Vec<u8> {
+    let mut sector = code.to_vec();
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    client.write(0, &sector, true).expect("the boot sector");
+    sector
 }
 
 fn machine_runs(data: &Path, id: &str) -> bool {
@@ -69,7 +94,7 @@ fn plans_are_checked_whole_and_kept_as_they_were_written() {
         inside.json("PUT", "plans/db1", &plan("a", 1, "[[application]]\nname = \"\"\ncheck = \"x\"\n"));
     assert_eq!((status, refused["error"]["code"].as_str()), (400, Some("bad-plan")), "{refused}");
     let text = refused["error"]["message"].as_str().expect("a message");
-    assert!(text.contains("line 4:") && text.contains("line 7:"), "{text}");
+    assert!(text.contains("line 4:") && text.contains("line 8:"), "{text}");
     assert_eq!(inside.call("GET", "plans/db1", "").1, example, "a refused plan replaces nothing");
     assert_eq!(inside.ok("PUT", "plans/x?check=1", &example)["kept"], false);
     assert_eq!(inside.refused("GET", "plans/x", ""), "no-such-plan");
@@ -179,5 +204,139 @@ fn a_run_is_gone_on_with_whenever_its_box_is_killed() {
     assert_same(&view.volumes[0], &image, "the group it was made of");
     running.close_view(&view);
     assert_eq!(running.refused("POST", &format!("runs/{id}/end"), "{}"), "run-over");
+    running.terminate();
+}
+
+fn pid_of(data: &Path, id: &str) -> String {
+    fs::read_to_string(data.join("takeovers").join(id).join("pid")).expect("a machine").trim().to_owned()
+}
+
+fn kill_machine(data: &Path, id: &str) {
+    let done = std::process::Command::new("kill").args(["-KILL", &pid_of(data, id)]).status().expect("kill");
+    assert!(done.success());
+}
+
+#[test]
+fn a_machine_that_ends_by_itself_is_started_again_but_not_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let mut rng = Rng::new(7);
+    let mut running = Outside::start(&data);
+    make_vm(&running, &mut rng);
+    running.ok("PUT", "plans/p", &plan("vm", 64, "agent = false\nrestarts_max = 2\n"));
+    let wish = json!({ "plan": "p", "kind": "failover", "source_is_off": "me" });
+    let id = running.ok("POST", "runs", &wish.to_string())["id"].as_str().expect("an id").to_owned();
+    let run = settled(&running, &id);
+    assert_eq!(run["phase"]["is"], "serving", "{run}");
+    let restarts = |control: &Outside| control.get(&format!("runs/{id}"))["restarts_us"].as_array().map_or(0, Vec::len);
+    // Once under the daemon, once with it, as when the box loses its power.
+    kill_machine(&data, &id);
+    wait_for("the first restart", || (restarts(&running) == 1).then_some(()));
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    let before = pid_of(&data, &id);
+    running.kill();
+    kill_machine(&data, &id);
+    running = Outside::start(&data);
+    wait_for("the second restart", || (restarts(&running) == 2).then_some(()));
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    assert_ne!(pid_of(&data, &id), before, "another machine");
+    kill_machine(&data, &id);
+    let run = wait_for("it to be given up", || {
+        let run = running.get(&format!("runs/{id}"));
+        (run["phase"]["is"] == "failed").then_some(run)
+    });
+    let text = failed_step(&run)["outcome"]["text"].as_str().expect("a reason");
+    assert!(text.contains("3 times within the hour"), "{text}");
+    assert_eq!(running.get("groups").as_array().map(Vec::len), Some(2), "its disks are kept");
+    // By hand it goes on.
+    running.ok("POST", &format!("runs/{id}/again"), "{}");
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    assert!(machine_runs(&data, &id));
+    for (what, body) in [("promote", json!({ "confirm": "p" })), ("commit", json!({})), ("rollback", json!({}))] {
+        assert_eq!(running.refused("POST", &format!("runs/{id}/{what}"), &body.to_string()), "not-now", "{what}");
+    }
+    end(&running, &id);
+    running.terminate();
+}
+
+/// Types at a machine's keyboard.
+fn press_a_key(data: &Path, id: &str) {
+    let mut qmp = UnixStream::connect(data.join("takeovers").join(id).join("qmp")).expect("the control socket");
+    let mut lines = BufReader::new(qmp.try_clone().expect("a handle")).lines();
+    lines.next().expect("a greeting").expect("read");
+    for command in [
+        json!({ "execute": "qmp_capabilities" }),
+        json!({ "execute": "send-key", "arguments": { "keys": [{ "type": "qcode", "data": "spc" }] } }),
+    ] {
+        qmp.write_all(format!("{command}\n").as_bytes()).expect("said");
+        let answer = lines.find(|line| line.as_ref().is_ok_and(|l| l.contains("\"return\"")));
+        answer.expect("an answer").expect("read");
+    }
+}
+
+#[test]
+fn a_machine_that_is_shut_down_from_inside_stays_off_until_somebody_starts_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let running = Outside::start(&data);
+    let made = running.make_group("vm", &[("root", SIZE)]);
+    let export = made["exports"][0]["export_name"].as_str().expect("an export").to_owned();
+    write_boot_sector(&mut running.ingest(&export), &OFF_AT_A_KEY);
+    running.ok("PUT", "plans/p", &plan("vm", 64, "agent = false\n"));
+    let wish = json!({ "plan": "p", "kind": "failover", "source_is_off": "me" });
+    let id = running.ok("POST", "runs", &wish.to_string())["id"].as_str().expect("an id").to_owned();
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    // Keys typed before its firmware reads them are lost.
+    let run = wait_for("the machine to be off", || {
+        press_a_key(&data, &id);
+        let run = running.get(&format!("runs/{id}"));
+        (run["phase"]["is"] == "failed").then_some(run)
+    });
+    let text = failed_step(&run)["outcome"]["text"].as_str().expect("a reason");
+    assert!(text.contains("shut down from inside"), "{text}");
+    assert_eq!(run["restarts_us"], json!([]), "nobody wanted it started again");
+    running.ok("POST", &format!("runs/{id}/again"), "{}");
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    end(&running, &id);
+    running.terminate();
+}
+
+#[test]
+fn a_held_drill_is_promoted_with_what_was_written_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let mut rng = Rng::new(8);
+    let running = Outside::start(&data);
+    make_vm(&running, &mut rng);
+    running.ok("PUT", "plans/p", &plan("vm", 64, "agent = false\n"));
+    let id = drill(&running, "p")["id"].as_str().expect("an id").to_owned();
+    let held = settled(&running, &id);
+    assert_eq!(
+        (held["phase"]["is"].as_str(), held["authority"].as_str()),
+        (Some("serving"), Some("the host")),
+        "{held}"
+    );
+    let branch = held["points"][0]["branch"].as_str().expect("a branch").to_owned();
+    // As its machine would.
+    let export = held["machine"]["disks"][0]["export"].as_str().expect("an export").to_owned();
+    let before = pid_of(&data, &id);
+    let mut client = running.ingest(&export);
+    client.write(1 << 20, &[0x5a; 4096], true).expect("written in the drill");
+    drop(client);
+
+    let promote = |body: Value| running.refused("POST", &format!("runs/{id}/promote"), &body.to_string());
+    assert_eq!(promote(json!({ "source_is_off": "me" })), "confirm-needed");
+    assert_eq!(promote(json!({ "confirm": "p" })), "not-now", "nothing shows that the host is off");
+    assert_eq!(pid_of(&data, &id), before, "nothing was touched");
+    running.ok("POST", &format!("runs/{id}/promote"), &json!({ "confirm": "p", "source_is_off": "me" }).to_string());
+    let run = settled(&running, &id);
+    assert_eq!((run["phase"]["is"].as_str(), run["kind"].as_str()), (Some("serving"), Some("failover")), "{run}");
+    assert_eq!(run["authority"], "the machine on this box");
+    assert_eq!(run["points"], held["points"], "the same moment and the same disks");
+    assert_ne!(pid_of(&data, &id), before, "a machine with a way out took the place of the drill's");
+    let view = running.view(&branch, "\"latest\"");
+    assert_eq!(view.volumes[0][1 << 20..][..4096], [0x5a; 4096], "what was written in the drill");
+    running.close_view(&view);
+    end(&running, &id);
     running.terminate();
 }

@@ -13,23 +13,37 @@
 //! - What a host's lease ends is taken from it before anything else of that step, and given back only after the machine has ended.
 //! - What failed stays to be looked at until the run is ended; what a failover wrote is thrown away by nobody but a person.
 //!
+//! # Afterwards
+//!
+//! ```text
+//! Serving ── machine ended by itself ──▶ Working (machine … picture once more), so often an hour; then Failed
+//!    │ ▲  drill promoted ──▶ Working (check, fence, machine …) on the same disks
+//!    ▼ │ undone
+//! FailingBack: target → copy → pause → last → own → restart → host up → host checks ──▶ Returned ──▶ Committed ──▶ Ended
+//!                                                                                        └─ nobody content in time ──▶ Working
+//! ```
+//!
 //! The driver runs on a thread of its own; everything that is the box's comes through [`Hands`]. Which kills it survives is tested in the
 //! box's own tests, with the daemon killed at each step.
 
+mod back;
 mod fence;
+mod hook;
+mod life;
 
 use crate::{
-    machine::{self, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
+    machine::{self, DRILL, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
     plan::{Application, Plan, PointRule, Size, Subject},
     port::{Port, PortError},
-    state::{AppState, Ended, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState},
+    state::{
+        AppState, BackDisk, Ended, Failback, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState,
+    },
 };
+use hook::{plug, run_hook, unplug};
 use journal::ResolvedPoint;
 use model::{GroupId, RecoveryPoint};
 use std::{
-    io::Read as _,
     path::PathBuf,
-    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -42,8 +56,6 @@ const ASK_EVERY: Duration = Duration::from_millis(250);
 const CHECK_EVERY: Duration = Duration::from_millis(500);
 /// For one check of an application.
 const CHECK_SECONDS: u64 = 20;
-/// A guest that was asked to shut down is given this.
-const SHUTDOWN_MAX: Duration = Duration::from_secs(90);
 /// Kept of what a hook or a check printed.
 const OUTPUT_MAX: usize = 4096;
 
@@ -66,6 +78,61 @@ impl HandsError {
 pub struct Member {
     pub id: GroupId,
     pub name: String,
+}
+
+/// Something that is asked of a run which does not work.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Asked {
+    /// Try what failed again; start the machine again if it has ended.
+    Again,
+    /// Make a drill a takeover: what was written in it is kept.
+    Promote {
+        source_is_off: Option<String>,
+    },
+    Failback(FailbackWish),
+    /// The host serves well: what the machine wrote may go.
+    Commit {
+        by: String,
+    },
+    /// The machine shall serve again.
+    RollBack {
+        by: String,
+        source_is_off: Option<String>,
+    },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FailbackWish {
+    /// Eight hexadecimal digits.
+    pub restore: String,
+    pub target: String,
+    pub disks: Vec<BackDisk>,
+    pub by: String,
+    pub commit_minutes: u64,
+}
+
+/// How far the shipping of a failback is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Shipping {
+    Copying,
+    /// All was copied once; this much has been written since.
+    Following {
+        pass: u64,
+        behind_bytes: u64,
+    },
+    Finishing,
+    Done {
+        shipped_bytes: u64,
+        same_bytes: u64,
+    },
+    /// It goes on by itself when the reason has gone.
+    Waiting {
+        why: String,
+    },
+    Failed {
+        text: String,
+        remedy: String,
+    },
 }
 
 /// What somebody wants of a run.
@@ -121,6 +188,25 @@ pub trait Hands {
     fn memory_mib(&self) -> Result<u64, HandsError>;
     /// A folder for the machine's sockets and logs.
     fn dir(&self, id: &str) -> PathBuf;
+
+    /// Whether something is asked that [`Self::asked`] would answer.
+    fn is_asked(&self) -> bool;
+    fn asked(&self) -> Option<Asked>;
+    /// What was asked is done, or has no sense any more.
+    fn answered(&self);
+    /// Begins the shipping of a failback, or finds it begun; the disks it goes to.
+    fn ship(&self, state: &RunState, failback: &Failback) -> Result<Vec<BackDisk>, HandsError>;
+    fn shipping(&self, restore: &str) -> Result<Shipping, HandsError>;
+    /// Nothing is written any more: ship the rest, and compare.
+    fn ship_last(&self, restore: &str) -> Result<(), HandsError>;
+    /// Has the target restart from its own disks.
+    fn restart_target(&self, restore: &str) -> Result<(), HandsError>;
+    /// Ends the shipping; none is fine.
+    fn cancel_shipping(&self, restore: &str) -> Result<(), HandsError>;
+    /// The last LSN of a group.
+    fn head(&self, group: GroupId) -> Result<u64, HandsError>;
+    /// Why the history of a group does not hold all that its host's disks hold since `after`: they must have been compared since then.
+    fn not_whole(&self, group: GroupId, after: u64) -> Result<Option<String>, HandsError>;
 }
 
 /// Why a step did not come to its end.
@@ -172,6 +258,13 @@ fn failed(text: impl Into<String>, remedy: impl Into<String>) -> Stop {
     Stop::Failed { text: text.into(), remedy: remedy.into() }
 }
 
+/// What a step came to.
+enum Attempt {
+    Went,
+    Failed,
+    Interrupted,
+}
+
 /// One run and its machine.
 pub struct Driver<'a, H: Hands> {
     hands: &'a H,
@@ -187,20 +280,29 @@ impl<'a, H: Hands> Driver<'a, H> {
     /// Does what is left to do. Ends when the run is over, serves, failed, or somebody wants it to stop.
     pub fn drive(&mut self) -> Result<(), HandsError> {
         loop {
-            match self.state.phase {
-                Phase::Working => self.work()?,
-                Phase::Ending => return self.end(),
-                Phase::Serving if self.hands.wanted() == Wanted::GoOn => return self.look_after(),
-                Phase::Serving | Phase::Failed { .. } | Phase::Ended { .. } => match self.hands.wanted() {
-                    Wanted::End if !self.state.is_over() => {
-                        self.state.phase = Phase::Ending;
-                        self.hands.keep(&self.state)?;
+            match (&self.state.phase, self.hands.wanted()) {
+                (Phase::Ended { .. }, _) | (_, Wanted::Pause) => return Ok(()),
+                (Phase::Working, _) => self.work()?,
+                (Phase::Ending { .. }, _) => return self.end(),
+                (Phase::FailingBack, _) => self.work_back()?,
+                (_, Wanted::End) => {
+                    self.state.phase = Phase::Ending { how: Ended::Discarded };
+                    self.hands.keep(&self.state)?;
+                }
+                (_, Wanted::GoOn) => {
+                    let before = self.state.phase.clone();
+                    match self.hands.asked() {
+                        Some(asked) => {
+                            let done = self.answer(asked);
+                            self.hands.answered();
+                            done?;
+                        }
+                        None => self.look_after()?,
                     }
-                    _ => return Ok(()),
-                },
-            }
-            if self.hands.wanted() == Wanted::Pause {
-                return Ok(());
+                    if self.state.phase == before && !self.hands.is_asked() {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -214,57 +316,55 @@ impl<'a, H: Hands> Driver<'a, H> {
                 Wanted::GoOn => {}
                 Wanted::Pause => return Ok(()),
                 Wanted::End => {
-                    self.state.phase = Phase::Ending;
+                    self.state.phase = Phase::Ending { how: Ended::Discarded };
                     return self.hands.keep(&self.state);
                 }
             }
-            self.state.steps.retain(|s| s.step != step);
-            let begun_us = self.hands.now_us();
-            self.state.steps.push(StepState { step, begun_us, ended_us: None, outcome: Outcome::Running });
-            self.hands.keep(&self.state)?;
-            let outcome = match self.act(step) {
-                Ok(Some(text)) => Outcome::Done { text },
-                Ok(None) => Outcome::Skipped { text: "not part of this run".into() },
+            match self.attempt(|state| Some(&mut state.steps), step, |driver| driver.act(step))? {
+                Attempt::Went => self.hands.keep(&self.state)?,
                 // Stays begun: the next daemon, or the end, goes on from here.
-                Err(Stop::Wanted) => return Ok(()),
-                Err(Stop::Failed { text, remedy }) => Outcome::Failed { text, remedy },
-            };
-            let is_failed = matches!(outcome, Outcome::Failed { .. });
-            let now_us = self.hands.now_us();
-            if let Some(entry) = self.state.steps.iter_mut().find(|s| s.step == step) {
-                entry.ended_us = Some(now_us);
-                entry.outcome = outcome;
+                Attempt::Interrupted => return Ok(()),
+                Attempt::Failed => {
+                    // Nothing was touched: there is nothing to look at and nothing to throw away. The host may have been taken from its
+                    // owner.
+                    let nothing = self.state.points.is_empty();
+                    self.evidence();
+                    self.state.phase =
+                        if nothing { Phase::Ending { how: Ended::Refused } } else { Phase::Failed { step } };
+                    return self.hands.keep(&self.state);
+                }
             }
-            if is_failed {
-                // Nothing was touched: there is nothing to look at and nothing to throw away. The host may have been taken from its owner.
-                let nothing = self.state.points.is_empty();
-                self.evidence();
-                self.state.phase = if nothing { Phase::Ending } else { Phase::Failed { step } };
-                return self.hands.keep(&self.state);
-            }
-            self.hands.keep(&self.state)?;
         }
         let by_itself = self.state.kind == Kind::Drill && !self.state.hold;
-        self.state.phase = if by_itself { Phase::Ending } else { Phase::Serving };
+        self.state.phase = if by_itself { Phase::Ending { how: Ended::Discarded } } else { Phase::Serving };
         self.hands.keep(&self.state)
     }
 
-    /// Whether the machine still runs: one that has ended by itself, or with its box, serves nobody, and that must be seen.
-    fn look_after(&mut self) -> Result<(), HandsError> {
-        let Some(spec) = &self.state.machine else { return Ok(()) };
-        // In doubt it is left as it is, and looked at again.
-        if !matches!(Machine::adopt(spec), Ok(None)) {
-            return Ok(());
+    /// Does one step, kept as begun before; what it came to is in the state and not kept yet.
+    fn attempt<S: Copy + PartialEq>(
+        &mut self,
+        list: impl Fn(&mut RunState) -> Option<&mut Vec<StepState<S>>>,
+        step: S,
+        act: impl FnOnce(&mut Self) -> Result<Option<String>, Stop>,
+    ) -> Result<Attempt, HandsError> {
+        let begun_us = self.hands.now_us();
+        if let Some(steps) = list(&mut self.state) {
+            steps.retain(|s| s.step != step);
+            steps.push(StepState { step, begun_us, ended_us: None, outcome: Outcome::Running });
         }
-        let (text, remedy) = (
-            "the machine has ended by itself".to_owned(),
-            "what it was told is written is there: a plan for the group of its disks runs them again; then end this run".to_owned(),
-        );
-        if let Some(entry) = self.state.steps.iter_mut().find(|s| s.step == Step::Start) {
-            entry.outcome = Outcome::Failed { text, remedy };
+        self.hands.keep(&self.state)?;
+        let (outcome, attempt) = match act(self) {
+            Ok(Some(text)) => (Outcome::Done { text }, Attempt::Went),
+            Ok(None) => (Outcome::Skipped { text: "not part of this run".into() }, Attempt::Went),
+            Err(Stop::Wanted) => return Ok(Attempt::Interrupted),
+            Err(Stop::Failed { text, remedy }) => (Outcome::Failed { text, remedy }, Attempt::Failed),
+        };
+        let now_us = self.hands.now_us();
+        if let Some(entry) = list(&mut self.state).and_then(|steps| steps.iter_mut().find(|s| s.step == step)) {
+            entry.ended_us = Some(now_us);
+            entry.outcome = outcome;
         }
-        self.state.phase = Phase::Failed { step: Step::Start };
-        self.hands.keep(&self.state)
+        Ok(attempt)
     }
 
     /// Milliseconds since the decision.
@@ -285,6 +385,7 @@ impl<'a, H: Hands> Driver<'a, H> {
             Step::Machine => self.make_machine().map(Some),
             Step::Start => self.start().map(Some),
             Step::Boot => self.boot().map(Some),
+            Step::Volumes if !self.state.plan.machine.agent => Ok(None),
             Step::Volumes => self.look_at_volumes().map(Some),
             Step::Address if self.state.plan.networks.iter().all(|n| n.addresses.is_empty()) => Ok(None),
             Step::Address => self.addresses().map(Some),
@@ -312,7 +413,9 @@ impl<'a, H: Hands> Driver<'a, H> {
             }
             self.check_fence()?;
         }
-        let have = self.hands.memory_mib()?;
+        // A drill that is promoted gives its machine's memory back before it takes any.
+        let own = self.state.machine.as_ref().map_or(0, |spec| spec.size.memory_mib);
+        let have = self.hands.memory_mib()? + own;
         let (profile, size) = fitting(plan, have).ok_or_else(|| {
             let least = plan.degraded.unwrap_or(plan.machine.size).memory_mib;
             failed(
@@ -376,11 +479,15 @@ impl<'a, H: Hands> Driver<'a, H> {
     }
 
     fn make_machine(&mut self) -> Result<String, Stop> {
-        if self.state.machine.is_none() {
-            let mut disks = Vec::new();
-            for point in self.state.points.clone() {
-                disks.extend(self.hands.branch(&point)?);
-            }
+        self.leave_the_drill()?;
+        // Always: after a restart of the daemon they may not be exported yet.
+        let mut disks = Vec::new();
+        for point in self.state.points.clone() {
+            disks.extend(self.hands.branch(&point)?);
+        }
+        if let Some(spec) = &mut self.state.machine {
+            spec.disks = disks;
+        } else {
             let plan = &self.state.plan;
             let (_, size) = self
                 .state
@@ -400,7 +507,7 @@ impl<'a, H: Hands> Driver<'a, H> {
                 nic_model: plan.machine.nic,
                 disks,
                 nics: nics.collect(),
-                marker: if is_drill { "drill".into() } else { "failover".into() },
+                marker: if is_drill { DRILL.into() } else { "failover".into() },
                 kvm: machine::kvm_works(),
             });
             self.hands.keep(&self.state)?;
@@ -460,6 +567,13 @@ impl<'a, H: Hands> Driver<'a, H> {
     }
 
     fn boot(&mut self) -> Result<String, Stop> {
+        if !self.state.plan.machine.agent {
+            let status = self.machine()?.status()?;
+            if status != "running" {
+                return Err(failed(format!("the machine does not run: {status}"), "look at the picture of the screen"));
+            }
+            return Ok("it runs; what it does inside only the picture shows".into());
+        }
         let limit = Duration::from_secs(self.state.plan.machine.boot_seconds_max);
         let deadline = Instant::now() + limit;
         let mut port = self.port()?;
@@ -577,28 +691,14 @@ impl<'a, H: Hands> Driver<'a, H> {
         }
     }
 
-    /// Takes the machine down and throws away what it wrote.
+    /// Takes the machine down and deletes its disks.
     fn end(&mut self) -> Result<(), HandsError> {
-        if let Some(spec) = self.state.machine.clone() {
-            let running = match self.machine.take() {
-                Some(machine) => Some(machine),
-                None => Machine::adopt(&spec)
-                    .map_err(|e| HandsError::new(words(&e), "end it by hand: its process is named holdfast-…"))?,
-            };
-            if let Some(mut machine) = running {
-                // What it writes now is thrown away; whoever took services over from it may still want a clean end.
-                if self.state.kind == Kind::Failover
-                    && machine.status().is_ok_and(|s| s == "running")
-                    && machine.press_power().is_ok()
-                {
-                    let _ = machine.ended_by(Instant::now() + SHUTDOWN_MAX);
-                }
-                machine
-                    .end()
-                    .map_err(|e| HandsError::new(words(&e), "end it by hand: its process is named holdfast-…"))?;
-            }
-            unplug(&spec);
-        }
+        let how = match self.state.phase {
+            Phase::Ending { how } => how,
+            _ => Ended::Discarded,
+        };
+        // Whoever took services over from it may still want a clean end.
+        self.take_down(self.state.kind == Kind::Failover)?;
         // The machine has ended: before what may take long, for the host serves from here on.
         if self.state.kind == Kind::Failover {
             let plan = self.state.plan.clone();
@@ -607,9 +707,31 @@ impl<'a, H: Hands> Driver<'a, H> {
         for point in self.state.points.clone() {
             self.hands.drop_branch(&point)?;
         }
-        let refused = self.state.points.is_empty() && self.state.failure().is_some();
-        self.state.phase = Phase::Ended { how: if refused { Ended::Refused } else { Ended::Discarded } };
+        self.state.phase = Phase::Ended { how };
         self.hands.keep(&self.state)
+    }
+
+    /// Ends the machine, if one runs; whether it had shut itself down, or did when it was asked to.
+    fn take_down(&mut self, asked_first: bool) -> Result<bool, HandsError> {
+        let Some(spec) = self.state.machine.clone() else { return Ok(true) };
+        let by_hand = |e: MachineError| HandsError::new(words(&e), "end it by hand: its process is named holdfast-…");
+        let running = match self.machine.take() {
+            Some(machine) => Some(machine),
+            None => Machine::adopt(&spec).map_err(by_hand)?,
+        };
+        let shutdown_max = Duration::from_secs(self.state.plan.machine.shutdown_seconds_max);
+        let mut clean = true;
+        if let Some(mut machine) = running {
+            let status = machine.status().unwrap_or_default();
+            clean = status == "shutdown"
+                || (asked_first
+                    && status == "running"
+                    && machine.press_power().is_ok()
+                    && machine.ended_by(Instant::now() + shutdown_max).unwrap_or(false));
+            machine.end().map_err(by_hand)?;
+        }
+        unplug(&spec);
+        Ok(clean)
     }
 }
 
@@ -630,97 +752,4 @@ fn clipped(text: &str) -> String {
     let text = text.trim();
     let from = text.char_indices().rev().nth(OUTPUT_MAX - 1).map_or(0, |(at, _)| at);
     text[from..].to_owned()
-}
-
-/// Makes the interfaces behind the machine's cards and puts them into their bridges.
-fn plug(spec: &MachineSpec) -> Result<(), Stop> {
-    for (i, nic) in spec.nics.iter().enumerate() {
-        let Wire::Bridge(bridge) = &nic.wire else { continue };
-        let tap = spec.tap(i);
-        if !PathBuf::from("/sys/class/net").join(&tap).exists() {
-            ip(&["tuntap", "add", "dev", &tap, "mode", "tap"])?;
-        }
-        ip(&["link", "set", "dev", &tap, "master", bridge, "up"])?;
-    }
-    Ok(())
-}
-
-fn unplug(spec: &MachineSpec) {
-    for (i, nic) in spec.nics.iter().enumerate() {
-        if matches!(nic.wire, Wire::Bridge(_)) {
-            // One that is gone already is as well.
-            let _ = ip(&["link", "del", "dev", &spec.tap(i)]);
-        }
-    }
-}
-
-fn ip(args: &[&str]) -> Result<(), Stop> {
-    let done = machine::outside("ip").args(args).stdin(Stdio::null()).output();
-    let done = done.map_err(|e| failed(format!("could not run ip: {e}"), "install iproute2"))?;
-    if done.status.success() {
-        return Ok(());
-    }
-    let said = clipped(&String::from_utf8_lossy(&done.stderr));
-    Err(failed(format!("ip {}: {said}", args.join(" ")), "the box must run as root to plug a machine into a bridge"))
-}
-
-/// Runs a hook, for so long at most; what it printed.
-fn run_hook(words: &[String], state: &RunState, seconds_max: u64) -> Result<String, Stop> {
-    let (program, args) = words.split_first().ok_or_else(|| failed("a hook without a program", "correct the plan"))?;
-    let remedy = "run it by hand on the box to see why";
-    // By `env`, so that it is the same wherever it is started.
-    let mut command = machine::outside("env");
-    command
-        .args(["-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"])
-        .args([format!("HOLDFAST_RUN={}", state.id), format!("HOLDFAST_PLAN={}", state.plan_name)])
-        .arg(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let mut child = command.spawn().map_err(|e| failed(format!("could not start the hook {program}: {e}"), remedy))?;
-    // Read beside it: a hook that prints much must not wait for us. What is beyond the bound is read and dropped.
-    let readers: Vec<thread::JoinHandle<String>> = [
-        child.stdout.take().map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
-        child.stderr.take().map(|s| Box::new(s) as Box<dyn std::io::Read + Send>),
-    ]
-    .into_iter()
-    .flatten()
-    .map(|mut pipe| {
-        thread::spawn(move || {
-            let (mut kept, mut buf) = (Vec::new(), [0; 4096]);
-            while let Ok(n @ 1..) = pipe.read(&mut buf) {
-                let room = OUTPUT_MAX.saturating_sub(kept.len()).min(n);
-                kept.extend_from_slice(&buf[..room]);
-            }
-            String::from_utf8_lossy(&kept).into_owned()
-        })
-    })
-    .collect();
-    let deadline = Instant::now() + Duration::from_secs(seconds_max);
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break status,
-            Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
-            Ok(None) => {
-                // With all it started: a child that holds the pipes would keep us reading.
-                let group = format!("-{}", child.id());
-                let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
-                let _ = child.wait();
-                return Err(failed(
-                    format!("the hook {program} did not end within {seconds_max} s and was killed"),
-                    remedy,
-                ));
-            }
-            Err(e) => return Err(failed(format!("wait for the hook {program}: {e}"), remedy)),
-        }
-    };
-    let output = readers.into_iter().filter_map(|r| r.join().ok()).collect::<Vec<_>>().join("");
-    let output = clipped(&output);
-    if status.success() {
-        Ok(output)
-    } else {
-        Err(failed(format!("the hook {program} ended with {status}: {output}"), remedy))
-    }
 }
