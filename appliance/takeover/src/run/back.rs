@@ -227,7 +227,13 @@ impl<H: Hands> Driver<'_, H> {
     fn undo(&mut self, why: String) -> Result<(), HandsError> {
         let restore = self.state.failback.as_ref().map(|f| f.restore.clone()).unwrap_or_default();
         self.hands.cancel_shipping(&restore)?;
-        let paused = self.state.failback.iter().flat_map(|f| &f.steps).any(|s| s.step == BackStep::Pause);
+        let begun = |step| self.state.failback.iter().flat_map(|f| &f.steps).any(|s| s.step == step);
+        let (paused, given) = (begun(BackStep::Pause), begun(BackStep::Own));
+        if given {
+            // It may be the host's: taken from it anew.
+            self.state.fenced = None;
+            self.state.steps.retain(|s| s.step != Step::Fence);
+        }
         if let Some(failback) = &mut self.state.failback {
             failback.ended = Some(BackEnd::RolledBack { why });
         }
@@ -245,7 +251,6 @@ impl<H: Hands> Driver<'_, H> {
         if restarted {
             // As in any takeover, the host must be known to be off, now.
             self.state.source_is_off = source_is_off;
-            self.state.steps.retain(|s| s.step != Step::Fence);
         }
         self.undo(why)
     }
