@@ -5,7 +5,10 @@ use crate::{
     restores::{DiskMap, RestoreFault, RestoreFrom, RestorePhase, RestoreWish},
 };
 use model::VolumeSpec;
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use takeover::{
     run::{HandsError, Shipping},
     state::{BackDisk, Failback, PointTaken, RunState},
@@ -13,6 +16,8 @@ use takeover::{
 use wire::TargetDisk;
 
 const SECTOR: u64 = 512;
+/// For a target to connect again.
+const TARGET_MAX: Duration = Duration::from_secs(10);
 
 /// A volume of the machine, and the group people know it by.
 struct Wanted {
@@ -21,8 +26,17 @@ struct Wanted {
 }
 
 pub fn begin(app: &Arc<App>, state: &RunState, failback: &Failback) -> Result<Vec<BackDisk>, HandsError> {
-    let targets = app.restores.targets(app);
-    let target = targets.into_iter().find(|t| t.name == failback.target || t.host.to_string() == failback.target);
+    let find = || {
+        let targets = app.restores.targets(app);
+        targets.into_iter().find(|t| t.name == failback.target || t.host.to_string() == failback.target)
+    };
+    // When the box was restarted the target is not back at once.
+    let deadline = Instant::now() + TARGET_MAX;
+    let mut target = find();
+    while target.is_none() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(100));
+        target = find();
+    }
     let target = target.ok_or_else(|| {
         let remedy = "start the machine from a rescue medium and run `holdfast-agent rescue` on it";
         HandsError::new(format!("no restore target {:?} is connected", failback.target), remedy)
@@ -96,8 +110,15 @@ pub fn last(app: &App, restore: &str) -> Result<(), HandsError> {
     app.restores.finish(restore).map(drop).map_err(|e| trouble(&e))
 }
 
+/// Waits a while for the target's word: one that goes down may not get it out any more.
 pub fn restart_target(app: &App, restore: &str) -> Result<(), HandsError> {
-    app.restores.release(restore, true).map(drop).map_err(|e| trouble(&e))
+    app.restores.release(restore, true).map_err(|e| trouble(&e))?;
+    let deadline = Instant::now() + TARGET_MAX;
+    let told = || app.restores.status(restore).is_ok_and(|s| matches!(s.phase, RestorePhase::Released { .. }));
+    while !told() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 pub fn cancel(app: &Arc<App>, restore: &str) -> Result<(), HandsError> {

@@ -5,6 +5,7 @@ mod branches;
 mod crash;
 mod damage;
 mod enrol;
+mod failback;
 mod fencing;
 mod full;
 mod hostile;

@@ -41,13 +41,13 @@ struct Shared {
 }
 
 /// A machine that waits for its disks.
-struct Machine {
+pub struct Machine {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Machine {
-    fn start(control: &impl Control, at: SocketAddr, name: &str, disks: Vec<Vec<u8>>) -> Self {
+    pub fn start(control: &impl Control, at: SocketAddr, name: &str, disks: Vec<Vec<u8>>) -> Self {
         let token = control.ok("POST", "tokens", "{}")["token"].as_str().unwrap().to_owned();
         let identity = Identity::enrol(at, &token, name).unwrap();
         let shared = Arc::new(Shared {
@@ -77,8 +77,16 @@ impl Machine {
         };
         Self { shared, thread: Some(thread) }
     }
-    fn disk(&self, n: usize) -> Vec<u8> {
+    pub fn disk(&self, n: usize) -> Vec<u8> {
         self.shared.disks.lock().unwrap()[n].clone()
+    }
+    /// Whether it was told to restart.
+    pub fn rebooted(&self) -> bool {
+        self.shared.rebooted.load(Ordering::Acquire)
+    }
+    /// The box listens elsewhere now.
+    pub fn move_to(&self, at: SocketAddr) {
+        *self.shared.box_at.lock().unwrap() = at;
     }
     fn received(&self) -> u64 {
         self.shared.received.load(Ordering::Acquire)
@@ -311,7 +319,7 @@ fn wait_phase(control: &impl Control, id: &str, phase: &str) -> Value {
         (status["phase"]["is"] == phase).then_some(status)
     })
 }
-fn wait_target(control: &impl Control, name: &str) -> Value {
+pub fn wait_target(control: &impl Control, name: &str) -> Value {
     wait_for("the machine", || {
         let targets = control.get("restore-targets");
         targets.as_array().unwrap().iter().find(|t| t["name"] == name).cloned()

@@ -11,13 +11,13 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
-const SIZE: u64 = 8 << 20;
+pub const SIZE: u64 = 8 << 20;
 
-fn plan(groups: &str, memory_mib: u64, more: &str) -> String {
+pub fn plan(groups: &str, memory_mib: u64, more: &str) -> String {
     format!(
         "groups = [\"{groups}\"]\n[machine]\ncpus = 1\nmemory_mib = {memory_mib}\nboot_seconds_max = 2\nshutdown_seconds_max = 1\n{more}"
     )
@@ -28,7 +28,7 @@ fn drill(control: &impl Control, plan: &str) -> Value {
 }
 
 /// A run when it neither works nor ends.
-fn settled(control: &impl Control, id: &str) -> Value {
+pub fn settled(control: &impl Control, id: &str) -> Value {
     wait_for("the run to settle", || {
         let run = control.get(&format!("runs/{id}"));
         assert!(run["stuck"].is_null(), "{run}");
@@ -36,8 +36,21 @@ fn settled(control: &impl Control, id: &str) -> Value {
     })
 }
 
+/// What a test that fails leaves running.
+pub struct EndMachines(pub PathBuf);
+
+impl Drop for EndMachines {
+    fn drop(&mut self) {
+        for run in fs::read_dir(self.0.join("takeovers")).into_iter().flatten().flatten() {
+            if let Ok(pid) = fs::read_to_string(run.path().join("pid")) {
+                let _ = std::process::Command::new("kill").args(["-KILL", pid.trim()]).status();
+            }
+        }
+    }
+}
+
 /// Ends a takeover for good.
-fn end(control: &impl Control, id: &str) {
+pub fn end(control: &impl Control, id: &str) {
     control.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "p" }).to_string());
     wait_for("the run to end", || (control.get(&format!("runs/{id}"))["phase"]["is"] == "ended").then_some(()));
 }
@@ -48,7 +61,7 @@ fn failed_step(run: &Value) -> &Value {
 }
 
 /// A disk whose boot sector waits for ever, and what is written behind it.
-fn make_vm(control: &impl Control, rng: &mut Rng) -> Vec<u8> {
+pub fn make_vm(control: &impl Control, rng: &mut Rng) -> Vec<u8> {
     let made = control.make_group("vm", &[("root", SIZE)]);
     let export = made["exports"][0]["export_name"].as_str().expect("an export").to_owned();
     let mut client = control.ingest(&export);
@@ -76,7 +89,7 @@ fn write_boot_sector(client: &mut Client<UnixStream>, code: &[u8]) -> Vec<u8> {
     sector
 }
 
-fn machine_runs(data: &Path, id: &str) -> bool {
+pub fn machine_runs(data: &Path, id: &str) -> bool {
     let pid = fs::read_to_string(data.join("takeovers").join(id).join("pid")).unwrap_or_default();
     !pid.trim().is_empty() && Path::new("/proc").join(pid.trim()).join("exe").exists()
 }
@@ -85,6 +98,7 @@ fn machine_runs(data: &Path, id: &str) -> bool {
 fn plans_are_checked_whole_and_kept_as_they_were_written() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let inside = Inside::start(&data, "");
     let (status, example) = inside.call("GET", "plan-example", "");
     assert_eq!(status, 200);
@@ -115,6 +129,7 @@ fn plans_are_checked_whole_and_kept_as_they_were_written() {
 fn what_cannot_be_done_is_refused_before_anything_is_touched() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let inside = Inside::start(&data, "");
     let mut rng = Rng::new(5);
     make_vm(&inside, &mut rng);
@@ -160,6 +175,7 @@ fn what_cannot_be_done_is_refused_before_anything_is_touched() {
 fn a_run_is_gone_on_with_whenever_its_box_is_killed() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let mut rng = Rng::new(6);
     let mut running = Outside::start(&data);
     let image = make_vm(&running, &mut rng);
@@ -207,7 +223,7 @@ fn a_run_is_gone_on_with_whenever_its_box_is_killed() {
     running.terminate();
 }
 
-fn pid_of(data: &Path, id: &str) -> String {
+pub fn pid_of(data: &Path, id: &str) -> String {
     fs::read_to_string(data.join("takeovers").join(id).join("pid")).expect("a machine").trim().to_owned()
 }
 
@@ -220,6 +236,7 @@ fn kill_machine(data: &Path, id: &str) {
 fn a_machine_that_ends_by_itself_is_started_again_but_not_for_ever() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let mut rng = Rng::new(7);
     let mut running = Outside::start(&data);
     make_vm(&running, &mut rng);
@@ -278,6 +295,7 @@ fn press_a_key(data: &Path, id: &str) {
 fn a_machine_that_is_shut_down_from_inside_stays_off_until_somebody_starts_it() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let running = Outside::start(&data);
     let made = running.make_group("vm", &[("root", SIZE)]);
     let export = made["exports"][0]["export_name"].as_str().expect("an export").to_owned();
@@ -305,6 +323,7 @@ fn a_machine_that_is_shut_down_from_inside_stays_off_until_somebody_starts_it() 
 fn a_held_drill_is_promoted_with_what_was_written_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
     let mut rng = Rng::new(8);
     let running = Outside::start(&data);
     make_vm(&running, &mut rng);

@@ -72,7 +72,7 @@ impl<H: Hands> Driver<'_, H> {
             match self.attempt(steps, step, |driver| driver.act_back(step))? {
                 Attempt::Went => self.hands.keep(&self.state)?,
                 Attempt::Interrupted => return Ok(()),
-                Attempt::Failed if step <= BackStep::Restart => {
+                Attempt::Failed if step < BackStep::Restart => {
                     let why = self.failed_text(step);
                     return self.undo(why);
                 }
