@@ -25,6 +25,9 @@ pub enum Need {
 
 use Need::{Bench, Package, Test, Try};
 
+/// QEMU's UEFI firmware: no program, and as needed as one.
+pub const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
+
 /// Every tool anything in this tree calls. `cargo`, `rustc` and git are taken as given.
 pub const TOOLS: &[Tool] = &[
     Tool {
@@ -74,6 +77,7 @@ pub const TOOLS: &[Tool] = &[
     },
     Tool { name: "qemu-nbd", package: "qemu-utils", used_for: "a peer in the bench", needed_by: &[Test, Bench] },
     Tool { name: "qemu-system-x86_64", package: "qemu-system-x86", used_for: "guests", needed_by: &[Test] },
+    Tool { name: OVMF, package: "ovmf", used_for: "firmware of UEFI guests", needed_by: &[Test] },
     Tool { name: "nbdcopy", package: "libnbd-bin", used_for: "a foreign NBD client", needed_by: &[Test] },
     Tool { name: "nbdfuse", package: "libnbd-bin", used_for: "a slow disk in the bench", needed_by: &[Bench] },
     Tool { name: "nbdinfo", package: "libnbd-bin", used_for: "a foreign NBD client", needed_by: &[Test] },

@@ -28,8 +28,11 @@ pub mod install;
 
 pub use image::{DebianImage, Profile, Root};
 
-use crate::guest::Guest;
-use anyhow::{Result, ensure};
+use crate::{
+    guest::Guest,
+    tools::{self, OVMF},
+};
+use anyhow::Result;
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -65,15 +68,12 @@ pub struct DebianGuest {
     guest: Guest,
 }
 
-/// QEMU's UEFI firmware, from the package ovmf.
-const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
-
 impl DebianGuest {
     /// Boots from a disk, qcow2 by its name's end, else raw; `dir` is for sockets and the console's log.
     pub fn boot(disk: &Path, dir: &Path, options: &Options) -> Result<Self> {
         let mut args: Vec<String> = Vec::new();
         if options.firmware == Firmware::Uefi {
-            ensure!(Path::new(OVMF).exists(), "{OVMF} is missing: apt-get install ovmf");
+            tools::need(OVMF)?;
             args.extend(["-bios".to_owned(), OVMF.to_owned()]);
         }
         let mut drive = |file: &Path, format: &str| {
