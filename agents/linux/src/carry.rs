@@ -367,11 +367,9 @@ pub fn write_out(
     called: &str,
     capture: &mut dyn Capture,
 ) -> Result<Vec<WrittenOut>, CarryError> {
-    let plan: Plan = get_json(&plan_path(run))?.ok_or(CarryError::NoPlan)?;
-    if plan.boot_id != boot_id {
-        return Err(CarryError::NoPlan);
-    }
     let disks = Disks::here()?;
+    let plan = get_json::<Plan>(&plan_path(run))?.filter(|plan| plan.boot_id == boot_id);
+    let plan = plan.ok_or(CarryError::NoPlan)?;
     let records = state.load_groups()?;
     let targets = capture.targets();
     let since = drain(capture)?;
@@ -409,6 +407,20 @@ pub fn write_out(
     }
     write_raw(&disks, &plan, &carried.encode()?)?;
     Ok(said)
+}
+
+/// A boot ends of which nothing is carried over: what an earlier one left in carry.bin, if no agent has taken it up since, must not be
+/// taken for what this one leaves.
+pub fn forget(state: &StateDir) -> Result<(), CarryError> {
+    let path = carry_path(state);
+    let file = match File::open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened.map_err(file_error("open", &path))?,
+    };
+    let disks = Disks::here()?;
+    let (disk, extents) = extents::on_disk(&disks, &file).map_err(CarryError::Place)?;
+    let extents = extents.iter().map(|e| (e.start(), e.sectors.0)).collect();
+    write_raw(&disks, &Plan { boot_id: String::new(), disk, extents }, &[0; PAGE])
 }
 
 /// To the file's blocks on the disk, past the file system, which is read-only by now.

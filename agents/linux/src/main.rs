@@ -342,15 +342,23 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
 }
 
 fn carry_out(config: &Config, call_boot: Option<String>) -> anyhow::Result<()> {
-    if !config.carry_over || !BpfCapture::is_pinned(&config.pin_dir) {
-        return Ok(());
-    }
     let mut state = StateDir::open_read_only(&config.state_dir, &config.run_dir)?;
+    if !config.carry_over || !BpfCapture::is_pinned(&config.pin_dir) {
+        return Ok(carry::forget(&state)?);
+    }
+    let written = write_out(config, call_boot, &mut state);
+    if written.is_err() {
+        carry::forget(&state)?;
+    }
+    written
+}
+
+fn write_out(config: &Config, call_boot: Option<String>, state: &mut StateDir) -> anyhow::Result<()> {
     let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
     let mut capture = BpfCapture::start(&options, None)?;
     let boot = boot_id();
     let called = call_boot.unwrap_or_else(|| boot.clone());
-    for (group, done) in carry::write_out(&mut state, &config.run_dir, &boot, &called, &mut capture)? {
+    for (group, done) in carry::write_out(state, &config.run_dir, &boot, &called, &mut capture)? {
         match done {
             Ok(()) => carry::tell(&format!("group {group} is carried over the reboot")),
             Err(why) => carry::tell(&format!("group {group} is not carried over the reboot: {why}")),

@@ -25,7 +25,7 @@ use crate::{
     capture::{
         self, Barrier, Op, Position, RequestId, TargetId,
         dm::{
-            budget::{Budget, Charge},
+            budget::{Budget, Charge, REQUEST_BYTES},
             ioctl::{DeviceMapper, DmError},
             leg::{Answers, FromLeg, LegNo, LegWrite},
             mirror::{self, Bounds, Hold, Mirror, MirrorError, Seen},
@@ -49,6 +49,8 @@ use std::{
 use wire::{Message, READ_BACK_MAX};
 
 /// Mirrors' targets are numbered from here; the ring's are counted from one.
+/// Requests of the legs and what they lost must fit into the engine's inbox beside everything else: whoever finds it full waits.
+const LEGS_BYTES_MAX: u64 = (super::INBOX_MAX as u64 / 2 - 128) * REQUEST_BYTES;
 const FIRST_TARGET: u32 = 1 << 31;
 const RETRY_MS_MIN: u64 = 1_000;
 pub(super) const RETRY_MS_MAX: u64 = 30_000;
@@ -75,6 +77,11 @@ pub(super) enum SyncRefusal {
         dir.display()
     )]
     OwnState { dir: PathBuf, device: String },
+    #[error(
+        "{device} holds the root file system: while a mirror is put beneath it the agent's own program may have to be read from it, which was \
+         never tried. Protect other volumes so, and this one by BPF"
+    )]
+    Root { device: String },
     #[error("could not open {}", path.display())]
     Open {
         path: PathBuf,
@@ -160,7 +167,7 @@ impl Legs {
             mirrors: Vec::new(),
             remembering: Remembering::default(),
             waiting: HashMap::new(),
-            budget: Budget::new(inbox_bytes),
+            budget: Budget::new(inbox_bytes.min(LEGS_BYTES_MAX)),
             asked: HashMap::new(),
             reading: Vec::new(),
             next_number: 0,
@@ -340,20 +347,20 @@ impl Engine {
 
     fn keeps_state_on(&self, disks: &Disks, device: &Device, mode: SyncMode) -> Result<(), SyncRefusal> {
         use std::os::unix::fs::MetadataExt;
-        if mode == SyncMode::Async {
-            // Its own writes wait for nobody.
-            return Ok(());
+        let holds = |path: &std::path::Path| {
+            let under = std::fs::metadata(path).ok().and_then(|m| {
+                disks.by_number(capture::DevNo { major: libc::major(m.dev()), minor: libc::minor(m.dev()) })
+            });
+            under.is_some_and(|under| lies_on(disks, under, device))
+        };
+        if holds(std::path::Path::new("/")) {
+            return Err(SyncRefusal::Root { device: device.title() });
         }
-        let dir = &self.config.state_dir;
-        let own = std::fs::metadata(dir)
-            .ok()
-            .and_then(|m| disks.by_number(capture::DevNo { major: libc::major(m.dev()), minor: libc::minor(m.dev()) }));
-        match own {
-            Some(own) if lies_on(disks, own, device) => {
-                Err(SyncRefusal::OwnState { dir: dir.clone(), device: device.title() })
-            }
-            _ => Ok(()),
+        // In async mode its own writes wait for nobody.
+        if mode != SyncMode::Async && holds(&self.config.state_dir) {
+            return Err(SyncRefusal::OwnState { dir: self.config.state_dir.clone(), device: device.title() });
         }
+        Ok(())
     }
 
     /// Starts every sync group that does not run and can.

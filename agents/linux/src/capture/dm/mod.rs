@@ -57,7 +57,7 @@
 //!
 //! **Limits.** Kernels before 5.10 are refused: on 4.18 a write under way to a leg whose agent was killed never came back. What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
 //! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
-//! dm volumes and are refused. In sync mode the agent's state directory must not lie on a volume it mirrors; in async mode it may, and then there is no spool file. A disk that fails for the first time *during*
+//! dm volumes and are refused. In sync mode the agent's state directory must not lie on a volume it mirrors; in async mode it may, and then there is no spool file. A volume that holds the root file system is refused in both: never tried. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
 //! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
