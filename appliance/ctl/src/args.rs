@@ -174,7 +174,12 @@ pub enum RunCommand {
     /// Its steps as they end
     Watch { id: String },
     /// Try what failed again; start a machine again that has ended
-    Again { id: String },
+    Again {
+        id: String,
+        /// You have made sure that the host is off and stays off
+        #[arg(long)]
+        source_is_off: bool,
+    },
     /// Make a held drill a takeover: what was written in it is kept
     Promote {
         id: String,

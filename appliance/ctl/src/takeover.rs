@@ -362,8 +362,9 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             print(&(lines + &summary(&run)))
         }
         RunCommand::Watch { id } => watch(client, &id),
-        RunCommand::Again { id } => {
-            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "again"]), Some(&json!({})))?;
+        RunCommand::Again { id, source_is_off } => {
+            let body = json!({ "source_is_off": source_is_off.then(who) });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "again"]), Some(&body))?;
             watch(client, &id)
         }
         RunCommand::Promote { id, source_is_off, confirm } => {

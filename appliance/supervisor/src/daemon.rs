@@ -358,7 +358,11 @@ async fn look_after_machines(app: Arc<App>) {
     let mut stop = app.stop.subscribe();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(MACHINES_EVERY) => app.takeovers.look_after(&app),
+            () = tokio::time::sleep(MACHINES_EVERY) => {
+                app.takeovers.look_after(&app);
+                let due = Arc::clone(&app);
+                let _ = tokio::task::spawn_blocking(move || due.takeovers.drill_what_is_due(&due)).await;
+            }
             () = crate::raised(&mut stop) => return,
         }
     }

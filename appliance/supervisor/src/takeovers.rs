@@ -17,6 +17,7 @@
 mod asks;
 mod hands;
 mod plans;
+mod schedule;
 mod ship;
 
 pub use plans::Watched;
@@ -42,10 +43,10 @@ use std::{
         atomic::{AtomicU8, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use takeover::{
-    plan::PlanError,
+    plan::{PlanError, Subject},
     run::{Asked, Driver, HandsError},
     state::{Kind, Measured, Phase, RunState},
 };
@@ -54,6 +55,8 @@ pub const PLANS_MAX: usize = 500;
 /// Machines and what is left of failed ones.
 pub const RUNS_MAX: usize = 16;
 const RECORDS_MAX: usize = 200;
+/// What could not be done is tried again after this.
+const STUCK_AGAIN: Duration = Duration::from_secs(30);
 const PLAN_NAME_MAX: usize = 64;
 /// Of the box's memory no machine gets.
 const KEEP_MIB: u64 = 512;
@@ -92,6 +95,8 @@ pub enum RunFault {
     TooMany,
     #[error("there is no run {0:?}")]
     Unknown(String),
+    #[error("what has become of these runs cannot be read, and one of them may serve already: {0}")]
+    Unreadable(String),
     #[error("the run is over")]
     Over,
     #[error("{what}: {why}")]
@@ -123,6 +128,7 @@ struct Run {
     /// Not kept: who asked sees by the run that it was not done, and asks again.
     asked: Mutex<Option<Asked>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    stuck_at: Mutex<Option<Instant>>,
     /// Why the box could not do its part last, when the driver gave up.
     stuck: Mutex<Option<String>>,
 }
@@ -145,6 +151,10 @@ pub struct Takeovers {
     read: Mutex<Arc<Read>>,
     /// What the hosts' desks were told last, so that they are told changes only.
     told: Mutex<Option<String>>,
+    /// Runs whose state could not be read.
+    unreadable: Vec<String>,
+    /// When a scheduled drill of a plan was tried last.
+    tried_us: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Takeovers {
@@ -154,20 +164,31 @@ impl Takeovers {
         files::private_dir(&plans)?;
         files::private_dir(&runs_dir)?;
         let key = record_key(&data.join("records.key"))?;
-        let mut runs = BTreeMap::new();
+        let (mut runs, mut lost) = (BTreeMap::new(), Vec::new());
         for id in names_in(&runs_dir)? {
             let file = runs_dir.join(&id).join("state.json");
             match files::read_small(&file)?.map(|bytes| serde_json::from_slice::<RunState>(&bytes)) {
                 Some(Ok(state)) => {
                     runs.insert(id, Arc::new(Run::of(state)));
                 }
-                Some(Err(e)) => unreadable.push(format!("{}: {e}", file.display())),
+                Some(Err(e)) => {
+                    unreadable.push(format!("{}: {e}", file.display()));
+                    lost.push(id);
+                }
                 // Killed before its first state was kept: nothing was done.
                 None => drop(fs::remove_dir(runs_dir.join(&id))),
             }
         }
-        let this =
-            Self { plans, runs_dir, key, runs: Mutex::new(runs), read: Mutex::default(), told: Mutex::default() };
+        let this = Self {
+            plans,
+            runs_dir,
+            key,
+            runs: Mutex::new(runs),
+            read: Mutex::default(),
+            told: Mutex::default(),
+            unreadable: lost,
+            tried_us: Mutex::default(),
+        };
         this.read_plans()?;
         Ok(this)
     }
@@ -187,8 +208,11 @@ impl Takeovers {
         let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
         let waits = |run: &Arc<Run>| {
             let phase = &run.state().phase;
-            matches!(phase, Phase::Serving | Phase::FailingBack | Phase::Returned { .. } | Phase::Committed)
-                || crate::lock(&run.asked).is_some()
+            let rests =
+                matches!(phase, Phase::Serving | Phase::FailingBack | Phase::Returned { .. } | Phase::Committed);
+            // What could not be done, for a full disk say, is tried again.
+            let stuck = crate::lock(&run.stuck_at).is_some_and(|at| at.elapsed() >= STUCK_AGAIN);
+            (rests && crate::lock(&run.stuck_at).is_none()) || stuck || crate::lock(&run.asked).is_some()
         };
         for run in runs.into_iter().filter(waits) {
             if let Err(e) = self.launch(app, &run) {
@@ -240,6 +264,9 @@ impl Takeovers {
 
     /// Begins a run. Blocking.
     pub fn begin(&self, app: &Arc<App>, wish: Wish) -> Result<Arc<RunState>, RunFault> {
+        if wish.kind == Kind::Failover && !self.unreadable.is_empty() {
+            return Err(RunFault::Unreadable(self.unreadable.join(", ")));
+        }
         let plan = self.plan(&wish.plan)?;
         let id = HEXLOWER.encode(&pki::random_128().ok_or(RunFault::Random)?[..4]);
         let state = RunState {
@@ -256,6 +283,7 @@ impl Takeovers {
             phase: Phase::Working,
             steps: Vec::new(),
             fenced: None,
+            fenced_boot: None,
             points: Vec::new(),
             machine: None,
             profile: None,
@@ -271,13 +299,8 @@ impl Takeovers {
             let mut runs = crate::lock(&self.runs);
             let begun = run.state();
             // A drill may go on beside anything; of failovers there is one.
-            let same = runs.values().map(|r| r.state()).find(|s| {
-                !s.is_over()
-                    && s.kind == Kind::Failover
-                    && begun.kind == Kind::Failover
-                    && s.plan.subject == begun.plan.subject
-            });
-            if let Some(other) = same {
+            let same = runs.values().find(|r| begun.kind == Kind::Failover && r.is_for(&begun.plan.subject));
+            if let Some(other) = same.map(|run| run.state()) {
                 return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
             }
             if runs.values().filter(|r| !r.state().is_over()).count() >= RUNS_MAX {
@@ -285,9 +308,14 @@ impl Takeovers {
             }
             runs.insert(id.clone(), Arc::clone(&run));
         }
+        if run.state().kind == Kind::Failover {
+            self.drills_give_way(app);
+        }
         let kept = keep(&self.runs_dir, &run.state()).and_then(|()| self.launch(app, &run));
         if let Err(e) = kept {
             crate::lock(&self.runs).remove(&id);
+            // The next daemon must not do what was said to have failed.
+            let _ = fs::remove_dir_all(self.runs_dir.join(&id));
             return Err(e);
         }
         self.forget_old();
@@ -303,7 +331,7 @@ impl Takeovers {
         match state.phase {
             Phase::Ended { .. } => return Err(RunFault::Over),
             // The only copy of what the machine wrote may be the one that would go.
-            Phase::FailingBack | Phase::Returned { .. } | Phase::Committed => {
+            Phase::FailingBack | Phase::Returned { .. } => {
                 let why = "a failback goes on: commit it or roll it back first".to_owned();
                 return Err(RunFault::NotNow { what: "the run is not ended", why });
             }
@@ -343,10 +371,23 @@ impl Takeovers {
 }
 
 impl Run {
+    /// Whether it is the takeover of these disks, or is to become it.
+    fn is_for(&self, subject: &Subject) -> bool {
+        let state = self.state();
+        let promoted = matches!(&*crate::lock(&self.asked), Some(Asked::Promote { .. }));
+        !state.is_over() && state.plan.subject == *subject && (state.kind == Kind::Failover || promoted)
+    }
     fn of(state: RunState) -> Self {
         let state = Mutex::new(Arc::new(state));
         let wanted = AtomicU8::new(GO_ON);
-        Self { state, wanted, asked: Mutex::default(), thread: Mutex::default(), stuck: Mutex::default() }
+        Self {
+            state,
+            wanted,
+            asked: Mutex::default(),
+            thread: Mutex::default(),
+            stuck_at: Mutex::default(),
+            stuck: Mutex::default(),
+        }
     }
 }
 
@@ -399,6 +440,7 @@ fn keep(dir: &Path, state: &RunState) -> Result<(), RunFault> {
 /// The thread of a run.
 fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
     *crate::lock(&run.stuck) = None;
+    *crate::lock(&run.stuck_at) = None;
     let hands = BoxHands { app, run, dir };
     let begun = RunState::clone(&run.state());
     let (was, restarts) = (begun.phase.clone(), begun.restarts_us.last().copied());
@@ -453,6 +495,7 @@ fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
 fn stuck(app: &App, run: &Run, text: String) {
     app.events.note(Event::TakeoverFailed, &run.state().plan_name, &text);
     *crate::lock(&run.stuck) = Some(text);
+    *crate::lock(&run.stuck_at) = Some(Instant::now());
 }
 
 fn measured_text(state: &RunState) -> String {

@@ -252,6 +252,12 @@ pub struct Hooks {
     pub hook_seconds_max: u64,
 }
 
+/// Drills with no hand on them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Schedule {
+    pub every_hours: u32,
+}
+
 /// A plan that makes sense by itself.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Plan {
@@ -268,6 +274,9 @@ pub struct Plan {
     /// None: nobody watches.
     #[serde(default)]
     pub detect: Option<Detect>,
+    /// None: drilled when somebody says so.
+    #[serde(default)]
+    pub drill: Option<Schedule>,
 }
 
 // ---------------------------------------------------------------- as it is written
@@ -289,6 +298,7 @@ struct File {
     hooks: Option<Spanned<FileHooks>>,
     lease: Option<Spanned<watch::FileLease>>,
     detect: Option<Spanned<watch::FileDetect>>,
+    drill: Option<Spanned<FileSchedule>>,
 }
 
 #[derive(Deserialize)]
@@ -342,6 +352,12 @@ struct FileHooks {
     fence: Option<Spanned<Vec<String>>>,
     check_host: Option<Spanned<Vec<String>>>,
     hook_seconds_max: Option<Spanned<u64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSchedule {
+    every_hours: Spanned<u32>,
 }
 
 /// Gathers faults with their lines.
@@ -564,6 +580,11 @@ impl Checker<'_> {
             hooks.check_host = self.hook(given.check_host.as_ref(), "check_host");
             hooks.hook_seconds_max = seconds(self, given.hook_seconds_max.as_ref(), "hook_seconds_max", HOOK_SECONDS);
         }
+        // A year: what is drilled more rarely is not drilled.
+        let drill = file.drill.as_ref().map(|at| {
+            let every_hours = self.number(&at.get_ref().every_hours, "every_hours", 1, 8760);
+            Schedule { every_hours }
+        });
         let lease = file.lease.as_ref().map(|at| self.lease(at, &subject, &networks));
         let fenced = lease.is_some() || hooks.fence.is_some();
         let detect = file.detect.as_ref().map(|at| self.detect(at, &subject, fenced));
@@ -578,7 +599,7 @@ impl Checker<'_> {
         }
         let machine =
             Machine { size, firmware, disk, nic, boot_seconds_max, shutdown_seconds_max, agent, restarts_max };
-        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks, lease, detect }
+        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks, lease, detect, drill }
     }
 }
 

@@ -334,6 +334,9 @@ pub struct RunState {
     pub phase: Phase,
     pub steps: Vec<StepState>,
     pub fenced: Option<Fenced>,
+    /// In which boot of the box.
+    #[serde(default)]
+    pub fenced_boot: Option<String>,
     pub points: Vec<PointTaken>,
     pub machine: Option<MachineSpec>,
     pub profile: Option<(Profile, Size)>,

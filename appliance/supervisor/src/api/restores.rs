@@ -38,6 +38,15 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str]) 
             let (id, what) = ((*id).to_owned(), (*what).to_owned());
             let how: How = if what == "release" { body(request).await? } else { How::default() };
             blocking(app, move |app| {
+                let of_run = app.takeovers.list().into_iter().find(|s| {
+                    !s.is_over() && s.failback.as_ref().is_some_and(|f| f.restore == id && f.ended.is_none())
+                });
+                if let Some(run) = of_run {
+                    let text =
+                        format!("restore {id} is the failback's of run {}, which finishes and ends it itself", run.id);
+                    let remedy = "look at the run with `holdfast run show`; `holdfast run rollback` ends its failback";
+                    return Err(ApiError::new(StatusCode::CONFLICT, "of-a-failback", text, remedy));
+                }
                 answer(match what.as_str() {
                     "finish" => app.restores.finish(&id),
                     "release" => app.restores.release(&id, how.reboot),

@@ -248,7 +248,7 @@ struct EndWish {
 
 fn end(app: &Arc<App>, id: &str, wish: &EndWish) -> Result {
     let state = app.takeovers.state(id).map_err(run_error)?;
-    if state.kind == Kind::Failover && state.started && wish.confirm.as_deref() != Some(&state.plan_name) {
+    if state.kind == Kind::Failover && !state.points.is_empty() && wish.confirm.as_deref() != Some(&state.plan_name) {
         let text = format!("the machine of {:?} ends, and what was written in it is thrown away", state.plan_name);
         let remedy = "repeat it with the plan's name as confirm";
         return Err(ApiError::new(StatusCode::CONFLICT, "confirm-needed", text, remedy));
@@ -277,7 +277,7 @@ fn ask(app: &Arc<App>, id: &str, what: &str, wish: AskWish) -> Result {
     let by = clean(wish.by).unwrap_or_else(|| "somebody".into());
     let source_is_off = clean(wish.source_is_off);
     let asked = match what {
-        "again" => Asked::Again,
+        "again" => Asked::Again { source_is_off },
         "promote" => {
             let state = app.takeovers.state(id).map_err(run_error)?;
             if wish.confirm.as_deref() != Some(&state.plan_name) {
@@ -351,6 +351,10 @@ fn run_error(e: RunFault) -> ApiError {
         }
         RunFault::TooMany => {
             ApiError::new(StatusCode::CONFLICT, "limit", text, "end runs that are not needed any more")
+        }
+        RunFault::Unreadable(_) => {
+            let remedy = "see that no machine of theirs runs, then move their folders out of takeovers/ in the data folder and restart the daemon";
+            ApiError::new(StatusCode::CONFLICT, "runs-unreadable", text, remedy)
         }
         RunFault::NotNow { .. } => {
             ApiError::new(StatusCode::CONFLICT, "not-now", text, "look at it with `holdfast run show`")

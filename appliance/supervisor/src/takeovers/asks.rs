@@ -3,7 +3,10 @@
 use super::{Arc, Run, RunFault, Takeovers};
 use crate::{App, pki};
 use data_encoding::HEXLOWER;
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 use takeover::{
     run::Asked,
     state::{BackStep, Kind, Phase, RunState},
@@ -21,8 +24,10 @@ impl Takeovers {
     /// Hands over what is asked; the run's state when its thread has taken it. Blocking.
     pub fn ask(&self, app: &Arc<App>, id: &str, asked: Asked) -> Result<Arc<RunState>, RunFault> {
         let run = self.get(id)?;
-        self.may(&run.state(), &asked)?;
         {
+            // Under the lock that a takeover begins under: of two that want to be the host's only one, one comes too late.
+            let runs = crate::lock(&self.runs);
+            self.may(&run, &asked, &runs)?;
             let mut waiting = crate::lock(&run.asked);
             if waiting.is_some() {
                 let why = "something else was just asked".to_owned();
@@ -45,22 +50,29 @@ impl Takeovers {
         Ok(())
     }
 
-    fn may(&self, state: &RunState, asked: &Asked) -> Result<(), RunFault> {
+    fn may(&self, run: &Arc<Run>, asked: &Asked, runs: &BTreeMap<String, Arc<Run>>) -> Result<(), RunFault> {
+        let state: &RunState = &run.state();
         let refuse = |what, why: &str| Err(RunFault::NotNow { what, why: why.to_owned() });
         let rests = matches!(state.phase, Phase::Serving | Phase::Failed { .. });
         match asked {
             _ if state.is_over() => Err(RunFault::Over),
-            Asked::Again if !rests => refuse("it is not tried again", "the run works"),
+            Asked::Again { .. } if !rests => refuse("it is not tried again", "the run works"),
             Asked::Promote { .. } if state.kind == Kind::Failover => {
                 refuse("it is not promoted", "it is a takeover already")
             }
             Asked::Promote { .. } if !rests => refuse("it is not promoted", "the drill works; hold it with --hold"),
             Asked::Promote { source_is_off } => {
-                let other = self.list().into_iter().find(|other| {
-                    !other.is_over() && other.kind == Kind::Failover && other.plan.subject == state.plan.subject
-                });
-                if let Some(other) = other {
+                let other =
+                    runs.values().find(|other| other.is_for(&state.plan.subject) && other.state().id != state.id);
+                if let Some(other) = other.map(|run| run.state()) {
                     return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
+                }
+                // A lease that it has got since would fence nothing here.
+                if self.plan(&state.plan_name).ok().as_ref() != Some(&state.plan) {
+                    return refuse(
+                        "it is not promoted",
+                        "its plan was changed since the drill began: end it and drill again",
+                    );
                 }
                 self.proof(state, source_is_off.as_deref())
             }
@@ -84,8 +96,10 @@ impl Takeovers {
 
     /// That the host can be known to be off.
     fn proof(&self, state: &RunState, source_is_off: Option<&str>) -> Result<(), RunFault> {
-        // Whether the lease does is known when the run asks it.
-        if state.plan.hooks.fence.is_some() || state.plan.lease.is_some() || source_is_off.is_some() {
+        // Whether the lease does is known when the run asks it; of a host that was not heard since its disks were overwritten it does not.
+        let restarted = state.failback.iter().flat_map(|f| &f.steps).any(|step| step.step == BackStep::Restart);
+        let leased = state.plan.lease.is_some() && (!restarted || state.is_back(BackStep::HostUp));
+        if state.plan.hooks.fence.is_some() || leased || source_is_off.is_some() {
             return Ok(());
         }
         let what = "nothing shows that the host is off, and two that serve at once destroy each other's work";

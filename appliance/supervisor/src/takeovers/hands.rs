@@ -1,6 +1,6 @@
 //! What the box does for a run.
 
-use super::{DRAIN_MAX, END, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep, ship};
+use super::{DRAIN_MAX, END, GO_ON, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep, ship};
 use crate::{
     App,
     ownership::Fencing,
@@ -20,7 +20,7 @@ use takeover::{
     machine::MachineDisk,
     plan::{Plan, Subject},
     run::{Asked, Hands, HandsError, LeaseWait, Member, Shipping, Wanted},
-    state::{BackDisk, Failback, PointTaken, RunState},
+    state::{BackDisk, Failback, Kind, PointTaken, RunState},
 };
 
 pub(super) struct BoxHands<'a> {
@@ -75,6 +75,12 @@ impl Hands for BoxHands<'_> {
         }
         *crate::lock(&self.run.state) = Arc::new(state.clone());
         Ok(())
+    }
+    fn never_mind(&self) {
+        let _ = self.run.wanted.compare_exchange(END, GO_ON, Ordering::AcqRel, Ordering::Acquire);
+    }
+    fn boot_id(&self) -> String {
+        fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
     }
     fn wanted(&self) -> Wanted {
         match self.run.wanted.load(Ordering::Acquire) {
@@ -260,6 +266,9 @@ impl Hands for BoxHands<'_> {
     }
 
     fn memory_mib(&self) -> Result<u64, HandsError> {
+        if self.run.state().kind == Kind::Failover {
+            self.app.takeovers.wait_for_way();
+        }
         let failed =
             || HandsError::new("/proc/meminfo does not say how much memory there is", "this system is not supported");
         let text = fs::read_to_string("/proc/meminfo").map_err(|_| failed())?;

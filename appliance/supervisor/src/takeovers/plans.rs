@@ -90,6 +90,11 @@ impl Takeovers {
         *crate::lock(&self.read) = Arc::new(read);
         Ok(())
     }
+    /// Those that are drilled on a schedule, and every how many hours.
+    pub(super) fn drilled_plans(&self) -> Vec<(String, u64)> {
+        let read = Arc::clone(&crate::lock(&self.read));
+        read.plans.iter().filter_map(|(name, plan)| Some((name.clone(), plan.drill?.every_hours.into()))).collect()
+    }
     /// Plans that cannot be read: what they armed stays armed.
     pub fn plan_faults(&self) -> Vec<String> {
         crate::lock(&self.read).faults.clone()

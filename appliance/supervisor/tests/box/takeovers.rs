@@ -265,8 +265,11 @@ fn a_machine_that_ends_by_itself_is_started_again_but_not_for_ever() {
     let text = failed_step(&run)["outcome"]["text"].as_str().expect("a reason");
     assert!(text.contains("3 times within the hour"), "{text}");
     assert_eq!(running.get("groups").as_array().map(Vec::len), Some(2), "its disks are kept");
-    // By hand it goes on.
+    // By hand it goes on, when somebody says once more that the host is off.
     running.ok("POST", &format!("runs/{id}/again"), "{}");
+    let run = settled(&running, &id);
+    assert_eq!(run["phase"], json!({ "is": "failed", "step": "fence" }), "the word of then is not one of now: {run}");
+    running.ok("POST", &format!("runs/{id}/again"), "{\"source_is_off\":\"me\"}");
     assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
     assert!(machine_runs(&data, &id));
     for (what, body) in [("promote", json!({ "confirm": "p" })), ("commit", json!({})), ("rollback", json!({}))] {
@@ -313,8 +316,41 @@ fn a_machine_that_is_shut_down_from_inside_stays_off_until_somebody_starts_it() 
     let text = failed_step(&run)["outcome"]["text"].as_str().expect("a reason");
     assert!(text.contains("shut down from inside"), "{text}");
     assert_eq!(run["restarts_us"], json!([]), "nobody wanted it started again");
-    running.ok("POST", &format!("runs/{id}/again"), "{}");
+    running.ok("POST", &format!("runs/{id}/again"), "{\"source_is_off\":\"me\"}");
     assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    end(&running, &id);
+    running.terminate();
+}
+
+#[test]
+fn a_drill_is_begun_when_it_is_due_and_gives_way_to_a_takeover() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let mut rng = Rng::new(10);
+    let running = Outside::start(&data);
+    make_vm(&running, &mut rng);
+    running.ok("PUT", "plans/p", &plan("vm", 64, "agent = false\n[drill]\nevery_hours = 24\n"));
+    // Not due: it was written now. Written two days ago, it is.
+    let written = std::time::SystemTime::now() - Duration::from_secs(2 * 86_400);
+    fs::File::options().write(true).open(data.join("plans/p.toml")).unwrap().set_modified(written).unwrap();
+    let drill = wait_for("the drill", || {
+        let runs = running.get("runs");
+        let run = runs.as_array()?.first()?.clone();
+        (run["phase"]["is"] == "ended").then_some(run)
+    });
+    assert_eq!((drill["kind"].as_str(), drill["phase"]["how"].as_str()), (Some("drill"), Some("discarded")), "{drill}");
+    // The next one is due a day later; and one that goes on ends when a takeover begins.
+    running.ok("PUT", "plans/slow", &plan("vm", 64, "").replace("boot_seconds_max = 2", "boot_seconds_max = 3000"));
+    let slow = running.ok("POST", "runs", &json!({ "plan": "slow", "kind": "drill" }).to_string());
+    let slow = slow["id"].as_str().expect("an id");
+    let wish = json!({ "plan": "p", "kind": "failover", "source_is_off": "me" });
+    let id = running.ok("POST", "runs", &wish.to_string())["id"].as_str().expect("an id").to_owned();
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    wait_for("the drill to give way", || {
+        (running.get(&format!("runs/{slow}"))["phase"]["is"] == "ended").then_some(())
+    });
+    assert_eq!(running.get("runs").as_array().map(Vec::len), Some(3), "one drill was due, once");
     end(&running, &id);
     running.terminate();
 }

@@ -174,7 +174,11 @@ impl<H: Hands> Driver<'_, H> {
                 Shipping::Following { pass, behind_bytes } if behind_bytes <= LITTLE_BYTES || pass >= PASSES_MAX => {
                     return Ok(format!("after {pass} passes {} KiB are left", behind_bytes / 1024));
                 }
-                Shipping::Done { .. } | Shipping::Finishing => return Ok("everything was copied".into()),
+                // What the machine wrote since would be missing.
+                Shipping::Done { .. } | Shipping::Finishing => {
+                    let text = "the restore that ships it was finished while the machine served";
+                    return Err(failed(text, "begin the failback again"));
+                }
                 Shipping::Failed { text, remedy } => return Err(failed(text, remedy)),
                 // A machine that has ended meanwhile is started again after this: here it makes the pause shorter.
                 Shipping::Copying | Shipping::Following { .. } | Shipping::Waiting { .. } => {}
@@ -255,6 +259,20 @@ impl<H: Hands> Driver<'_, H> {
         self.undo(why)
     }
 
+    /// A rollback that could not make sure that the host is off leaves all as it was. Not kept yet.
+    pub(super) fn stays_returned(&mut self) -> bool {
+        let why = self.state.failure().map(|(_, text, remedy)| format!("not rolled back: {text}; {remedy}"));
+        let Some(failback) = &mut self.state.failback else { return false };
+        let returned = failback.steps.iter().any(|s| s.step == BackStep::Restart)
+            && matches!(failback.ended, Some(BackEnd::RolledBack { .. }));
+        if returned {
+            failback.ended = None;
+            failback.note = why;
+            self.state.phase = Phase::Returned { until_us: None };
+        }
+        returned
+    }
+
     pub(super) fn commit(&mut self, by: String) -> Result<(), HandsError> {
         if let Some(failback) = &mut self.state.failback {
             failback.ended = Some(BackEnd::Committed { by });
@@ -267,7 +285,9 @@ impl<H: Hands> Driver<'_, H> {
         if until_us.is_none_or(|until| self.hands.now_us() < until) {
             return Ok(());
         }
-        let leased = matches!(self.hands.lease_fences(&self.state.plan), Some(Ok(())));
+        // Silence proves something only of a host that was heard on its new disks, and so has this plan and its lease.
+        let leased =
+            self.state.is_back(BackStep::HostUp) && matches!(self.hands.lease_fences(&self.state.plan), Some(Ok(())));
         if leased || self.state.plan.hooks.fence.is_some() {
             return self.roll_back("nobody was content in time".into(), None);
         }

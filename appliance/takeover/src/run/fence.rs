@@ -47,7 +47,12 @@ impl<H: super::Hands> Driver<'_, H> {
             Some(output) => (Fenced::Hook { output: output.clone() }, format!("the fence hook says so: {output}")),
             None => {
                 let who = self.state.source_is_off.clone();
-                let who = who.ok_or_else(|| failed("nothing shows that the host is off", "see the plan's [hooks]"))?;
+                let remedy = "shut it down and say so with --source-is-off, or give the plan a fence hook";
+                let who = who.ok_or_else(|| failed("nothing shows that the host is off", remedy))?;
+                // The word may be older than what is seen.
+                if let Some(seen) = self.hands.seen_alive(&self.state.plan.subject) {
+                    return Err(failed(format!("the host is said to be off, but {seen}"), "shut the host down first"));
+                }
                 (Fenced::Word { who: who.clone() }, format!("{who} says so"))
             }
         };
@@ -127,6 +132,8 @@ impl<H: super::Hands> Driver<'_, H> {
     /// The host keeps what it has.
     fn let_go(&mut self, plan: &Plan, text: String, remedy: String) -> Result<String, Stop> {
         self.state.now = None;
+        // It serves again: what somebody said of it is of the past.
+        self.state.source_is_off = None;
         self.hands.give_back(plan)?;
         Err(failed(text, remedy))
     }

@@ -3,7 +3,7 @@
 use super::{Asked, Driver, Hands, HandsError, failed, words};
 use crate::{
     machine::{DRILL, Machine},
-    state::{Kind, Measured, Outcome, Phase, Step, StepState},
+    state::{Fenced, Kind, Measured, Outcome, Phase, Step, StepState},
 };
 
 /// Restarts are counted over this.
@@ -33,7 +33,7 @@ impl<H: Hands> Driver<'_, H> {
 
     pub(super) fn answer(&mut self, asked: Asked) -> Result<(), HandsError> {
         match (asked, &self.state.phase) {
-            (Asked::Again, Phase::Failed { .. } | Phase::Serving) => self.again(),
+            (Asked::Again { source_is_off }, Phase::Failed { .. } | Phase::Serving) => self.again(source_is_off),
             (Asked::Promote { source_is_off }, Phase::Failed { .. } | Phase::Serving)
                 if self.state.kind == Kind::Drill =>
             {
@@ -86,6 +86,13 @@ impl<H: Hands> Driver<'_, H> {
                 let now_us = self.hands.now_us();
                 self.state.restarts_us.retain(|at| now_us.saturating_sub(*at) < RESTARTS_WITHIN_US);
                 let most = self.state.plan.machine.restarts_max as usize;
+                if let Some(Fenced::Word { .. }) = &self.state.fenced
+                    && self.state.fenced_boot.as_ref() != Some(&self.hands.boot_id())
+                {
+                    let text = "the machine ended with the box, and nobody knows whether the host has been off since";
+                    let remedy = "make sure that it is, then `holdfast run again --source-is-off`; or end this run";
+                    return self.fail_at(Step::Start, text.into(), remedy.into());
+                }
                 // A drill shows what happens; one that ends has shown it.
                 if self.state.kind == Kind::Failover && self.state.restarts_us.len() < most {
                     self.state.restarts_us.push(now_us);
@@ -117,11 +124,21 @@ impl<H: Hands> Driver<'_, H> {
         self.state.applications.clear();
         self.state.volumes.clear();
         self.state.steps.retain(|s| s.step < Step::Machine && s.is_done());
+        // A hook can prove it once more, and at no cost.
+        if self.state.plan.lease.is_none() && self.state.plan.hooks.fence.is_some() {
+            self.state.steps.retain(|s| s.step != Step::Fence);
+        }
         self.state.phase = Phase::Working;
     }
 
-    fn again(&mut self) -> Result<(), HandsError> {
+    fn again(&mut self, source_is_off: Option<String>) -> Result<(), HandsError> {
         let found = self.found();
+        let runs = matches!(found, Found::StandsStill | Found::Runs | Found::Unknown) && self.state.started;
+        if !runs && self.state.kind == Kind::Failover {
+            // Time has passed: the host must be known to be off now.
+            self.state.source_is_off = source_is_off;
+            self.state.steps.retain(|s| s.step != Step::Fence);
+        }
         match found {
             Found::ShutDown => {
                 self.take_down(false)?;

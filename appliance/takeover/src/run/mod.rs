@@ -84,7 +84,9 @@ pub struct Member {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Asked {
     /// Try what failed again; start the machine again if it has ended.
-    Again,
+    Again {
+        source_is_off: Option<String>,
+    },
     /// Make a drill a takeover: what was written in it is kept.
     Promote {
         source_is_off: Option<String>,
@@ -160,6 +162,10 @@ pub trait Hands {
     /// Makes the state durable.
     fn keep(&self, state: &RunState) -> Result<(), HandsError>;
     fn wanted(&self) -> Wanted;
+    /// Its end was wanted when something else had begun: not any more.
+    fn never_mind(&self);
+    /// Which boot of the box this is.
+    fn boot_id(&self) -> String;
     /// The groups of a plan, in the order of the machine's disks. An error when there is none, or one is not there.
     fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError>;
     /// Whether the host of this plan is seen to live, and by what.
@@ -284,7 +290,12 @@ impl<'a, H: Hands> Driver<'a, H> {
                 (Phase::Ended { .. }, _) | (_, Wanted::Pause) => return Ok(()),
                 (Phase::Working, _) => self.work()?,
                 (Phase::Ending { .. }, _) => return self.end(),
+                (Phase::FailingBack | Phase::Returned { .. }, Wanted::End) => self.hands.never_mind(),
                 (Phase::FailingBack, _) => self.work_back()?,
+                (Phase::Committed, Wanted::End) => {
+                    self.state.phase = Phase::Ending { how: Ended::FailedBack };
+                    self.hands.keep(&self.state)?;
+                }
                 (_, Wanted::End) => {
                     self.state.phase = Phase::Ending { how: Ended::Discarded };
                     self.hands.keep(&self.state)?;
@@ -329,6 +340,13 @@ impl<'a, H: Hands> Driver<'a, H> {
                     // owner.
                     let nothing = self.state.points.is_empty();
                     self.evidence();
+                    if step == Step::Fence {
+                        // Whoever tries again says it again.
+                        self.state.source_is_off = None;
+                        if self.stays_returned() {
+                            return self.hands.keep(&self.state);
+                        }
+                    }
                     self.state.phase =
                         if nothing { Phase::Ending { how: Ended::Refused } } else { Phase::Failed { step } };
                     return self.hands.keep(&self.state);
@@ -379,7 +397,11 @@ impl<'a, H: Hands> Driver<'a, H> {
             Step::HookBefore if is_drill => Ok(None),
             Step::HookBefore => self.hook(|plan| plan.hooks.before.clone()),
             Step::Fence if is_drill => Ok(None),
-            Step::Fence => self.fence().map(Some),
+            Step::Fence => {
+                let text = self.fence()?;
+                self.state.fenced_boot = Some(self.hands.boot_id());
+                Ok(Some(text))
+            }
             Step::Point => self.choose().map(Some),
             Step::Branch => self.make_branches().map(Some),
             Step::Machine => self.make_machine().map(Some),
@@ -551,6 +573,14 @@ impl<'a, H: Hands> Driver<'a, H> {
             if is_failover && self.state.plan.lease.is_some() && !self.hands.is_ours(&self.state.plan) {
                 let remedy = "end this run; who owns the host is in `holdfast plan status`";
                 return Err(failed("the box does not own the host any more", remedy));
+            }
+            // Somebody may have switched it on since it was known to be off.
+            if is_failover
+                && self.state.plan.lease.is_none()
+                && let Some(seen) = self.hands.seen_alive(&self.state.plan.subject)
+            {
+                let remedy = "shut the host down, then `holdfast run again`; or end this run, and the host serves";
+                return Err(failed(format!("the host serves: {seen}"), remedy));
             }
             self.machine()?.go_on()?;
             self.state.started = true;
