@@ -291,6 +291,11 @@ impl Hands for BoxHands<'_> {
         *crate::lock(&self.run.asked) = None;
     }
     fn ship(&self, state: &RunState, failback: &Failback) -> Result<Vec<BackDisk>, HandsError> {
+        // After a start of the daemon their journals may still be opening.
+        for point in &state.points {
+            let branch = self.group(point.branch)?;
+            branch.reader().map_err(|e| group_trouble(branch.name(), &e))?;
+        }
         ship::begin(self.app, state, failback)
     }
     fn shipping(&self, restore: &str) -> Result<Shipping, HandsError> {

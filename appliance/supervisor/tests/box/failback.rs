@@ -46,6 +46,7 @@ fn phase(control: &impl Control, id: &str, wanted: &str) -> Value {
     wait_for(wanted, || {
         let run = state(control, id);
         assert!(run["stuck"].is_null(), "{run}");
+        assert!(wanted != "returned" || run["failback"]["ended"].is_null(), "undone: {}", run["failback"]);
         (run["phase"]["is"] == wanted).then_some(run)
     })
 }
@@ -79,6 +80,10 @@ fn a_host_gets_back_what_the_machine_wrote_and_its_own_late_writes_are_kept() {
     wait_target(&running, "metal");
     begin_failback(&running, &id);
     assert_eq!(running.refused("POST", &format!("runs/{id}/end"), &json!({ "confirm": "p" }).to_string()), "not-now");
+    let restore = state(&running, &id)["failback"]["restore"].as_str().expect("an id").to_owned();
+    for what in ["finish", "release", "cancel"] {
+        assert_eq!(running.refused("POST", &format!("restores/{restore}/{what}"), "{}"), "of-a-failback", "{what}");
+    }
     // The box dies while it ships, and once more whenever it likes.
     for _ in 0..2 {
         running.kill();

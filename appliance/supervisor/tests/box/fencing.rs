@@ -4,6 +4,7 @@
 use crate::{
     agent::{Conn, Host, Identity},
     support::{Control, Inside, Outside, Rng, wait_for},
+    takeovers::EndMachines,
 };
 use model::{ByteLen, GroupId, MonoTime, SourceSeq};
 use replication::ownership::{Holder, HolderAction, HolderEvent, HolderRecord, HolderState};
@@ -319,6 +320,53 @@ fn a_host_that_falls_silent_is_fenced_by_its_lease_and_taken_over_by_itself() {
     host.wait("the end of the lease", |h| h.holding == Holding::Unfenced);
     host.wait("the end of the plan", |h| h.plan.as_ref().is_some_and(|p| p.services.is_empty()));
     assert!(inside.events(supervisor::Event::TakeoverDecided) == 1);
+    drop(host);
+    inside.stop();
+}
+
+#[test]
+fn a_host_that_is_heard_is_never_served_beside_whatever_was_said_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let inside = Inside::start(&data, "");
+    let host = Leased::start(protected(&inside), inside.listen());
+    let machine = "[machine]\ncpus = 1\nmemory_mib = 64\nagent = false\nshutdown_seconds_max = 1\n";
+    inside.ok("PUT", "plans/db1", &format!("host = \"db1\"\n{machine}"));
+    let wish = json!({ "plan": "db1", "kind": "failover", "source_is_off": "me" }).to_string();
+    let begin = || {
+        let begun = inside.ok("POST", "runs", &wish);
+        settled(&inside, begun["id"].as_str().unwrap())
+    };
+    wait_for("the host to be heard", || (begin()["phase"]["how"] == "refused").then_some(()));
+    host.see().is_cut = true;
+    let run = wait_for("the takeover", || Some(begin()).filter(|run| run["phase"]["is"] == "serving"));
+    let id = run["id"].as_str().unwrap();
+    let again = || inside.ok("POST", &format!("runs/{id}/again"), "{\"source_is_off\":\"me\"}");
+    let failed = |step_name: &str| {
+        let run = wait_for("the refusal", || {
+            let run = inside.get(&format!("runs/{id}"));
+            (run["phase"] == json!({ "is": "failed", "step": step_name })).then_some(run)
+        });
+        step(&run, step_name)["outcome"]["text"].as_str().unwrap().to_owned()
+    };
+    // Somebody switches the host on; then the machine dies.
+    host.see().is_cut = false;
+    wait_for("the host to be heard again", || {
+        inside.get("hosts")[0]["connected"].as_bool().unwrap_or(false).then_some(())
+    });
+    end_machine(&data, id);
+    assert!(failed("start").contains("the host serves"));
+    again();
+    assert!(failed("fence").contains("said to be off, but the agent of db1 is connected"));
+    host.see().is_cut = true;
+    wait_for("the host to be off", || {
+        again();
+        Some(settled(&inside, id)).filter(|run| run["phase"]["is"] == "serving")
+    });
+    end_machine(&data, id);
+    inside.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "db1" }).to_string());
+    assert_eq!(settled_end(&inside, id)["phase"]["how"], "discarded");
     drop(host);
     inside.stop();
 }
