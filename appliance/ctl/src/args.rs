@@ -47,6 +47,8 @@ pub enum Command {
     Plan(PlanCommand),
     /// Run a lost host on this box, by its plan
     Takeover(TakeoverArgs),
+    /// Move a host that lives, by its plan: its agent stops the services, and they go on elsewhere with nothing lost
+    Migrate(MigrateArgs),
     /// Try a plan: run the host apart from everything, look at it, throw it away
     Drill(DrillArgs),
     /// Bring what a takeover's machine wrote to the host's own disks, and the services back to it
@@ -121,6 +123,28 @@ pub struct TakeoverArgs {
 }
 
 #[derive(ClapArgs, Debug)]
+pub struct MigrateArgs {
+    pub plan: String,
+    /// Where it goes on [default: as the plan says]
+    #[arg(long, value_enum, value_name = "PLACE")]
+    pub to: Option<PlaceName>,
+    /// Say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The box's answer as it is, without waiting for the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum PlaceName {
+    /// A machine on this box
+    Box,
+    /// Another hypervisor, on disks that this box exports
+    Export,
+}
+
+#[derive(ClapArgs, Debug)]
 pub struct DrillArgs {
     pub plan: String,
     /// `latest`, a time, an LSN or a bookmark [default: as the plan says]
@@ -190,6 +214,10 @@ pub enum RunCommand {
         #[arg(long, value_name = "PLAN")]
         confirm: Option<String>,
     },
+    /// Of an export: the machine at the other hypervisor serves
+    Serves { id: String },
+    /// Of an export that fails back: the machine at the other hypervisor is off and stays off
+    Stopped { id: String },
     /// After a failback: the host serves well, and what the machine wrote may go when the host's own history holds it
     Commit { id: String },
     /// Before a failback is committed: the machine shall serve again
@@ -551,6 +579,8 @@ mod tests {
             "holdfast export /srv/j --at lsn:9 --to out.img",
             "holdfast client-cert desk --out /tmp/c",
             "holdfast plan status db1 --json",
+            "holdfast migrate db1 --to export --dry-run",
+            "holdfast run stopped 0123abcd",
             "holdfast plan owner db1 host --confirm db1",
         ] {
             if let Err(e) = Args::try_parse_from(line.split(' ')) {

@@ -51,6 +51,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Command::Plan(command) => takeover::plan(&client()?, command),
         Command::Failback(args) => takeover::failback(&client()?, &args),
         Command::Takeover(args) => takeover::takeover(&client()?, &args),
+        Command::Migrate(args) => takeover::migrate(&client()?, &args),
         Command::Drill(args) => takeover::drill(&client()?, &args),
         Command::Run(command) => takeover::run(&client()?, command),
     }

@@ -4,7 +4,7 @@
 //! the end what was measured and who is authoritative. Ctrl-C ends the watching, not the run.
 
 use crate::{
-    args::{DrillArgs, FailbackArgs, OwnerName, PlanCommand, RunCommand, TakeoverArgs},
+    args::{DrillArgs, FailbackArgs, MigrateArgs, OwnerName, PlaceName, PlanCommand, RunCommand, TakeoverArgs},
     client::{Client, Route},
     online::{print, print_json},
     picture::Table,
@@ -165,6 +165,12 @@ pub fn takeover(client: &Client, args: &TakeoverArgs) -> anyhow::Result<()> {
     begin(client, body, args.at.as_deref(), args.dry_run, args.json)
 }
 
+pub fn migrate(client: &Client, args: &MigrateArgs) -> anyhow::Result<()> {
+    let to = args.to.map(|to| if to == PlaceName::Box { "box" } else { "export" });
+    let body = json!({ "plan": args.plan, "kind": "failover", "planned": true, "to": to, "dry_run": args.dry_run });
+    begin(client, body, None, args.dry_run, args.json)
+}
+
 fn who() -> String {
     std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "root".into())
 }
@@ -286,7 +292,10 @@ fn watch_back(client: &Client, id: &str) -> anyhow::Result<()> {
         let mut now = String::new();
         for step in back["steps"].as_array().into_iter().flatten() {
             match step["outcome"]["is"].as_str() {
-                Some("running") => now = format!("{} {}", text(&step["title"]), progress(&run["shipping"])),
+                Some("running") => {
+                    let waits = run["now"].as_str().map_or_else(|| progress(&run["shipping"]), str::to_owned);
+                    now = format!("{} {waits}", text(&step["title"]));
+                }
                 Some(_) if shown.insert(text(&step["step"])) => {
                     if terminal {
                         print("\r\x1b[K")?;
@@ -313,6 +322,9 @@ fn watch_back(client: &Client, id: &str) -> anyhow::Result<()> {
                 ));
             }
             _ => bail!("{}", back["ended"]["why"].as_str().unwrap_or("the failback has ended")),
+        }
+        if !terminal && now.contains("run stopped") {
+            return print(&format!("{now}\n"));
         }
         if terminal && !now.is_empty() {
             print(&format!("\r\x1b[K{:>8}  {now} …", "")).and_then(|()| Ok(std::io::stdout().flush()?))?;
@@ -359,6 +371,9 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             for step in run["steps"].as_array().into_iter().flatten() {
                 lines += &step_line(&run, step);
             }
+            if run["export"].is_object() {
+                lines += &open_lines(&run);
+            }
             print(&(lines + &summary(&run)))
         }
         RunCommand::Watch { id } => watch(client, &id),
@@ -371,6 +386,16 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             let body = json!({ "confirm": confirm, "source_is_off": source_is_off.then(who) });
             let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "promote"]), Some(&body))?;
             watch(client, &id)
+        }
+        RunCommand::Serves { id } => {
+            let body = json!({ "by": who() });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "serves"]), Some(&body))?;
+            watch(client, &id)
+        }
+        RunCommand::Stopped { id } => {
+            let body = json!({ "by": who() });
+            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "stopped"]), Some(&body))?;
+            watch_back(client, &id)
         }
         RunCommand::Commit { id } => {
             let body = json!({ "by": who() });
@@ -423,7 +448,7 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
 /// Shows each step as it ends, until the run serves, is over or has failed.
 fn watch(client: &Client, id: &str) -> anyhow::Result<()> {
     let mut shown = BTreeSet::new();
-    let mut away = false;
+    let (mut away, mut open) = (false, false);
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
     loop {
         let run: Value = match client.get(&Route::new(&["runs", id])) {
@@ -459,6 +484,17 @@ fn watch(client: &Client, id: &str) -> anyhow::Result<()> {
             }
         }
         let is = run["phase"]["is"].as_str().unwrap_or_default();
+        if is == "working"
+            && run["export"].is_object()
+            && now.contains("run serves")
+            && !std::mem::replace(&mut open, true)
+        {
+            print(&open_lines(&run))?;
+            if !terminal {
+                // Nobody there would see that it waits for a person.
+                return Ok(());
+            }
+        }
         if let Some(stuck) = run["stuck"].as_str() {
             bail!("the run does not go on: {stuck}");
         }
@@ -481,6 +517,24 @@ fn watch(client: &Client, id: &str) -> anyhow::Result<()> {
         }
         std::thread::sleep(LOOK_EVERY);
     }
+}
+
+/// How another hypervisor opens a run's disks.
+fn open_lines(run: &Value) -> String {
+    let export = &run["export"];
+    let mut lines = String::from("\nits disks are open to another hypervisor:\n");
+    for disk in export["disks"].as_array().into_iter().flatten() {
+        let tls = disk["tls"].as_str().map(|at| format!(", over TLS at {at}")).unwrap_or_default();
+        let (name, socket) = (text(&disk["export_name"]), text(&disk["unix_socket"]));
+        lines += &format!("  {}: NBD export {name}, on this box {socket}{tls}\n", text(&disk["volume"]));
+    }
+    if let Some(cert) = export["client_cert"].as_str() {
+        lines += &format!("for TLS first: {cert}\n");
+    }
+    let words: Vec<&str> = export["qemu"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    lines += &format!("QEMU:\n  qemu-system-x86_64 {}\n", words.join(" ").replace(" -", " \\\n    -"));
+    lines += &format!("libvirt:\n  {}\n", text(&export["libvirt"]).trim().replace('\n', "\n  "));
+    lines + &format!("start the machine, see that it serves, then: holdfast run serves {}\n", text(&run["id"]))
 }
 
 fn step_line(run: &Value, step: &Value) -> String {
@@ -506,6 +560,7 @@ fn summary(run: &Value) -> String {
     for (title, key) in [
         ("from the last that was heard to the decision", "detection_ms"),
         ("age of the moment at the decision (RPO)", "point_age_ms"),
+        ("nobody served for (migration)", "pause_ms"),
         ("first instruction", "first_instruction_ms"),
         ("booted", "booted_ms"),
         ("address answers (NRO)", "address_ms"),

@@ -374,7 +374,7 @@ async fn export_ingest_groups(app: Arc<App>) {
     loop {
         let mut waiting = false;
         for group in app.vault.groups().iter().filter(|g| g.shared.host.is_none()) {
-            if !app.exports.of_group(group.id()).is_empty() {
+            if !app.exports.of_group(group.id()).is_empty() || app.takeovers.is_sealed(group.id()) {
                 continue;
             }
             match group.shared.phase() {
@@ -384,8 +384,8 @@ async fn export_ingest_groups(app: Arc<App>) {
                     if let Err(e) = app.exports.add_ingest(group, &volumes, app.nbd_listen.is_some()) {
                         app.events.note(Event::JobFailed, group.name(), crate::chain(&e));
                     }
-                    // Deleted while this loop looked at it.
-                    if app.vault.get(group.id()).is_none() {
+                    // Deleted or closed while this loop looked at it.
+                    if app.vault.get(group.id()).is_none() || app.takeovers.is_sealed(group.id()) {
                         app.exports.remove_group(group.id());
                     }
                 }

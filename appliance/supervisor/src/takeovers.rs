@@ -15,6 +15,7 @@
 //! **Limits.** [`PLANS_MAX`], [`RUNS_MAX`] that are not over; records of [`RECORDS_MAX`] runs that are over are kept, the oldest go first.
 
 mod asks;
+mod export;
 mod hands;
 mod plans;
 mod schedule;
@@ -30,7 +31,7 @@ use crate::{
 };
 use data_encoding::HEXLOWER;
 use hands::BoxHands;
-use model::RecoveryPoint;
+use model::{GroupId, RecoveryPoint};
 use plans::Read;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
@@ -46,9 +47,9 @@ use std::{
     time::{Duration, Instant},
 };
 use takeover::{
-    plan::{PlanError, Subject},
+    plan::{Place, PlanError, Subject},
     run::{Asked, Driver, HandsError},
-    state::{Kind, Measured, Phase, RunState},
+    state::{Kind, Measured, Phase, PointTaken, RunState},
 };
 
 pub const PLANS_MAX: usize = 500;
@@ -117,6 +118,10 @@ pub struct Wish {
     pub at: Option<RecoveryPoint>,
     pub source_is_off: Option<String>,
     pub hold: bool,
+    /// A migration: the host lives.
+    pub planned: bool,
+    /// None: where the plan says.
+    pub to: Option<Place>,
     /// Of the detector, when nobody pressed a button.
     pub decision: Option<String>,
     pub detection_ms: Option<u64>,
@@ -257,6 +262,11 @@ impl Takeovers {
         let file = self.runs_dir.join(id).join(name);
         Ok(fs::read(file).ok())
     }
+    /// Whether the disks of a branch are closed to everybody, for what they hold is being brought to its host.
+    pub fn is_sealed(&self, group: GroupId) -> bool {
+        let of = |s: &RunState| s.sealed && !s.is_over() && s.points.iter().any(|p| p.branch == group);
+        crate::lock(&self.runs).values().any(|run| of(&run.state()))
+    }
     /// The key that records are checked with, in hexadecimal.
     pub fn public_key(&self) -> String {
         HEXLOWER.encode(self.key.public_key().as_ref())
@@ -273,6 +283,8 @@ impl Takeovers {
             id: id.clone(),
             kind: wish.kind,
             plan_name: wish.plan,
+            place: wish.to.unwrap_or_else(|| plan.place.clone()),
+            planned: wish.planned,
             plan,
             at: wish.at,
             source_is_off: wish.source_is_off,
@@ -291,6 +303,9 @@ impl Takeovers {
             volumes: Vec::new(),
             applications: Vec::new(),
             measured: Measured { detection_ms: wish.detection_ms, ..Measured::default() },
+            serves: None,
+            stopped: None,
+            sealed: false,
             restarts_us: Vec::new(),
             failback: None,
         };
@@ -319,7 +334,11 @@ impl Takeovers {
             return Err(e);
         }
         self.forget_old();
-        let what = if wish.kind == Kind::Drill { "drill" } else { "takeover" };
+        let what = match wish.kind {
+            Kind::Drill => "drill",
+            Kind::Failover if wish.planned => "migration",
+            Kind::Failover => "takeover",
+        };
         app.events.note(Event::TakeoverBegun, &run.state().plan_name, format!("{what} {id}"));
         Ok(run.state())
     }
@@ -336,6 +355,15 @@ impl Takeovers {
                 return Err(RunFault::NotNow { what: "the run is not ended", why });
             }
             _ => {}
+        }
+        // The host would get its ownership back beside it.
+        let clients = match state.place() {
+            Place::Export => clients(app, &state.points),
+            Place::Box => Vec::new(),
+        };
+        if !clients.is_empty() {
+            let why = format!("a machine has its disks open, shut it down first: {}", clients.join(", "));
+            return Err(RunFault::NotNow { what: "the run is not ended", why });
         }
         run.wanted.store(END, Ordering::Release);
         self.launch(app, &run)?;
@@ -525,10 +553,18 @@ fn write_record(takeovers: &Takeovers, dir: &Path, state: &RunState) -> Result<(
     files::write_secret(&dir.join("record.sig"), format!("{signature}\n").as_bytes())
 }
 
+/// Who has disks of these branches open.
+fn clients(app: &App, points: &[PointTaken]) -> Vec<String> {
+    points.iter().flat_map(|p| app.exports.of_group(p.branch)).flat_map(|export| export.clients()).collect()
+}
+
 /// A run as the API shows it.
 pub fn run_json(app: &App, state: &RunState) -> Value {
     let mut value = json!(state);
     value["authority"] = json!(state.authority());
+    if *state.place() == Place::Export && !state.points.is_empty() && !state.sealed && !state.is_over() {
+        value["export"] = export::shown(app, state);
+    }
     if let (Phase::FailingBack, Some(failback)) = (&state.phase, &state.failback) {
         value["shipping"] = json!(app.restores.status(&failback.restore).ok().map(|status| status.phase));
     }

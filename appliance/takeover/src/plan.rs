@@ -63,6 +63,26 @@ pub enum Subject {
     Groups(Vec<String>),
 }
 
+/// Where a lost host goes on. Drills are run on the box whatever this says.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// As a machine on the box.
+    #[default]
+    Box,
+    /// At somebody else's hypervisor, on disks that the box exports.
+    Export,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Box => "a machine on this box",
+            Self::Export => "another hypervisor",
+        })
+    }
+}
+
 /// Which moment is taken when nobody says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -262,6 +282,8 @@ pub struct Schedule {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Plan {
     pub subject: Subject,
+    #[serde(default)]
+    pub place: Place,
     pub point: PointRule,
     pub machine: Machine,
     pub degraded: Option<Size>,
@@ -286,6 +308,8 @@ pub struct Plan {
 struct File {
     host: Option<Spanned<String>>,
     groups: Option<Spanned<Vec<String>>>,
+    #[serde(default)]
+    place: Option<Spanned<Place>>,
     #[serde(default)]
     point: PointRule,
     machine: Spanned<FileMachine>,
@@ -449,6 +473,17 @@ impl Checker<'_> {
         }
         Some(Network { mac: mac?, bridge, addresses, gateway })
     }
+    fn place(&mut self, at: &Spanned<Place>, file: &File) -> Place {
+        // Who prepares a machine by hand at another hypervisor can do so when a person is there, and not by itself.
+        if *at.get_ref() == Place::Export
+            && let Some(detect) = &file.detect
+            && detect.get_ref().is_automatic()
+        {
+            let remedy = "take `automatic = true` out of [detect], or let the host go on at the box: place = \"box\"";
+            self.fault(at, "a takeover by itself cannot start a machine at another hypervisor", remedy);
+        }
+        at.get_ref().clone()
+    }
     /// What only an agent inside could do.
     fn nobody_inside(&mut self, file: &File) {
         for app in &file.application {
@@ -599,7 +634,20 @@ impl Checker<'_> {
         }
         let machine =
             Machine { size, firmware, disk, nic, boot_seconds_max, shutdown_seconds_max, agent, restarts_max };
-        Plan { subject, point: file.point, machine, degraded, networks, applications, hooks, lease, detect, drill }
+        let place = file.place.as_ref().map(|at| self.place(at, file)).unwrap_or_default();
+        Plan {
+            subject,
+            place,
+            point: file.point,
+            machine,
+            degraded,
+            networks,
+            applications,
+            hooks,
+            lease,
+            detect,
+            drill,
+        }
     }
 }
 

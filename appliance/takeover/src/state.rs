@@ -3,7 +3,7 @@
 
 use crate::{
     machine::MachineSpec,
-    plan::{Plan, Size},
+    plan::{Place, Plan, Size},
     port::Mounted,
 };
 use journal::ResolvedPoint;
@@ -154,6 +154,8 @@ pub enum Ended {
     Discarded,
     /// The host has it all and serves.
     FailedBack,
+    /// A migration whose new place failed before it served: the host serves on.
+    Undone,
     /// Refused before anything was touched.
     Refused,
 }
@@ -221,6 +223,9 @@ pub struct Measured {
     pub address_ms: Option<u64>,
     /// The applications answer (RTO).
     pub serving_ms: Option<u64>,
+    /// Of a migration: from the host's order to stop until the new place served.
+    #[serde(default)]
+    pub pause_ms: Option<u64>,
     /// How old the moment was at the decision (RPO).
     pub point_age_ms: Option<u64>,
 }
@@ -318,6 +323,12 @@ pub struct RunState {
     pub kind: Kind,
     pub plan_name: String,
     pub plan: Plan,
+    /// Where the host goes on; the plan's, unless a migration was asked to go elsewhere.
+    #[serde(default)]
+    pub place: Place,
+    /// A migration: the host lives and gives its services up by its own word; until something has served elsewhere, what fails is undone.
+    #[serde(default)]
+    pub planned: bool,
     /// None: as the plan says.
     pub at: Option<RecoveryPoint>,
     /// The word of whoever pressed the button that the host is off.
@@ -345,6 +356,14 @@ pub struct RunState {
     pub volumes: Vec<Mounted>,
     pub applications: Vec<AppState>,
     pub measured: Measured,
+    /// Who said that the machine at another hypervisor serves, and who that it is off.
+    #[serde(default)]
+    pub serves: Option<String>,
+    #[serde(default)]
+    pub stopped: Option<String>,
+    /// Its disks are open to nobody any more: what they hold is being brought to the host.
+    #[serde(default)]
+    pub sealed: bool,
     /// When the machine was started again after it had ended by itself.
     #[serde(default)]
     pub restarts_us: Vec<u64>,
@@ -374,20 +393,32 @@ impl RunState {
             _ => None,
         })
     }
+    /// Where it goes on: a drill is always run here.
+    pub fn place(&self) -> &Place {
+        if self.kind == Kind::Drill { &Place::Box } else { &self.place }
+    }
+    /// Something may have written for somebody at the new place.
+    pub fn has_served(&self) -> bool {
+        self.serves.is_some() || self.measured.serving_ms.is_some() || self.applications.iter().any(|a| a.up)
+    }
     /// Which side is authoritative, for people.
-    pub fn authority(&self) -> &'static str {
+    pub fn authority(&self) -> String {
+        let machine = match self.place() {
+            Place::Box => "the machine on this box",
+            Place::Export => "the machine at another hypervisor, on this box's disks",
+        };
         match (self.kind, &self.phase) {
-            (Kind::Drill, _) | (_, Phase::Ended { .. }) => "the host",
-            (Kind::Failover, Phase::Serving) => "the machine on this box",
+            (Kind::Drill, _) | (_, Phase::Ended { .. }) => "the host".into(),
+            (Kind::Failover, Phase::Serving) => machine.into(),
             (Kind::Failover, Phase::FailingBack) if !self.is_back(BackStep::Pause) => {
-                "the machine on this box; its data runs to the host's disks"
+                format!("{machine}; its data runs to the host's disks")
             }
             (Kind::Failover, Phase::FailingBack) if !self.is_back(BackStep::Restart) => {
-                "nobody: the machine is down, the last difference runs to the host's disks"
+                "nobody: the machine is down, the last difference runs to the host's disks".into()
             }
-            (Kind::Failover, Phase::FailingBack | Phase::Returned { .. } | Phase::Committed) => "the host",
-            (Kind::Failover, _) if self.fenced.is_some() => "nobody: the host is off, the machine is not up",
-            (Kind::Failover, _) => "the host, if it runs",
+            (Kind::Failover, Phase::FailingBack | Phase::Returned { .. } | Phase::Committed) => "the host".into(),
+            (Kind::Failover, _) if self.fenced.is_some() => "nobody: the host is off, the machine is not up".into(),
+            (Kind::Failover, _) => "the host, if it runs".into(),
         }
     }
 }

@@ -9,11 +9,12 @@
 //! | `GET /plan-status` | of each host that a plan leases or watches: who owns it, by what, and what is seen of it, with every reason |
 //! | `POST /owners/HOST` | `owner` (`host`, `box`), `confirm` (the host's name): an operator says who owns it, when the box does not know |
 //! | `GET /runs`, `GET /runs/ID` | what takeovers and drills have come to |
-//! | `POST /runs` | begins one: `plan`, `kind` (`failover`, `drill`), `at`, `source_is_off`, `hold`, `dry_run` |
+//! | `POST /runs` | begins one: `plan`, `kind` (`failover`, `drill`), `at`, `source_is_off`, `hold`, `dry_run`; a migration of a host that lives: `planned`, and `to` (`box`, `export`) where it is to go elsewhere than the plan says |
 //! | `POST /runs/ID/end` | takes its machine down and throws away what it wrote; a failover asks for `confirm`, its plan's name |
 //! | `POST /runs/ID/again` | tries what failed again; starts a machine again that has ended |
 //! | `POST /runs/ID/promote` | makes a drill a takeover, with what was written in it: `source_is_off`, `confirm` |
 //! | `POST /runs/ID/failback` | brings what the machine wrote to the host's own disks: `target`, `disks`, `by`, `commit_minutes` |
+//! | `POST /runs/ID/serves`, `stopped` | of an export: the machine at the other hypervisor serves; is off: `by` |
 //! | `POST /runs/ID/commit` | the host serves well after a failback: `by` |
 //! | `POST /runs/ID/rollback` | the machine shall serve again: `by`, `source_is_off` |
 //! | `GET /runs/ID/screen`, `serial`, `record`, `signature` | its evidence |
@@ -34,7 +35,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc};
 use takeover::{
-    plan::{Plan, Subject},
+    plan::{Place, Plan, Subject},
     run::{Asked, FailbackWish},
     state::{BackDisk, Kind, Step},
 };
@@ -91,7 +92,10 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], 
             let id = (*id).to_owned();
             blocking(app, move |app| end(app, &id, &wish)).await?
         }
-        (&Method::POST, ["runs", id, what @ ("again" | "promote" | "failback" | "commit" | "rollback")]) => {
+        (
+            &Method::POST,
+            ["runs", id, what @ ("again" | "promote" | "failback" | "serves" | "stopped" | "commit" | "rollback")],
+        ) => {
             let wish: AskWish = body(request).await?;
             let (id, what) = ((*id).to_owned(), (*what).to_owned());
             blocking(app, move |app| ask(app, &id, &what, wish)).await?
@@ -201,15 +205,32 @@ struct RunWish {
     #[serde(default)]
     hold: bool,
     #[serde(default)]
+    planned: bool,
+    #[serde(default)]
+    to: Option<Place>,
+    #[serde(default)]
     dry_run: bool,
 }
 
 fn begin(app: &Arc<App>, wish: RunWish) -> Result {
+    if wish.planned && (wish.kind == Kind::Drill || wish.at.is_some() || wish.source_is_off.is_some()) {
+        let text =
+            "a migration is of a host that lives, to its newest moment: no drill, no `at` and no `source_is_off`";
+        return Err(bad_request("planned", text.into()));
+    }
+    if wish.to.is_some() && !wish.planned {
+        return Err(bad_request(
+            "to",
+            "a takeover goes where its plan says; only a migration is sent elsewhere".into(),
+        ));
+    }
     if wish.dry_run {
         let plan = app.takeovers.plan(&wish.plan).map_err(plan_error)?;
         let skipped = |step: &Step| {
             let is_drill = wish.kind == Kind::Drill;
+            let away = !is_drill && wish.to.as_ref().unwrap_or(&plan.place) == &Place::Export;
             match step {
+                Step::Start | Step::Volumes | Step::Address | Step::Applications | Step::Picture if away => true,
                 Step::HookBefore => is_drill || plan.hooks.before.is_none(),
                 Step::HookAfter => is_drill || plan.hooks.after.is_none(),
                 Step::Fence => is_drill,
@@ -233,6 +254,8 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
         at: wish.at,
         source_is_off,
         hold: wish.hold,
+        planned: wish.planned,
+        to: wish.to,
         decision: None,
         detection_ms: None,
     };
@@ -290,6 +313,8 @@ fn ask(app: &Arc<App>, id: &str, what: &str, wish: AskWish) -> Result {
             }
             Asked::Promote { source_is_off }
         }
+        "serves" => Asked::Serves { by },
+        "stopped" => Asked::Stopped { by },
         "commit" => Asked::Commit { by },
         "rollback" => Asked::RollBack { by, source_is_off },
         _ => {

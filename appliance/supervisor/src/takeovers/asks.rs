@@ -8,8 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 use takeover::{
+    plan::Place,
     run::Asked,
-    state::{BackStep, Kind, Phase, RunState},
+    state::{BackStep, Kind, Outcome, Phase, RunState, Step},
 };
 
 /// For the run's thread to take what was asked.
@@ -79,6 +80,27 @@ impl Takeovers {
             Asked::Failback(_) if state.kind == Kind::Drill => refuse("it does not fail back", "a drill serves nobody"),
             Asked::Failback(_) if state.phase != Phase::Serving => {
                 refuse("it does not fail back", "only what serves can go back to its host")
+            }
+            Asked::Serves { .. } => {
+                let waits = state.step(Step::Boot).is_some_and(|s| s.outcome == Outcome::Running);
+                match *state.place() == Place::Export && state.phase == Phase::Working && waits {
+                    true => Ok(()),
+                    false => {
+                        refuse("it is not taken down", "the run does not wait for a machine at another hypervisor")
+                    }
+                }
+            }
+            Asked::Stopped { .. } => {
+                let steps = state.failback.iter().flat_map(|f| &f.steps);
+                let waits = steps.filter(|s| s.step == BackStep::Pause).any(|s| s.outcome == Outcome::Running);
+                let back = state.phase == Phase::FailingBack && waits;
+                match *state.place() == Place::Export && back {
+                    true => Ok(()),
+                    false => refuse(
+                        "it is not taken down",
+                        "no failback waits for a machine at another hypervisor to be off",
+                    ),
+                }
             }
             Asked::Commit { .. } if !matches!(state.phase, Phase::Returned { .. }) => {
                 refuse("nothing is committed", "no host has returned")

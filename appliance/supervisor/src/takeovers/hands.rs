@@ -250,6 +250,13 @@ impl Hands for BoxHands<'_> {
             .collect()
     }
 
+    fn clients(&self, points: &[PointTaken]) -> Vec<String> {
+        super::clients(self.app, points)
+    }
+    fn close_disks(&self, points: &[PointTaken]) {
+        points.iter().for_each(|point| self.app.exports.remove_group(point.branch));
+    }
+
     fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError> {
         let Some(branch) = self.app.vault.get(point.branch) else { return Ok(()) };
         self.app.views.close_group(branch.id());

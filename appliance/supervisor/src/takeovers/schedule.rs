@@ -37,6 +37,8 @@ impl Takeovers {
             at: None,
             source_is_off: None,
             hold: false,
+            planned: false,
+            to: None,
             decision: None,
             detection_ms: None,
         };

@@ -376,6 +376,8 @@ impl Host {
             at: None,
             source_is_off: None,
             hold: false,
+            planned: false,
+            to: None,
             decision: Some(text),
             detection_ms: detection_ms(decision),
         };

@@ -19,7 +19,7 @@ fn takeover(control: &impl Control, rng: &mut Rng, hooks: &str) -> (String, Vec<
     (id, image)
 }
 
-fn state(control: &impl Control, id: &str) -> Value {
+pub fn state(control: &impl Control, id: &str) -> Value {
     control.get(&format!("runs/{id}"))
 }
 
@@ -35,14 +35,14 @@ fn machine_writes(control: &impl Control, id: &str, rng: &mut Rng, boot: &[u8]) 
 }
 
 /// The whole of a group's only disk, now.
-fn content(control: &impl Control, group: &str) -> Vec<u8> {
+pub fn content(control: &impl Control, group: &str) -> Vec<u8> {
     let view = control.view(group, "\"latest\"");
     let content = view.volumes[0].clone();
     control.close_view(&view);
     content
 }
 
-fn phase(control: &impl Control, id: &str, wanted: &str) -> Value {
+pub fn phase(control: &impl Control, id: &str, wanted: &str) -> Value {
     wait_for(wanted, || {
         let run = state(control, id);
         assert!(run["stuck"].is_null(), "{run}");
@@ -51,12 +51,12 @@ fn phase(control: &impl Control, id: &str, wanted: &str) -> Value {
     })
 }
 
-fn begin_failback(control: &impl Control, id: &str) {
+pub fn begin_failback(control: &impl Control, id: &str) {
     let wish = json!({ "target": "metal", "by": "me", "commit_minutes": 5 });
     control.ok("POST", &format!("runs/{id}/failback"), &wish.to_string());
 }
 
-fn restarted(data: &Path, machine: &Machine) -> Outside {
+pub fn restarted(data: &Path, machine: &Machine) -> Outside {
     let running = Outside::start(data);
     machine.move_to(running.listen());
     running

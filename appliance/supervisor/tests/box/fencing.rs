@@ -487,3 +487,76 @@ fn a_host_is_fenced_whenever_its_box_is_killed() {
     assert_eq!(host.see().holding, Holding::Serving);
     running.terminate();
 }
+
+#[test]
+fn a_host_that_lives_is_moved_and_what_fails_before_it_served_is_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let mut inside = Inside::start(&data, "");
+    let host = Leased::start(protected(&inside), inside.listen());
+    let with = |more: &str| {
+        plan("").replace("boot_seconds_max = 2\n", &format!("boot_seconds_max = 2\nshutdown_seconds_max = 1\n{more}"))
+    };
+    let wish = json!({ "plan": "db1", "kind": "failover", "planned": true });
+    let begin = |inside: &Inside| {
+        let begun = inside.ok("POST", "runs", &wish.to_string());
+        settled(inside, begun["id"].as_str().unwrap())
+    };
+    let late = json!({ "plan": "db1", "kind": "failover", "planned": true, "source_is_off": "me" });
+    assert_eq!(inside.refused("POST", "runs", &late.to_string()), "bad-request");
+    // Without a lease it cannot be told to stop; one that is away cannot either.
+    inside.ok("PUT", "plans/db1", "host = \"db1\"\n[machine]\ncpus = 1\nmemory_mib = 64\n");
+    let run = begin(&inside);
+    assert_eq!(run["phase"]["how"], "refused", "{run}");
+    assert!(step(&run, "check")["outcome"]["text"].as_str().unwrap().contains("no [lease]"), "{run}");
+    inside.ok("PUT", "plans/db1", &with(""));
+    wait_fences(&inside);
+    host.see().is_cut = true;
+    wait_for("it to be away", || (inside.get("hosts")[0]["connected"] == false).then_some(()));
+    let run = begin(&inside);
+    assert!(step(&run, "check")["outcome"]["text"].as_str().unwrap().contains("not there"), "{run}");
+    host.see().is_cut = false;
+    wait_fences(&inside);
+    host.wait("the lease", |h| h.holding == Holding::Serving);
+
+    // Nothing inside answers: the new place has served nobody, and the host serves on.
+    let term = host.see().term;
+    wait_for("it to be seen", || (inside.get("hosts")[0]["connected"] == true).then_some(()));
+    let run = begin(&inside);
+    assert_eq!(run["phase"], json!({ "is": "ended", "how": "undone" }), "{run}");
+    assert!(step(&run, "boot")["outcome"]["text"].as_str().unwrap().contains("nothing inside has answered"), "{run}");
+    host.wait("its services again", |h| h.holding == Holding::Serving && h.term > term);
+    assert_eq!(inside.get("groups").as_array().map(Vec::len), Some(1), "nothing of it is left");
+
+    // Now it goes, by the host's own word, whatever its daemon does on the way.
+    inside.ok("PUT", "plans/db1", &with("agent = false\n"));
+    wait_fences(&inside);
+    let id = inside.ok("POST", "runs", &wish.to_string())["id"].as_str().unwrap().to_owned();
+    wait_for("the host to be told", || {
+        let run = inside.get(&format!("runs/{id}"));
+        run["steps"].as_array().unwrap().iter().any(|s| s["step"] == "fence").then_some(())
+    });
+    inside.stop();
+    inside = Inside::start(&data, "");
+    host.see().at = inside.listen();
+    let run = settled(&inside, &id);
+    assert_eq!(run["phase"]["is"], "serving", "{run}");
+    assert!(!host.serves());
+    assert_eq!(run["fenced"]["by"], "lease", "{run}");
+    assert!(run["fenced"]["how"].as_str().unwrap().contains("said that it has stopped"), "{run}");
+    let fence = step(&run, "fence");
+    let served_us = run["begun_us"].as_u64().unwrap() + run["measured"]["serving_ms"].as_u64().unwrap() * 1000;
+    let pause_us = served_us - fence["begun_us"].as_u64().unwrap();
+    let said_ms = run["measured"]["pause_ms"].as_u64().expect("the pause");
+    assert!(
+        said_ms.abs_diff(pause_us / 1000) <= 1,
+        "the pause is from the order to stop until something serves: {run}"
+    );
+    assert!(host.see().served_us < step(&run, "start")["ended_us"].as_u64().unwrap(), "never two");
+    inside.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "db1" }).to_string());
+    assert_eq!(settled_end(&inside, &id)["phase"]["how"], "discarded");
+    host.wait("its services once more", |h| h.holding == Holding::Serving);
+    drop(host);
+    inside.stop();
+}

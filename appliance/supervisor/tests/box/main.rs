@@ -1,6 +1,7 @@
 //! The daemon as its users meet it: over sockets, with real journals in temporary folders, killed, damaged and filled up.
 
 mod agent;
+mod away;
 mod branches;
 mod crash;
 mod damage;

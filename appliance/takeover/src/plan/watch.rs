@@ -71,6 +71,12 @@ pub(super) struct FileDetect {
     probe: Vec<Spanned<FileProbe>>,
 }
 
+impl FileDetect {
+    pub(super) fn is_automatic(&self) -> bool {
+        self.automatic.as_ref().is_some_and(|at| *at.get_ref())
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileChannel {
@@ -181,8 +187,7 @@ impl Checker<'_> {
     pub(super) fn detect(&mut self, at: &Spanned<FileDetect>, subject: &Subject, fenced: bool) -> Detect {
         let file = at.get_ref();
         self.host_only(at, subject, "a host with an agent can be watched");
-        let mut policy =
-            Policy { automatic: file.automatic.as_ref().is_some_and(|a| *a.get_ref()), ..Policy::default() };
+        let mut policy = Policy { automatic: file.is_automatic(), ..Policy::default() };
         policy.unheard = file.unheard;
         policy.hold_ms = self.given(file.hold_ms.as_ref(), "hold_ms", policy.hold_ms, 0, 600_000);
         policy.grace_ms = self.given(file.grace_ms.as_ref(), "grace_ms", policy.grace_ms, 0, DAY_MS);

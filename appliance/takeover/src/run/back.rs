@@ -11,7 +11,7 @@ use super::{
     Attempt, Driver, FailbackWish, Hands, HandsError, Shipping, Stop, Wanted, clipped, failed, hook::run_hook,
 };
 use crate::{
-    plan::Subject,
+    plan::{Place, Subject},
     state::{BackEnd, BackStep, Ended, Failback, Outcome, Phase, RunState, Step, StepState},
 };
 use std::{
@@ -118,6 +118,7 @@ impl<H: Hands> Driver<'_, H> {
         match step {
             BackStep::Target => self.look_at_target().map(Some),
             BackStep::Copy => self.copy().map(Some),
+            BackStep::Pause if *self.state.place() == Place::Export => self.wait_until_off().map(Some),
             BackStep::Pause => {
                 let clean = self.take_down(true)?;
                 let text =
@@ -238,10 +239,13 @@ impl<H: Hands> Driver<'_, H> {
             self.state.fenced = None;
             self.state.steps.retain(|s| s.step != Step::Fence);
         }
+        self.state.now = None;
         if let Some(failback) = &mut self.state.failback {
             failback.ended = Some(BackEnd::RolledBack { why });
         }
-        if paused {
+        // Elsewhere it may still run, as long as its disks were not closed.
+        let still = *self.state.place() == Place::Export && !self.state.sealed;
+        if paused && !still {
             self.make_anew();
         } else {
             self.state.phase = Phase::Serving;

@@ -10,6 +10,27 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const WORD_MAX: Duration = Duration::from_secs(60);
 
 impl<H: super::Hands> Driver<'_, H> {
+    /// A migration needs a host that lives, and can be told to stop.
+    pub(super) fn check_source(&self) -> Result<(), Stop> {
+        let plan = &self.state.plan;
+        match self.hands.lease_fences(plan) {
+            Some(Ok(())) => {}
+            Some(Err(why)) => {
+                let remedy = "wait until its agent has it: `holdfast plan status`";
+                return Err(failed(format!("the host cannot be told to stop: {why}"), remedy));
+            }
+            None => {
+                let remedy = "give the plan a [lease] with what the agent is to stop; without an agent, shut it down and take it over";
+                return Err(failed("the host cannot be told to stop: its plan has no [lease]", remedy));
+            }
+        }
+        if self.hands.seen_alive(&plan.subject).is_none() {
+            let remedy = "`holdfast takeover` goes on without it";
+            return Err(failed("the host is not there: a migration loses nothing only while it lives", remedy));
+        }
+        Ok(())
+    }
+
     /// What shows that the host is off, or will; an error when nothing would.
     pub(super) fn check_fence(&self) -> Result<(), Stop> {
         let plan = &self.state.plan;
@@ -66,7 +87,8 @@ impl<H: super::Hands> Driver<'_, H> {
         let plan = self.state.plan.clone();
         let mut wait = self.hands.take(&plan)?;
         let mut hook_failed = String::new();
-        if matches!(wait, LeaseWait::Waits { .. }) {
+        // A host that is to stop in its own way must not have its power cut.
+        if matches!(wait, LeaseWait::Waits { .. }) && !self.state.planned {
             let alive = self.hands.seen_alive(&plan.subject);
             let sworn = match self.hook(|plan| plan.hooks.fence.clone()) {
                 Ok(Some(output)) => {
@@ -92,6 +114,13 @@ impl<H: super::Hands> Driver<'_, H> {
         let begun_us = self.hands.now_us();
         loop {
             match wait {
+                LeaseWait::Done { released: false, how, .. } if self.state.planned => {
+                    let text = format!(
+                        "the host did not give its services up by its own word ({how}): what it wrote last may not be here"
+                    );
+                    let remedy = "see what became of it; `holdfast takeover` goes on without it";
+                    return self.let_go(&plan, text, remedy.into());
+                }
                 LeaseWait::Done { term, how, released } => {
                     if released && let Err(why) = self.hands.drain(&plan) {
                         let remedy = "see why with `holdfast status`, or shut the host down and try again";

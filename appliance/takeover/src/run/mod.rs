@@ -26,6 +26,7 @@
 //! The driver runs on a thread of its own; everything that is the box's comes through [`Hands`]. Which kills it survives is tested in the
 //! box's own tests, with the daemon killed at each step.
 
+mod away;
 mod back;
 mod fence;
 mod hook;
@@ -33,7 +34,7 @@ mod life;
 
 use crate::{
     machine::{self, DRILL, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
-    plan::{Application, Plan, PointRule, Size, Subject},
+    plan::{Application, Place, Plan, PointRule, Size, Subject},
     port::{Port, PortError},
     state::{
         AppState, BackDisk, Ended, Failback, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState,
@@ -92,6 +93,14 @@ pub enum Asked {
         source_is_off: Option<String>,
     },
     Failback(FailbackWish),
+    /// The machine at another hypervisor serves.
+    Serves {
+        by: String,
+    },
+    /// It is off and stays off.
+    Stopped {
+        by: String,
+    },
     /// The host serves well: what the machine wrote may go.
     Commit {
         by: String,
@@ -188,6 +197,10 @@ pub trait Hands {
     fn fresh_group_id(&self) -> Result<GroupId, HandsError>;
     /// Makes the branch, or finds it made; its disks as exports.
     fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError>;
+    /// Who has disks of these branches open.
+    fn clients(&self, points: &[PointTaken]) -> Vec<String>;
+    /// Closes the disks of these branches to everybody, for as long as the run is sealed.
+    fn close_disks(&self, points: &[PointTaken]);
     /// Deletes the branch; none is fine.
     fn drop_branch(&self, point: &PointTaken) -> Result<(), HandsError>;
     /// Memory that a machine may take, in MiB.
@@ -347,8 +360,12 @@ impl<'a, H: Hands> Driver<'a, H> {
                             return self.hands.keep(&self.state);
                         }
                     }
-                    self.state.phase =
-                        if nothing { Phase::Ending { how: Ended::Refused } } else { Phase::Failed { step } };
+                    self.state.phase = match nothing {
+                        true => Phase::Ending { how: Ended::Refused },
+                        // Nobody has been served by what was written there.
+                        false if self.state.planned && !self.state.has_served() => Phase::Ending { how: Ended::Undone },
+                        false => Phase::Failed { step },
+                    };
                     return self.hands.keep(&self.state);
                 }
             }
@@ -366,6 +383,8 @@ impl<'a, H: Hands> Driver<'a, H> {
         act: impl FnOnce(&mut Self) -> Result<Option<String>, Stop>,
     ) -> Result<Attempt, HandsError> {
         let begun_us = self.hands.now_us();
+        // What the step before waited for is of the past.
+        self.state.now = None;
         if let Some(steps) = list(&mut self.state) {
             steps.retain(|s| s.step != step);
             steps.push(StepState { step, begun_us, ended_us: None, outcome: Outcome::Running });
@@ -390,6 +409,15 @@ impl<'a, H: Hands> Driver<'a, H> {
         self.hands.now_us().saturating_sub(self.state.begun_us) / 1000
     }
 
+    /// Times how long it took, and of a migration how long nobody served.
+    fn serves_now(&mut self) {
+        let served_ms = *self.state.measured.serving_ms.get_or_insert(self.elapsed_ms());
+        if let (true, Some(fence)) = (self.state.planned, self.state.step(Step::Fence)) {
+            let stopped_ms = fence.begun_us.saturating_sub(self.state.begun_us) / 1000;
+            self.state.measured.pause_ms.get_or_insert(served_ms.saturating_sub(stopped_ms));
+        }
+    }
+
     fn act(&mut self, step: Step) -> Result<Option<String>, Stop> {
         let is_drill = self.state.kind == Kind::Drill;
         match step {
@@ -403,6 +431,13 @@ impl<'a, H: Hands> Driver<'a, H> {
                 Ok(Some(text))
             }
             Step::Point => self.choose().map(Some),
+            Step::Machine if *self.state.place() == Place::Export => self.open_disks().map(Some),
+            Step::Boot if *self.state.place() == Place::Export => self.wait_for_word().map(Some),
+            Step::Start | Step::Volumes | Step::Address | Step::Applications | Step::Picture
+                if *self.state.place() == Place::Export =>
+            {
+                Ok(None)
+            }
             Step::Branch => self.make_branches().map(Some),
             Step::Machine => self.make_machine().map(Some),
             Step::Start => self.start().map(Some),
@@ -412,7 +447,7 @@ impl<'a, H: Hands> Driver<'a, H> {
             Step::Address if self.state.plan.networks.iter().all(|n| n.addresses.is_empty()) => Ok(None),
             Step::Address => self.addresses().map(Some),
             Step::Applications if self.state.plan.applications.is_empty() => {
-                self.state.measured.serving_ms.get_or_insert(self.elapsed_ms());
+                self.serves_now();
                 Ok(None)
             }
             Step::Applications => self.start_applications().map(Some),
@@ -425,6 +460,13 @@ impl<'a, H: Hands> Driver<'a, H> {
     fn check(&mut self) -> Result<String, Stop> {
         let plan = &self.state.plan;
         self.hands.members(&plan.subject)?;
+        if self.state.planned {
+            self.check_source()?;
+        }
+        if *self.state.place() == Place::Export {
+            self.check_fence()?;
+            return Ok("its disks will be open to another hypervisor".into());
+        }
         machine::missing(plan.machine.firmware)?;
         if self.state.kind == Kind::Failover {
             for network in &plan.networks {
@@ -567,21 +609,29 @@ impl<'a, H: Hands> Driver<'a, H> {
         self.machine.as_mut().ok_or_else(|| failed("there is no machine", "end this run"))
     }
 
+    /// Time has passed since the host was known to be off.
+    fn may_serve(&self) -> Result<(), Stop> {
+        let plan = &self.state.plan;
+        if self.state.kind == Kind::Drill {
+            return Ok(());
+        }
+        if plan.lease.is_some() && !self.hands.is_ours(plan) {
+            let remedy = "end this run; who owns the host is in `holdfast plan status`";
+            return Err(failed("the box does not own the host any more", remedy));
+        }
+        // Somebody may have switched it on.
+        if plan.lease.is_none()
+            && let Some(seen) = self.hands.seen_alive(&plan.subject)
+        {
+            let remedy = "shut the host down, then `holdfast run again`; or end this run, and the host serves";
+            return Err(failed(format!("the host serves: {seen}"), remedy));
+        }
+        Ok(())
+    }
+
     fn start(&mut self) -> Result<String, Stop> {
         if !self.state.started {
-            let is_failover = self.state.kind == Kind::Failover;
-            if is_failover && self.state.plan.lease.is_some() && !self.hands.is_ours(&self.state.plan) {
-                let remedy = "end this run; who owns the host is in `holdfast plan status`";
-                return Err(failed("the box does not own the host any more", remedy));
-            }
-            // Somebody may have switched it on since it was known to be off.
-            if is_failover
-                && self.state.plan.lease.is_none()
-                && let Some(seen) = self.hands.seen_alive(&self.state.plan.subject)
-            {
-                let remedy = "shut the host down, then `holdfast run again`; or end this run, and the host serves";
-                return Err(failed(format!("the host serves: {seen}"), remedy));
-            }
+            self.may_serve()?;
             self.machine()?.go_on()?;
             self.state.started = true;
             self.state.measured.first_instruction_ms = Some(self.elapsed_ms());
@@ -681,7 +731,7 @@ impl<'a, H: Hands> Driver<'a, H> {
                 return Err(failed(text, "look at its own log inside the machine, or try an earlier moment with --at"));
             }
         }
-        self.state.measured.serving_ms.get_or_insert(self.elapsed_ms());
+        self.serves_now();
         let names: Vec<&str> = self.state.applications.iter().map(|a| a.name.as_str()).collect();
         Ok(format!("{} {}", names.join(", "), if names.len() == 1 { "answers" } else { "answer" }))
     }
@@ -729,6 +779,9 @@ impl<'a, H: Hands> Driver<'a, H> {
         };
         // Whoever took services over from it may still want a clean end.
         self.take_down(self.state.kind == Kind::Failover)?;
+        if *self.state.place() == Place::Export {
+            self.close_for_good()?;
+        }
         // The machine has ended: before what may take long, for the host serves from here on.
         if self.state.kind == Kind::Failover {
             let plan = self.state.plan.clone();
