@@ -388,18 +388,15 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             watch(client, &id)
         }
         RunCommand::Serves { id } => {
-            let body = json!({ "by": who() });
-            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "serves"]), Some(&body))?;
+            say(client, &id, "serves")?;
             watch(client, &id)
         }
         RunCommand::Stopped { id } => {
-            let body = json!({ "by": who() });
-            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "stopped"]), Some(&body))?;
+            say(client, &id, "stopped")?;
             watch_back(client, &id)
         }
         RunCommand::Commit { id } => {
-            let body = json!({ "by": who() });
-            let _: Value = client.call(Method::POST, &Route::new(&["runs", &id, "commit"]), Some(&body))?;
+            say(client, &id, "commit")?;
             print(&format!("run {id} is committed; what its machine wrote goes when the host's own history holds it\n"))
         }
         RunCommand::Rollback { id, source_is_off } => {
@@ -443,6 +440,13 @@ pub fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Somebody's word about a run.
+fn say(client: &Client, id: &str, what: &str) -> anyhow::Result<()> {
+    let body = json!({ "by": who() });
+    let _: Value = client.call(Method::POST, &Route::new(&["runs", id, what]), Some(&body))?;
+    Ok(())
 }
 
 /// Shows each step as it ends, until the run serves, is over or has failed.
