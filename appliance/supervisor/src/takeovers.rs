@@ -36,7 +36,7 @@ use plans::Read;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{
@@ -312,11 +312,9 @@ impl Takeovers {
         let run = Arc::new(Run::of(state));
         {
             let mut runs = crate::lock(&self.runs);
-            let begun = run.state();
             // A drill may go on beside anything; of failovers there is one.
-            let same = runs.values().find(|r| begun.kind == Kind::Failover && r.is_for(&begun.plan.subject));
-            if let Some(other) = same.map(|run| run.state()) {
-                return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
+            if run.state().kind == Kind::Failover {
+                one_at_most(app, &runs, &run.state())?;
             }
             if runs.values().filter(|r| !r.state().is_over()).count() >= RUNS_MAX {
                 return Err(RunFault::TooMany);
@@ -399,11 +397,11 @@ impl Takeovers {
 }
 
 impl Run {
-    /// Whether it is the takeover of these disks, or is to become it.
-    fn is_for(&self, subject: &Subject) -> bool {
+    /// Whether it is a takeover, or is to become one.
+    fn is_failover(&self) -> bool {
         let state = self.state();
         let promoted = matches!(&*crate::lock(&self.asked), Some(Asked::Promote { .. }));
-        !state.is_over() && state.plan.subject == *subject && (state.kind == Kind::Failover || promoted)
+        !state.is_over() && (state.kind == Kind::Failover || promoted)
     }
     fn of(state: RunState) -> Self {
         let state = Mutex::new(Arc::new(state));
@@ -417,6 +415,23 @@ impl Run {
             stuck: Mutex::default(),
         }
     }
+}
+
+/// Refuses a takeover of disks that another one has, whatever the plans of the two call them: by their host, or one by one.
+fn one_at_most(app: &App, runs: &BTreeMap<String, Arc<Run>>, begun: &RunState) -> Result<(), RunFault> {
+    let ids = |subject: &Subject| -> BTreeSet<GroupId> {
+        // What cannot be found has no disks; its run says so by itself.
+        hands::members_of(app, subject).unwrap_or_default().iter().map(|m| m.id).collect()
+    };
+    let wanted = ids(&begun.plan.subject);
+    let others = runs.values().filter(|r| r.is_failover()).map(|r| r.state()).filter(|s| s.id != begun.id);
+    for other in others {
+        let taken = other.points.iter().map(|p| p.group).chain(ids(&other.plan.subject));
+        if other.plan.subject == begun.plan.subject || taken.into_iter().any(|id| wanted.contains(&id)) {
+            return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
+        }
+    }
+    Ok(())
 }
 
 fn names_in(dir: &Path) -> Result<Vec<String>, FileError> {

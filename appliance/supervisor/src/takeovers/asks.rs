@@ -1,6 +1,6 @@
 //! What is asked of a run that does not work: again, promote, failback, commit, roll back. Refused here by name where it has no sense.
 
-use super::{Arc, Run, RunFault, Takeovers};
+use super::{Arc, Run, RunFault, Takeovers, one_at_most};
 use crate::{App, pki};
 use data_encoding::HEXLOWER;
 use std::{
@@ -28,7 +28,7 @@ impl Takeovers {
         {
             // Under the lock that a takeover begins under: of two that want to be the host's only one, one comes too late.
             let runs = crate::lock(&self.runs);
-            self.may(&run, &asked, &runs)?;
+            self.may(app, &run, &asked, &runs)?;
             let mut waiting = crate::lock(&run.asked);
             if waiting.is_some() {
                 let why = "something else was just asked".to_owned();
@@ -51,7 +51,7 @@ impl Takeovers {
         Ok(())
     }
 
-    fn may(&self, run: &Arc<Run>, asked: &Asked, runs: &BTreeMap<String, Arc<Run>>) -> Result<(), RunFault> {
+    fn may(&self, app: &App, run: &Arc<Run>, asked: &Asked, runs: &BTreeMap<String, Arc<Run>>) -> Result<(), RunFault> {
         let state: &RunState = &run.state();
         let refuse = |what, why: &str| Err(RunFault::NotNow { what, why: why.to_owned() });
         let rests = matches!(state.phase, Phase::Serving | Phase::Failed { .. });
@@ -63,11 +63,7 @@ impl Takeovers {
             }
             Asked::Promote { .. } if !rests => refuse("it is not promoted", "the drill works; hold it with --hold"),
             Asked::Promote { source_is_off } => {
-                let other =
-                    runs.values().find(|other| other.is_for(&state.plan.subject) && other.state().id != state.id);
-                if let Some(other) = other.map(|run| run.state()) {
-                    return Err(RunFault::Already { plan: other.plan_name.clone(), id: other.id.clone() });
-                }
+                one_at_most(app, runs, state)?;
                 // A lease that it has got since would fence nothing here.
                 if self.plan(&state.plan_name).ok().as_ref() != Some(&state.plan) {
                     return refuse(

@@ -91,42 +91,32 @@ impl Hands for BoxHands<'_> {
     }
 
     fn members(&self, subject: &Subject) -> Result<Vec<Member>, HandsError> {
-        let groups = self.app.vault.groups();
-        let members: Vec<Member> = match subject {
-            Subject::Host(name) => {
-                let host = self.app.catalog.data().find_host(name).map(|h| h.id);
-                let host = host.ok_or_else(|| {
-                    HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`")
-                })?;
-                let mut of_host: Vec<&Arc<Group>> = groups.iter().filter(|g| g.shared.host == Some(host)).collect();
-                let data = self.app.catalog.data();
-                of_host.sort_by_key(|g| data.group(g.id()).map(|entry| entry.created_us));
-                of_host.into_iter().map(|g| Member { id: g.id(), name: g.name().to_owned() }).collect()
-            }
-            Subject::Groups(names) => names
-                .iter()
-                .map(|name| {
-                    let found = groups.iter().find(|g| g.name() == name);
-                    let found = found.ok_or_else(|| {
-                        HandsError::new(format!("there is no group {name:?}"), "list them with `holdfast group list`")
-                    })?;
-                    Ok(Member { id: found.id(), name: name.clone() })
-                })
-                .collect::<Result<_, HandsError>>()?,
-        };
-        if members.is_empty() {
-            return Err(HandsError::new(
-                "no disk of it is protected",
-                "protect its disks first: `holdfast-agent protect`",
-            ));
-        }
-        Ok(members)
+        members_of(self.app, subject)
     }
 
     fn seen_alive(&self, subject: &Subject) -> Option<String> {
-        let Subject::Host(name) = subject else { return None };
-        let host = self.host(name).ok()?;
-        self.app.links.hosts.live(host).connected.then(|| format!("the agent of {name} is connected"))
+        let heard = |host: HostId| {
+            let name = self.app.catalog.data().host(host).map_or_else(|| host.to_string(), |h| h.name.clone());
+            self.app.links.hosts.live(host).connected.then(|| format!("the agent of {name} is connected"))
+        };
+        match subject {
+            Subject::Host(name) => heard(self.host(name).ok()?),
+            // Named one by one they are still some host's disks, or a machine of ours runs on them.
+            Subject::Groups(names) => {
+                let groups = self.app.vault.groups();
+                let named: Vec<&Arc<Group>> = groups.iter().filter(|g| names.iter().any(|n| n == g.name())).collect();
+                let runs_on = |run: &Arc<RunState>| {
+                    let serves = !run.is_over() && run.machine.is_some() && run.id != self.run.state().id;
+                    let branch = run.points.iter().map(|p| p.branch).find(|b| named.iter().any(|g| g.id() == *b));
+                    (serves && branch.is_some()).then(|| format!("the machine of run {} has its disks", run.id))
+                };
+                named
+                    .iter()
+                    .filter_map(|g| g.shared.host)
+                    .find_map(heard)
+                    .or_else(|| self.app.takeovers.list().iter().find_map(runs_on))
+            }
+        }
     }
 
     fn lease_fences(&self, plan: &Plan) -> Option<Result<(), String>> {
@@ -338,4 +328,35 @@ impl Hands for BoxHands<'_> {
             None => "its host's agent has not compared the disks yet".into(),
         }))
     }
+}
+
+/// The groups whose disks a plan speaks of.
+pub(super) fn members_of(app: &App, subject: &Subject) -> Result<Vec<Member>, HandsError> {
+    let groups = app.vault.groups();
+    let members: Vec<Member> = match subject {
+        Subject::Host(name) => {
+            let host = app.catalog.data().find_host(name).map(|h| h.id);
+            let host = host.ok_or_else(|| {
+                HandsError::new(format!("there is no host {name:?}"), "list them with `holdfast host list`")
+            })?;
+            let mut of_host: Vec<&Arc<Group>> = groups.iter().filter(|g| g.shared.host == Some(host)).collect();
+            let data = app.catalog.data();
+            of_host.sort_by_key(|g| data.group(g.id()).map(|entry| entry.created_us));
+            of_host.into_iter().map(|g| Member { id: g.id(), name: g.name().to_owned() }).collect()
+        }
+        Subject::Groups(names) => names
+            .iter()
+            .map(|name| {
+                let found = groups.iter().find(|g| g.name() == name);
+                let found = found.ok_or_else(|| {
+                    HandsError::new(format!("there is no group {name:?}"), "list them with `holdfast group list`")
+                })?;
+                Ok(Member { id: found.id(), name: name.clone() })
+            })
+            .collect::<Result<_, HandsError>>()?,
+    };
+    if members.is_empty() {
+        return Err(HandsError::new("no disk of it is protected", "protect its disks first: `holdfast-agent protect`"));
+    }
+    Ok(members)
 }

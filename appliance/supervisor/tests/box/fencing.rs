@@ -339,6 +339,12 @@ fn a_host_that_is_heard_is_never_served_beside_whatever_was_said_of_it() {
         settled(&inside, begun["id"].as_str().unwrap())
     };
     wait_for("the host to be heard", || (begin()["phase"]["how"] == "refused").then_some(()));
+    // Nor under another name.
+    let group = inside.get("groups")[0]["name"].as_str().unwrap().to_owned();
+    inside.ok("PUT", "plans/disks", &format!("groups = [{group:?}]\n{machine}"));
+    let wish_by_group = json!({ "plan": "disks", "kind": "failover", "source_is_off": "me" }).to_string();
+    let refused = settled(&inside, inside.ok("POST", "runs", &wish_by_group)["id"].as_str().unwrap());
+    assert_eq!(refused["phase"]["how"], "refused", "{refused}");
     host.see().is_cut = true;
     let run = wait_for("the takeover", || Some(begin()).filter(|run| run["phase"]["is"] == "serving"));
     let id = run["id"].as_str().unwrap();

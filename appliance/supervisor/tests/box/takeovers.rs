@@ -395,3 +395,74 @@ fn a_held_drill_is_promoted_with_what_was_written_in_it() {
     end(&running, &id);
     running.terminate();
 }
+
+#[test]
+fn of_two_plans_for_the_same_disks_one_is_carried_out_whatever_they_call_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let running = Outside::start(&data);
+    make_vm(&running, &mut Rng::new(11));
+    running.make_group("other", &[("root", SIZE)]);
+    let quiet = "agent = false\n";
+    running.ok("PUT", "plans/p", &plan("vm", 64, quiet));
+    running.ok("PUT", "plans/q", &plan("other\", \"vm", 64, quiet));
+    // Two held drills of the same disks, of which one is promoted.
+    let [one, two] = ["p", "q"].map(|name| drill(&running, name)["id"].as_str().expect("an id").to_owned());
+    for id in [&one, &two] {
+        assert_eq!(settled(&running, id)["phase"]["is"], "serving");
+    }
+    let body = |confirm: &str| json!({ "confirm": confirm, "source_is_off": "me" }).to_string();
+    running.ok("POST", &format!("runs/{one}/promote"), &body("p"));
+    assert_eq!(running.refused("POST", &format!("runs/{two}/promote"), &body("q")), "already");
+    assert_eq!(settled(&running, &one)["phase"]["is"], "serving");
+    assert_eq!(running.refused("POST", &format!("runs/{two}/promote"), &body("q")), "already");
+    let takeover = |plan: &str| json!({ "plan": plan, "kind": "failover", "source_is_off": "me" }).to_string();
+    assert_eq!(running.refused("POST", "runs", &takeover("q")), "already");
+    // Nor is a machine of ours run beside itself, on the disks that it has.
+    let branch = running.get(&format!("runs/{one}"))["points"][0]["branch_name"].as_str().expect("a name").to_owned();
+    running.ok("PUT", "plans/beside", &plan(&branch, 64, quiet));
+    let beside = running.ok("POST", "runs", &takeover("beside"))["id"].as_str().expect("an id").to_owned();
+    let run = settled(&running, &beside);
+    assert_eq!(run["phase"]["how"], "refused", "{run}");
+    let text = failed_step(&run)["outcome"]["text"].as_str().expect("a reason");
+    assert!(text.contains(&format!("the machine of run {one} has its disks")), "{text}");
+    // A drill of what it wrote so far is nobody's second.
+    let apart = drill(&running, "beside")["id"].as_str().expect("an id").to_owned();
+    assert_eq!(settled(&running, &apart)["phase"]["is"], "serving");
+    for drill in [&apart, &two] {
+        running.ok("POST", &format!("runs/{drill}/end"), "{}");
+        wait_for("the drill to end", || {
+            (running.get(&format!("runs/{drill}"))["phase"]["is"] == "ended").then_some(())
+        });
+    }
+    end(&running, &one);
+    // Its disks are free again.
+    let id = running.ok("POST", "runs", &takeover("q"))["id"].as_str().expect("an id").to_owned();
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    running.ok("POST", &format!("runs/{id}/end"), &json!({ "confirm": "q" }).to_string());
+    wait_for("the end", || (running.get(&format!("runs/{id}"))["phase"]["is"] == "ended").then_some(()));
+    running.terminate();
+}
+
+#[test]
+fn a_drill_whose_plan_was_changed_since_is_not_promoted() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let running = Outside::start(&data);
+    make_vm(&running, &mut Rng::new(12));
+    running.ok("PUT", "plans/p", &plan("vm", 64, "agent = false\n"));
+    let id = drill(&running, "p")["id"].as_str().expect("an id").to_owned();
+    assert_eq!(settled(&running, &id)["phase"]["is"], "serving");
+    let before = pid_of(&data, &id);
+    running.ok("PUT", "plans/p", &plan("vm", 96, "agent = false\n"));
+    let body = json!({ "confirm": "p", "source_is_off": "me" }).to_string();
+    let (status, answer) = running.json("POST", &format!("runs/{id}/promote"), &body);
+    assert_eq!((status, answer["error"]["code"].as_str()), (409, Some("not-now")), "{answer}");
+    assert!(answer["error"]["message"].as_str().is_some_and(|m| m.contains("its plan was changed")), "{answer}");
+    assert_eq!(pid_of(&data, &id), before, "nothing was touched");
+    running.ok("POST", &format!("runs/{id}/end"), "{}");
+    wait_for("the drill to end", || (running.get(&format!("runs/{id}"))["phase"]["is"] == "ended").then_some(()));
+    running.terminate();
+}
