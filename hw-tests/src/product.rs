@@ -412,7 +412,9 @@ impl Agent {
         let pins = pin_dir(&dir);
         let places = [("state_dir", dir.join("state")), ("run_dir", dir.join("run")), ("pin_dir", pins.clone())];
         let config: String = places.iter().map(|(key, path)| format!("{key} = {}\n", toml_text(path))).collect();
-        fs::write(dir.join("agent.toml"), config + setup.config)?;
+        // Disks are compared with the box sector by sector, free ones too.
+        let copy = if setup.config.contains("copy = ") { "" } else { "copy = \"whole\"\n" };
+        fs::write(dir.join("agent.toml"), config + copy + setup.config)?;
         let mut this = Self { bins: bins.clone(), dir, pins, cable: setup.cable, program: None };
         if !this.dir.join("state").join("enrolled").exists() {
             let token = appliance.token()?;

@@ -199,7 +199,7 @@ impl Host {
         let mut initramfs = Initramfs::new(&kernel)?;
         initramfs.program(&tools::need("mke2fs")?)?;
         initramfs.program(&bins.agent)?;
-        initramfs.file("etc/agent.toml", 0o600, b"state_dir = \"/var/agent\"\n".to_vec());
+        initramfs.file("etc/agent.toml", 0o600, b"state_dir = \"/var/agent\"\ncopy = \"whole\"\n".to_vec());
         let (disk, state) = (dir.join("disk.img"), dir.join("state.img"));
         for file in [&disk, &state] {
             fs::File::create(file)?.set_len(DISK_BYTES)?;

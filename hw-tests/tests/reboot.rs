@@ -25,8 +25,8 @@ const PURGE_MAX: Duration = Duration::from_secs(600);
 /// A guest's way to this machine's loopback.
 const HOST: &str = "10.0.2.2";
 const GROUP: &str = "root";
-/// An emulated machine is under pressure all the time.
-const CONFIG: &str = "heed_pressure = false\n";
+/// An emulated machine is under pressure all the time. Every sector is compared, free ones too.
+const CONFIG: &str = "heed_pressure = false\ncopy = \"whole\"\n";
 
 fn repo() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")

@@ -31,6 +31,8 @@ pub struct Config {
     pub spool_memory_mib: u32,
     /// Of each group: the same in a file of the state directory, once memory is used up. 0: no file.
     pub spool_mib: u32,
+    /// What a first copy, or a comparison of everything, looks at.
+    pub copy: CopyWhat,
     /// Initial sync and resync read at most this much from the disks each second. 0: no limit.
     pub copy_mib_s: u32,
     /// Times of day with another limit than `copy_mib_s`; the first that fits counts.
@@ -55,6 +57,15 @@ pub struct Config {
     /// Services of a takeover plan that are no systemd units: the box knows their names and never their commands.
     pub fence: Fencing,
     pub log: Log,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CopyWhat {
+    /// Not what a mounted ext4 or XFS says it does not use (`survey.rs`).
+    Allocated,
+    /// Every sector.
+    Whole,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -107,6 +118,7 @@ impl Default for Config {
             memory_mib: 48,
             spool_memory_mib: 8,
             spool_mib: 512,
+            copy: CopyWhat::Allocated,
             copy_mib_s: 0,
             copy_schedule: Vec::new(),
             cpu_percent_max: 100,
@@ -299,6 +311,7 @@ mod tests {
         assert!(refused("ring_mib = 100").contains("a power of two"));
         assert!(refused("state_dir = \"here\"").contains("absolute"));
         assert!(refused("memory_mib = 20").contains("raise memory_mib"));
+        assert!(refused("copy = \"some\"").contains("allocated"));
         assert!(refused("protect_rpo_spool_percent = 95").contains("from 1 to 94"));
         assert!(refused("protect_rpo_cgroups = [\"a/../b\"]").contains("without `..`"));
         assert!(refused("[log]\nlevel = \"a=b=c\"").contains("log.level"));

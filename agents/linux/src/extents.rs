@@ -147,9 +147,20 @@ pub fn places(disks: &Disks, file: &File, below: &dyn Below) -> Result<Vec<(Stri
     }
     // Not flushed: the file's blocks were allocated long before, and this is asked every few seconds.
     let extents = fiemap(file, 0)?.0;
-    let mut out = Vec::new();
-    go_down(disks, device.number, &extents, below, 0, &mut out)?;
+    let mut out = under(disks, device.number, &extents, below)?;
     out.sort();
+    Ok(out)
+}
+
+/// Where extents of a device lie on the disks that are captured, in sectors of each; an error where that is not certain.
+pub fn under(
+    disks: &Disks,
+    number: DevNo,
+    extents: &[Extent],
+    below: &dyn Below,
+) -> Result<Vec<(String, Extent)>, ExtentsError> {
+    let mut out = Vec::new();
+    go_down(disks, number, extents, below, 0, &mut out)?;
     Ok(out)
 }
 

@@ -22,6 +22,7 @@ pub mod rescue;
 pub mod schedule;
 pub mod spool;
 pub mod state;
+pub mod survey;
 pub mod throttle;
 pub mod tls;
 

@@ -10,13 +10,14 @@ use agent_linux::{
         dm::{ioctl::DeviceMapper, mirror},
     },
     carry,
-    config::{Config, LogFormat},
+    config::{Config, CopyWhat, LogFormat},
     disks::{Backend, Cost, Disks},
     engine::Engine,
     enrol, fence, freeze, inside,
     local::{self, Failure},
     premount, rescue,
     state::{StateDir, boot_id},
+    survey,
     throttle::{Kernel, Throttle},
 };
 use anyhow::{Context, bail};
@@ -307,10 +308,23 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
         return Ok(());
     }
     let resolution = disks.resolve(choice)?;
-    let cost = Cost::of(&resolution, &disks, config);
+    let (unused, whole) = match config.copy {
+        CopyWhat::Allocated if disks.why_mirrors().is_none() => {
+            let on_disk = |(i, l): (usize, &agent_linux::disks::Leaf)| survey::OnDisk {
+                id: model::VolumeId(i as u32),
+                device: l.volume.clone(),
+                disk: l.disk.clone(),
+                range: l.range,
+            };
+            survey::estimate(&disks, &resolution.leaves.iter().enumerate().map(on_disk).collect::<Vec<_>>())
+        }
+        _ => (model::ByteLen(0), Vec::new()),
+    };
+    let cost = Cost::of(&resolution, &disks, config, unused);
     if json {
         let mut value = disks.choice_json(choice, &resolution);
         value["cost"] = cost.json();
+        value["copied_whole"] = serde_json::json!(whole);
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
@@ -329,7 +343,7 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
             leaf.why
         );
     }
-    resolution.notes.iter().for_each(|note| println!("  {note}"));
+    resolution.notes.iter().chain(&whole).for_each(|note| println!("  {note}"));
     if let Some(why) = disks.why_mirrors() {
         println!("  {why}");
     }

@@ -97,6 +97,19 @@ pub fn status(value: &Value) -> String {
         if let Some(held) = group["pressure"].as_str().filter(|p| *p != "none") {
             let _ = writeln!(out, "         {held}");
         }
+        if group["surveying"] == true {
+            let _ = writeln!(out, "         asking the file systems what they do not use; copying begins then");
+        }
+        if group["unused_bytes"].as_u64() > Some(0) {
+            let _ = writeln!(
+                out,
+                "         {} were not copied: no file system used them (copy = \"allocated\")",
+                bytes(&group["unused_bytes"])
+            );
+        }
+        for why in list(&group["copied_whole"]) {
+            let _ = writeln!(out, "         {}", text(why));
+        }
         if let Some(note) = group["spool_note"].as_str().filter(|n| !n.is_empty()) {
             let _ = writeln!(out, "         {note}");
         }

@@ -70,6 +70,13 @@ impl GranuleMap {
         let start = (extent.start() / GRANULE_SECTORS).min(self.granules);
         start..extent.end().div_ceil(GRANULE_SECTORS).min(self.granules)
     }
+    /// The granules of which an extent holds every sector.
+    pub fn inside(&self, extent: &Extent) -> Range<u64> {
+        let start = extent.start().div_ceil(GRANULE_SECTORS).min(self.granules);
+        let to_the_end = extent.end() >= self.sectors.0;
+        let end = if to_the_end { self.granules } else { extent.end() / GRANULE_SECTORS };
+        start..end.max(start)
+    }
     /// The sectors of a run of granules, cut to the volume.
     pub fn extent(&self, run: &Range<u64>) -> Extent {
         Extent::between(run.start * GRANULE_SECTORS, (run.end * GRANULE_SECTORS).min(self.sectors.0))
@@ -113,6 +120,11 @@ impl GranuleMap {
     /// Keeps only what is in `other` too.
     pub fn intersect(&mut self, other: &GranuleMap) {
         self.words.iter_mut().zip(&other.words).for_each(|(a, b)| *a &= b);
+        self.recount();
+    }
+    /// Takes out what is in `other`, a map of the same volume.
+    pub fn remove(&mut self, other: &GranuleMap) {
+        self.words.iter_mut().zip(&other.words).for_each(|(a, b)| *a &= !b);
         self.recount();
     }
     /// The first run at or after `from`, at most `most` granules of it.
@@ -252,7 +264,15 @@ mod tests {
             assert_eq!(map.covered().0, covered, "seed {seed}");
             assert_eq!(GranuleMap::load(&map.store(), sectors), Ok(map.clone()), "seed {seed}");
             let words = StoredMap::Words(map.words.clone());
-            assert_eq!(GranuleMap::load(&words, sectors), Ok(map), "seed {seed}");
+            assert_eq!(GranuleMap::load(&words, sectors), Ok(map.clone()), "seed {seed}");
+            let mut other = GranuleMap::empty(sectors);
+            for g in (0..granules).filter(|_| rng.below(2) == 0) {
+                other.set(g..g + 1);
+            }
+            map.remove(&other);
+            let left: Vec<u64> = (0..granules).filter(|g| flags[*g as usize] && !other.get(*g)).collect();
+            assert_eq!(map.runs().flatten().collect::<Vec<u64>>(), left, "seed {seed}");
+            assert_eq!(map.count(), left.len() as u64, "seed {seed}");
         }
     }
 
@@ -272,5 +292,21 @@ mod tests {
         assert_eq!(map.touching(&Extent::new(u64::MAX - 1, 1)), 8..8);
         assert_eq!(map.touching(&Extent::new(5, u64::MAX)), 0..8);
         assert_eq!(map.touching(&Extent::new(5, 0)), 0..0);
+        assert_eq!(map.inside(&Extent::new(0, u64::MAX)), 0..8);
+        assert_eq!(map.inside(&Extent::new(u64::MAX - 1, 1)), 8..8);
+    }
+
+    #[test]
+    fn only_whole_granules_are_inside() {
+        // The last granule has 104 sectors.
+        let map = GranuleMap::empty(Sectors(1000));
+        let inside = |start, len| map.inside(&Extent::new(start, len));
+        assert_eq!(inside(0, 128), 0..1);
+        assert!(inside(0, 127).is_empty() && inside(1, 128).is_empty() && inside(1, 254).is_empty());
+        assert_eq!(inside(1, 255), 1..2);
+        assert_eq!(inside(500, 500), 4..8);
+        assert_eq!(inside(500, 499), 4..7);
+        assert!(inside(897, 103).is_empty() && inside(900, 0).is_empty());
+        assert_eq!(inside(896, 104), 7..8);
     }
 }

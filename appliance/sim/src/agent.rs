@@ -505,6 +505,7 @@ impl Agent {
                 let done_at = around.now_ms + self.rng.below(slow);
                 self.waiting.push_back(Waiting::Store { serial, state, done_at });
             }
+            Action::Survey => unreachable!("no source here asks what its file systems do not use"),
             Action::Drain { barrier } => {
                 let position = around.host.ring_end();
                 self.waiting.push_back(Waiting::Drain { barrier, position });

@@ -228,7 +228,7 @@ fn mounts(proc: &Path) -> BTreeMap<DevNo, Vec<String>> {
 }
 
 /// Octal escapes of mountinfo (`\040` is a space).
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut out = Vec::new();
     let bytes = text.as_bytes();
     let mut i = 0;
@@ -455,6 +455,14 @@ impl Disks {
             return self.leaves_under(disk, out);
         }
         out.insert(device.name.clone());
+    }
+
+    /// A device and everything above it.
+    pub fn with_above(&self, name: &str) -> Vec<&Device> {
+        let Some(device) = self.devices.get(name) else { return Vec::new() };
+        let mut names = BTreeSet::from([name.to_owned()]);
+        self.above(device, &mut names);
+        names.iter().filter_map(|n| self.devices.get(n)).collect()
     }
 
     /// What lies above a device: holders, those of its partitions, and so on.

@@ -76,6 +76,8 @@ impl Default for BioCapture {
 pub struct Cost {
     /// Read from the disks once, by the first copy.
     pub read: ByteLen,
+    /// What is left out of it, because no file system uses it about now.
+    pub unused: ByteLen,
     /// Sent by the first copy at most; compressed, and blocks of zeroes are not sent.
     pub network_max: ByteLen,
     /// Of the first copy; 0 is without a limit.
@@ -91,9 +93,12 @@ pub struct Cost {
 }
 
 impl Cost {
-    pub fn of(resolution: &Resolution, disks: &Disks, config: &Config) -> Self {
+    /// `unused`: what file systems do not use ([`crate::survey::estimate`]).
+    pub fn of(resolution: &Resolution, disks: &Disks, config: &Config, unused: ByteLen) -> Self {
         use crate::capture::bpf::layout::{CELLS_PER_CHUNK, GRANULE_BYTES, GRANULES_PER_CHUNK};
-        let read = ByteLen(resolution.leaves.iter().map(|l| l.range.bytes()).sum());
+        let all: u64 = resolution.leaves.iter().map(|l| l.range.bytes()).sum();
+        let unused = ByteLen(unused.0.min(all));
+        let read = ByteLen(all - unused.0);
         // One map for each disk, however many of its partitions are taken.
         let mut names: Vec<&str> = resolution.leaves.iter().map(|l| l.disk.as_str()).collect();
         names.sort_unstable();
@@ -105,6 +110,7 @@ impl Cost {
             .sum();
         Self {
             read,
+            unused,
             network_max: read,
             read_mib_s_max: config.copy_mib_s,
             ring: ByteLen(u64::from(config.ring_bytes())),
@@ -117,6 +123,7 @@ impl Cost {
     pub fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "first_copy_read_bytes": self.read.0,
+            "first_copy_unused_bytes": self.unused.0,
             "first_copy_sent_bytes_max": self.network_max.0,
             "first_copy_mib_s_max": self.read_mib_s_max,
             "memory_ring_bytes": self.ring.0,
@@ -130,6 +137,9 @@ impl Cost {
 impl fmt::Display for Cost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "disk     the first copy reads {} once", self.read)?;
+        if self.unused.0 > 0 {
+            write!(f, ", and not {} that no file system uses now", self.unused)?;
+        }
         match self.read_mib_s_max {
             0 => writeln!(f, ", as fast as the host's pressure allows")?,
             limit => writeln!(f, ", at most {limit} MiB in a second")?,

@@ -286,10 +286,11 @@ fn a_choice_says_what_it_lies_on_what_it_takes_along_and_what_it_costs() {
     ];
     assert_eq!(stack, expected);
     let resolution = disks.resolve(&["/".to_owned()]).unwrap();
-    let cost = Cost::of(&resolution, &disks, &crate::config::Config::default());
-    assert_eq!((cost.read, cost.network_max), (ByteLen(1 << 30), ByteLen(1 << 30)), "two partitions of half a GiB");
+    let cost = Cost::of(&resolution, &disks, &crate::config::Config::default(), ByteLen(300 << 20));
+    assert_eq!((cost.read, cost.network_max), (ByteLen(724 << 20), ByteLen(724 << 20)), "two partitions of half a GiB");
+    assert!(cost.to_string().contains("and not 300"), "{cost}");
     assert_eq!(cost.dirty_map, ByteLen(2 * (512 << 10)), "one map for each disk");
-    assert!(cost.to_string().contains("the first copy reads 1"), "{cost}");
+    assert!(cost.to_string().contains("the first copy reads 724"), "{cost}");
     let value = disks.choice_json(&["/".to_owned()], &resolution);
     assert_eq!(value["volumes"].as_array().unwrap().len(), 2);
     assert_eq!(value["volumes"][0]["backend"], "bpf-rq");

@@ -8,6 +8,7 @@ use crate::{
     reader::{Data, Job, Outcome},
     spool::{Body, Piece, Spool},
     state::{GroupRecord, RunState},
+    survey::{Answer, OnDisk},
 };
 use durable::AlignedBuf;
 use model::{Extent, GapReason, GroupId, SECTOR, VolumeId, WriteFlags};
@@ -70,6 +71,10 @@ pub(super) struct Running {
     /// Payloads of writes being handed in, until the machine says what becomes of them.
     captures: HashMap<u64, Piece>,
     reads: HashMap<ReadId, (Extent, AlignedBuf)>,
+    /// The question to the file systems that is under way.
+    survey: Option<u64>,
+    /// File systems that were copied whole, and why.
+    pub copied_whole: Vec<String>,
     pub bookmarks: Vec<PlacedBookmark>,
     /// Answers to commands of the box, to go out on the control connection.
     pub box_answers: Vec<(u64, wire::CommandResult)>,
@@ -150,6 +155,8 @@ impl Running {
             ordered: VecDeque::new(),
             captures: HashMap::new(),
             reads: HashMap::new(),
+            survey: None,
+            copied_whole: Vec::new(),
             bookmarks: Vec::new(),
             box_answers: Vec::new(),
             last_alarm: String::new(),
@@ -357,6 +364,18 @@ impl Running {
                 Action::Compare { id, read, volume, block_sectors, runs } => {
                     self.compare(id, read, volume, block_sectors, runs);
                 }
+                Action::Survey => {
+                    let on_disk = |v: &VolumeAt| OnDisk {
+                        id: v.id,
+                        device: v.device.clone(),
+                        disk: v.disk.clone(),
+                        range: v.range,
+                    };
+                    self.survey = ctx.survey(group, self.volumes.iter().map(on_disk).collect());
+                    if self.survey.is_none() {
+                        events.push_back(Event::Surveyed { unused: Vec::new() });
+                    }
+                }
                 Action::ReadFinished { read } => drop(self.reads.remove(&read)),
                 Action::ReleaseFlush { id, .. } => ctx.sync.release(id),
                 Action::Persist { serial, state } => {
@@ -481,6 +500,20 @@ impl Running {
             }
         };
         self.on(ctx, group, event);
+    }
+
+    /// The file systems have answered, and everything issued before that has been handed in.
+    pub fn surveyed(&mut self, ctx: &mut Ctx, group: GroupId, number: u64, answer: Answer) {
+        // An answer to the machine before this one says nothing about what was written since this one asked.
+        if self.survey != Some(number) {
+            return;
+        }
+        self.survey = None;
+        self.on(ctx, group, Event::Surveyed { unused: answer.unused });
+        let bytes = self.source.status().unused.0;
+        tracing::info!(group = %group, bytes, "no file system uses so much: it is not copied");
+        answer.whole.iter().for_each(|why| tracing::info!(group = %group, why));
+        self.copied_whole = answer.whole;
     }
 
     pub fn heard_link(&mut self, ctx: &mut Ctx, group: GroupId, generation: u64, what: FromLink) {

@@ -45,6 +45,7 @@ use crate::{
     reader::{Job, Outcome, Pool},
     schedule,
     state::{self, HostIdentity, RunState, StateDir, StateError},
+    survey,
     tls::{self, TlsError},
 };
 use group::{Batch, Group, Running};
@@ -120,6 +121,13 @@ enum Input {
     Leg(TargetId, FromLeg),
     /// The fence has something to say to the box.
     Tell(Box<Message>),
+    /// What file systems do not use, and what was issued before they were synced.
+    Surveyed {
+        group: GroupId,
+        number: u64,
+        answer: survey::Answer,
+        barrier: Position,
+    },
     /// A moment without I/O under way was made for a mirrored volume, after so many writes had arrived.
     Fenced(TargetId, u64),
     Stop,
@@ -128,6 +136,7 @@ enum Input {
 /// Something that has to wait until capture is drained to a position.
 enum Wait {
     Drained { group: GroupId, barrier: u64 },
+    Surveyed { group: GroupId, number: u64, answer: survey::Answer },
     Read(Outcome),
     Bookmark { group: GroupId, id: u64, name: BookmarkName, consistency: Consistency },
 }
@@ -151,6 +160,8 @@ struct Ctx {
     capture: Option<Box<dyn Capture>>,
     pool: Option<Pool>,
     captures: u64,
+    surveys: u64,
+    to_self: mpsc::SyncSender<Input>,
     waits: Vec<(Position, Wait)>,
     open_losses: BTreeSet<(GroupId, u64)>,
     losses_settled: bool,
@@ -175,6 +186,23 @@ impl Ctx {
     fn wait(&mut self, wait: Wait) {
         let at = self.capture.as_ref().map_or(Position(0), |c| c.barrier().now());
         self.waits.push((at, wait));
+    }
+    /// Asks the file systems in a thread of its own: they answer when they please. None: it could not be begun.
+    fn survey(&mut self, group: GroupId, volumes: Vec<survey::OnDisk>) -> Option<u64> {
+        let barrier = self.capture.as_ref()?.barrier();
+        self.surveys += 1;
+        let (number, sender) = (self.surveys, self.to_self.clone());
+        let job = move || {
+            let answer = survey::ask(&volumes);
+            let _ = sender.send(Input::Surveyed { group, number, answer, barrier: barrier.now() });
+        };
+        match std::thread::Builder::new().name("survey".to_owned()).spawn(job) {
+            Ok(_) => Some(number),
+            Err(e) => {
+                tracing::warn!(error = %e, "could not start a thread that asks the file systems: everything is copied");
+                None
+            }
+        }
     }
     fn read(&self, job: Job) {
         if let Some(pool) = self.pool.as_ref().or(self.sync.pool.as_ref()) {
@@ -276,6 +304,8 @@ impl Engine {
                 capture: None,
                 pool: None,
                 captures: 0,
+                surveys: 0,
+                to_self: to_self.clone(),
                 waits: Vec::new(),
                 open_losses: BTreeSet::new(),
                 losses_settled: false,
@@ -532,6 +562,11 @@ impl Engine {
                     running.on(ctx, group, Event::Drained { barrier });
                 }
             }
+            Wait::Surveyed { group, number, answer } => {
+                if let Some((running, ctx)) = self.running(group) {
+                    running.surveyed(ctx, group, number, answer);
+                }
+            }
             Wait::Read(outcome) => {
                 let group = outcome.group;
                 if let Some((running, ctx)) = self.running(group) {
@@ -590,6 +625,9 @@ impl Engine {
                 if let Some((running, ctx)) = self.running(group) {
                     running.heard_link(ctx, group, generation, what);
                 }
+            }
+            Input::Surveyed { group, number, answer, barrier } => {
+                self.ctx.waits.push((barrier, Wait::Surveyed { group, number, answer }));
             }
             Input::Request(request, answer) => self.request(request, answer),
             Input::Frozen { group, id, name, result } => self.frozen(group, id, name, result),

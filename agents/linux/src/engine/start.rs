@@ -4,11 +4,12 @@ use super::group::{self, Group, Running, VolumeAt};
 use super::{Engine, EngineError, Input, READERS};
 use crate::{
     capture::{CaptureError, Captured, DevNo, LostWhy, Target, TargetId},
-    config::Config,
+    config::{Config, CopyWhat},
     disks::{Class, Device, Disks, identity::Same},
     link::LinkId,
     reader::{self, Pool},
     state::{GroupRecord, StateError, VolumeRecord},
+    survey,
 };
 use model::{ByteLen, Extent, GapReason, StreamId, SyncMode};
 use replication::{Lost, Source, SourceConfig};
@@ -144,6 +145,9 @@ pub(super) fn source_config(config: &Config, record: &GroupRecord, spool_max: u6
     // A write of 512 bytes takes eight times as much of the ring as it is counted for.
     source.held_bytes_max = u64::from(config.ring_bytes()) / 16;
     source.reads_max = READERS;
+    // A mirror answers reads of its local disk's sectors: there the box has to have them all.
+    let leaves_out = config.copy == CopyWhat::Allocated && !record.sync;
+    source.survey_bytes_min = leaves_out.then_some(survey::BYTES_MIN);
     source
 }
 

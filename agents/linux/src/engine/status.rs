@@ -95,6 +95,7 @@ impl Engine {
                             text: text_of(&[
                                 &running.box_reason,
                                 &held_back(running),
+                                &left_out(&s),
                                 &running.last_alarm,
                                 &running.spool_note,
                                 &self.ctx.sync.remembering.note(group.id()),
@@ -217,6 +218,9 @@ impl Engine {
                     "sync_done_bytes": s.sync_done,
                     "sync_total_bytes": s.sync_total,
                     "found_same_bytes": s.same,
+                    "unused_bytes": s.unused,
+                    "surveying": s.surveying,
+                    "copied_whole": running.copied_whole,
                     "durable": s.durable,
                     "next": s.next,
                     "pressure": pressure_text(running.pressure, &running.pressure_cause),
@@ -244,6 +248,15 @@ fn held_back(running: &super::group::Running) -> String {
         String::new()
     } else {
         pressure_text(running.pressure, &running.pressure_cause)
+    }
+}
+
+/// For the box, while it is copied: what is not, because no file system uses it.
+fn left_out(s: &SourceStatus) -> String {
+    match (s.surveying, s.gap) {
+        (true, _) => "asking the file systems what they do not use".to_owned(),
+        (false, Some(_)) if s.unused.0 > 0 => format!("{} that no file system uses are left out", s.unused),
+        _ => String::new(),
     }
 }
 

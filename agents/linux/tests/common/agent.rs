@@ -36,8 +36,10 @@ impl Agent {
         let state = state_dir.unwrap_or_else(|| dir.path().join("state"));
         // What the machine of the tests suffers is no matter of most of them.
         let heed = if settings.contains("heed_pressure") { "" } else { "heed_pressure = false" };
+        // Most of them compare every sector of the disk, free ones too.
+        let copy = if settings.contains("copy = ") { "" } else { "copy = \"whole\"" };
         let text = format!(
-            "state_dir = {state:?}\nrun_dir = {:?}\npin_dir = {:?}\n{settings}\n{heed}\n[log]\nlevel = \"info\"\n",
+            "state_dir = {state:?}\nrun_dir = {:?}\npin_dir = {:?}\n{settings}\n{heed}\n{copy}\n[log]\nlevel = \"info\"\n",
             dir.path().join("run"),
             pins.0,
         );

@@ -129,6 +129,7 @@ impl Source {
             (self.config.read_bytes_max.min(self.config.spool_bytes_max / 8) / (GRANULE_SECTORS * SECTOR)).max(1);
         while self.copying.reads.len() < self.config.reads_max
             && self.now.mono >= self.copying.not_before
+            && !self.survey.holds_reads(self.now.mono)
             && self.may_copy()
             && let Some((volume, run)) = self.next_dirty(most)
         {

@@ -7,7 +7,7 @@ use model::{
 use std::fmt;
 use wire::{Ack, Credit, GroupAgentState, Message, Resume};
 
-use crate::Pressure;
+use crate::{GranuleMap, Pressure};
 
 /// The source's clocks as an event is handed in.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -90,6 +90,11 @@ pub enum Event {
     Compared {
         id: u64,
         differ: Vec<u8>,
+    },
+    /// The answer to [`Action::Survey`]: what no file system used at some moment **after** the question. What freed it is durable in
+    /// the file system's own log, and everything issued before it was has been handed in. Nothing, if that cannot be known.
+    Surveyed {
+        unused: Vec<(VolumeId, GranuleMap)>,
     },
     /// Whether the box of the connection that is being made understands [`Action::Compare`]; before `Connected`.
     BoxCompares(bool),
@@ -223,6 +228,8 @@ pub enum Action {
         block_sectors: u32,
         runs: Vec<Extent>,
     },
+    /// Ask the file systems on the volumes what they do not use; then [`Event::Surveyed`]. One at a time.
+    Survey,
     /// The read's buffer is not needed any more (its records were given out by the actions before).
     ReadFinished {
         read: ReadId,

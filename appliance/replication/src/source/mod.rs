@@ -36,7 +36,7 @@
 //! 1. Outside gaps the stream is the host's sequence of writes, whole and in order: any prefix that ends at a request boundary is a
 //!    crash image of the host.
 //! 2. Every sector in which host and box may differ is in the dirty map, in a read in flight, or in the window of records that are
-//!    not durable yet.
+//!    not durable yet; but for sectors that no file system used when the copy began, which mean nothing (`survey.rs`).
 //! 3. The stored state holds at least 2, except for what capture itself still holds (`ReleaseCapture`, `LossRecorded` come after).
 //! 4. A copied piece never covers a sector the host wrote after its read was ordered: those are masked, and sent as the writes they
 //!    are. With the two barriers of `ReadVolume` and `ReadDone` a piece holds what every earlier write left there.
@@ -64,6 +64,7 @@ mod copy;
 mod event;
 mod gate;
 mod state;
+mod survey;
 mod window;
 
 pub use event::{
@@ -83,6 +84,7 @@ use model::{
 use state::{Stored, StoredVolume};
 use std::collections::VecDeque;
 use std::ops::Range;
+use survey::Survey;
 use window::Window;
 use wire::{Ack, AckFlags, Credit, FrameKind, GroupAgentState, MAX_RECORD_BYTES, Message, Resume, charge, encode_mark};
 
@@ -116,6 +118,8 @@ pub struct SourceConfig {
     pub held_bytes_max: u64,
     /// How often the stored map is brought up to date when nothing else asks for it.
     pub store_ms: u64,
+    /// Before a copy of at least this much it is asked what no file system uses ([`Action::Survey`]); none: never.
+    pub survey_bytes_min: Option<u64>,
 }
 
 impl SourceConfig {
@@ -135,6 +139,7 @@ impl SourceConfig {
             held_ms: 500,
             held_bytes_max: 64 << 20,
             store_ms: 30_000,
+            survey_bytes_min: None,
         }
     }
 }
@@ -166,6 +171,10 @@ pub struct SourceStatus {
     pub sync_total: ByteLen,
     /// Looked at and found to be the same on the box, since the agent was started.
     pub same: ByteLen,
+    /// Left out of the newest large copy because no file system used it, since the agent was started.
+    pub unused: ByteLen,
+    /// It is being asked what no file system uses.
+    pub surveying: bool,
     pub durable: SourceSeq,
     pub next: Option<SourceSeq>,
     pub journal_full: bool,
@@ -246,6 +255,7 @@ pub struct Source {
     /// Payloads of these sent records are lost: they cannot be sent again.
     unsendable: Option<(SourceSeq, SourceSeq)>,
     copying: Copying,
+    survey: Survey,
     gate: Gate,
     /// The last captured record said that more of its request follow.
     mid_request: bool,
@@ -399,6 +409,7 @@ impl Source {
             last_gap_since: None,
             unsendable: None,
             copying: Copying::new(),
+            survey: Survey::default(),
             gate: Gate::new(config.mode, stored.synced_once, now.mono),
             mid_request: false,
             bookmarks: VecDeque::new(),
@@ -443,6 +454,7 @@ impl Source {
             Event::ReadDone { read, zeroes } => self.read_done(read, &zeroes, out),
             Event::ReadFailed { read } => self.read_failed(read, out),
             Event::Compared { id, differ } => self.compared(id, &differ, out),
+            Event::Surveyed { unused } => self.surveyed(unused),
             Event::BoxCompares(compares) => self.copying.box_compares = compares,
             Event::Connected => self.connected(out),
             Event::Ready { resume, credit } => self.ready(resume, credit, out),
@@ -461,7 +473,7 @@ impl Source {
                 }
             }
             Event::Resync => {
-                self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
+                self.all_dirty();
                 self.open_gap(GapReason::Requested, out);
                 self.store_soon = true;
             }
@@ -502,6 +514,8 @@ impl Source {
             sync_done: ByteLen(total.bytes() - left.bytes()),
             sync_total: ByteLen(if self.gap.is_some() { total.bytes() } else { 0 }),
             same: ByteLen(self.copying.same_bytes),
+            unused: ByteLen(self.survey.unused_bytes),
+            surveying: self.survey.holds_reads(self.now.mono),
             durable: self.durable,
             next: self.positioned.then(|| self.window.next()),
             journal_full: self.journal_full,
@@ -582,6 +596,7 @@ impl Source {
         };
         if changes {
             self.copying.mask(at, &extent);
+            self.survey.touch(at, run.clone());
         }
         if only_mark {
             if full {
@@ -603,6 +618,7 @@ impl Source {
         self.copying.mask(at, &captured.extent);
         if !run.is_empty() {
             self.volumes[at].dirty.set(run.clone());
+            self.survey.touch(at, run.clone());
             self.open_gap(reason, out);
         }
         self.forget(captured.capture, at, run, 0, out);
@@ -621,14 +637,16 @@ impl Source {
     fn capture_lost(&mut self, id: u64, reason: GapReason, what: Lost, out: &mut Vec<Action>) {
         match what {
             Lost::Everything => {
-                self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
+                self.all_dirty();
                 self.copying.mask_all();
+                self.survey.touch_all();
             }
             Lost::Extents(extents) => {
                 for (volume, extent) in extents {
                     if let Some(at) = self.volumes.iter().position(|v| v.spec.id == volume) {
                         // A read in flight may have seen what was there before, and come back behind the one that is ordered now.
                         self.copying.mask(at, &extent);
+                        self.survey.touch(at, self.volumes[at].dirty.touching(&extent));
                         self.mark_dirty(at, &extent);
                     }
                 }
@@ -645,6 +663,11 @@ impl Source {
         let map = &mut self.volumes[at].dirty;
         let run = map.touching(extent);
         map.set(run);
+    }
+
+    fn all_dirty(&mut self) {
+        self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
+        self.survey.forget();
     }
 
     // ---- gaps -------------------------------------------------------------------------------------------------------------------
@@ -711,7 +734,7 @@ impl Source {
     /// Box and source disagree about what was delivered: everything is copied, from number `next` on.
     fn history_lost(&mut self, next: SourceSeq, alarm: Alarm, out: &mut Vec<Action>) {
         out.push(Action::Alarm(alarm));
-        self.volumes.iter_mut().for_each(|v| v.dirty.set_all());
+        self.all_dirty();
         self.durable = next.prev();
         self.start_over(next, GapReason::HistoryLost, out);
         // Which moment the box still has is not known here.
@@ -925,10 +948,12 @@ impl Source {
                 gap.phase = Phase::Copying;
             }
         }
+        self.ask_for_unused(out);
         self.issue_reads(out);
         self.copying.total = self.copying.total.max(self.to_copy());
         if self.positioned && self.drain.is_none() && !self.mid_request && self.nothing_to_copy() {
             self.last_gap_since = self.gap.take().and_then(|gap| gap.since);
+            self.survey.forget();
             if let Some(seq) = self.keep_mark(&Mark::Consistent, out) {
                 self.consistent = seq;
                 self.gate.consistent(seq);
@@ -1147,5 +1172,7 @@ impl Source {
 
 #[cfg(test)]
 mod compare_tests;
+#[cfg(test)]
+mod survey_tests;
 #[cfg(test)]
 mod tests;

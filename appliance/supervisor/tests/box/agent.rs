@@ -494,6 +494,7 @@ impl Host {
             }
             Action::ReadFinished { read } => drop(self.reads.remove(&read)),
             Action::Persist { serial, .. } => self.on(Event::Persisted { serial }),
+            Action::Survey => unreachable!("no source here asks what its file systems do not use"),
             Action::Drain { barrier } => self.on(Event::Drained { barrier }),
             Action::BookmarkPlaced { id, seq } => {
                 let order = self.orders.remove(0);
