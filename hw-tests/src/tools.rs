@@ -117,6 +117,9 @@ pub const TOOLS: &[Tool] = &[
     Tool { name: "btrfs", package: "btrfs-progs", used_for: "btrfs on test disks", needed_by: &[Test] },
     Tool { name: "xfs_repair", package: "xfsprogs", used_for: "checking XFS", needed_by: &[Test] },
     Tool { name: "psql", package: "postgresql", used_for: "a database on a captured disk", needed_by: &[Test] },
+    // The package of the server would start one; its program is in this one too, under this name.
+    Tool { name: "redis-check-rdb", package: "redis-tools", used_for: "probes of a real Redis", needed_by: &[Test] },
+    Tool { name: "openssl", package: "openssl", used_for: "probes of a server with TLS", needed_by: &[Test] },
     Tool { name: "mmdebstrap", package: "mmdebstrap", used_for: "Debian guests", needed_by: &[Test] },
     Tool { name: "sgdisk", package: "gdisk", used_for: "the partitions of Debian guests", needed_by: &[Test] },
     Tool { name: "mkfs.vfat", package: "dosfstools", used_for: "the ESP of Debian guests", needed_by: &[Test] },

@@ -145,7 +145,7 @@ inspect holdfast "$box"
 # --- Hooks
 
 if has shellcheck; then
-    for hook in "$here"/hooks/system-shutdown "$here"/hooks/early.sh "$here"/hooks/*/*; do
+    for hook in "$here"/hooks/system-shutdown "$here"/hooks/early.sh "$here"/hooks/generator "$here"/hooks/*/*; do
         shellcheck "$hook" || fail "${hook#"$here"/}"
     done
 else
@@ -187,6 +187,26 @@ sh "$hooks/system-shutdown" reboot || fail "the shutdown hook fails without the 
 sh "$hooks/early.sh" "$hooks/root" || fail "the boot hook fails without the agent"
 PATH=${PATH#"$hooks/bin:"}
 ok "hooks: checked, call the agent, never fail"
+
+# The generator: units of the plan get the condition, what is no unit's name gets nothing, a box's machine and a host without a plan neither.
+generate() {
+    rm -rf "$hooks/made"
+    mkdir "$hooks/made"
+    sh "$hooks/generator" "$hooks/made" "$hooks/made" "$hooks/made" || fail "the generator fails"
+    (cd "$hooks/made" && find . ! -type d | sort | paste -sd' ')
+}
+sed -e "s|^gate=.*|gate=$hooks/gate|" -e "s|^dmi=.*|dmi=$hooks/dmi|" "$here/hooks/generator" >"$hooks/generator"
+same "no plan" "" "$(generate)"
+mkdir "$hooks/gate"
+printf 'postgresql@15-main.service\n../x.service\n\na b.service\n.service\nweb.service\n' >"$hooks/gate/units"
+same "half a plan" "" "$(generate)"
+printf '[Unit]\nConditionPathExists=|/x\n' >"$hooks/gate/condition.conf"
+expected="./postgresql@15-main.service.d/60-holdfast.conf ./sysinit.target.wants/holdfast-gate.service ./web.service.d/60-holdfast.conf"
+same "a plan" "$expected" "$(generate)"
+cmp "$hooks/gate/condition.conf" "$hooks/made/web.service.d/60-holdfast.conf" || fail "the condition is another"
+printf 'QEMU\0holdfast.takeover=drill\0' >"$hooks/dmi"
+same "a machine that a box runs" "" "$(generate)"
+ok "generator: holds the plan's units, and nothing else"
 
 # --- The examples of configurations are what the programs accept
 
@@ -251,10 +271,13 @@ if grep -E '^(ProtectHome|PrivateTmp|PrivateDevices|InaccessiblePaths|ProtectKer
     fail "holdfast-agent.service hides what the agent has to see"
 fi
 if has systemd-analyze; then
-    unit "$here/holdfast-agent.service" 39
+    unit "$here/holdfast-agent.service" 41
     # No sandbox: it does what the plan says.
     unit "$here/holdfast-inside.service" 100
-    unit "$box/holdfastd.service" 20
+    unit "$here/holdfast-gate.service" 100
+    # As its user, not as the agent.
+    unit "$here/holdfast-script@.service" 100
+    unit "$box/holdfastd.service" 22
     ok "units parse"
 else
     skip "systemd-analyze is missing: units were not checked"
@@ -326,7 +349,7 @@ grep -q "line 1" "$work/log" || fail "it is not said what is wrong with the conf
 none /sys/fs/bpf/holdfast
 [ -f "$scratch/var/lib/holdfast-agent/identity.json" ] || fail "removing took the identity along"
 calls deb -P holdfast-agent >/dev/null
-none /var/lib/holdfast-agent /run/holdfast-agent /etc/holdfast-agent /usr/share/holdfast-agent
+none /var/lib/holdfast-agent /run/holdfast-agent /etc/holdfast-agent /usr/share/holdfast-agent /usr/lib/systemd/system-generators/holdfast-agent
 # What cannot be taken out of the kernel keeps the package, and the agent is started again.
 calls deb -i "$package" >/dev/null
 mkdir -p "$scratch/sys/fs/bpf/holdfast/link-issue"

@@ -56,7 +56,12 @@ pub struct Config {
     pub carry_over: bool,
     /// Services of a takeover plan that are no systemd units: the box knows their names and never their commands.
     pub fence: Fencing,
+    /// Scripts that a takeover plan may have run as probes: the box knows their names, sees how they end and what they print, and no more.
+    pub scripts: BTreeMap<String, Script>,
     pub log: Log,
+    /// The file, when it is not the usual one: what the agent starts of itself needs the same.
+    #[serde(skip)]
+    pub loaded_from: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
@@ -84,6 +89,26 @@ pub struct FenceCommands {
     pub kill: Vec<String>,
     /// Ends with 0 while it runs.
     pub check: Vec<String>,
+}
+
+/// A program with its arguments, not run by a shell.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Script {
+    pub program: PathBuf,
+    #[serde(default)]
+    pub arguments: Vec<String>,
+    /// There is no default: what runs as root should say so.
+    pub user: String,
+    /// Killed after this, with all it started; the plan may give it less.
+    #[serde(default = "script_limit_ms")]
+    pub limit_ms: u64,
+}
+
+const SCRIPT_LIMIT_MS_MAX: u64 = 300_000;
+
+fn script_limit_ms() -> u64 {
+    10_000
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
@@ -130,7 +155,9 @@ impl Default for Config {
             sync_hold_s: 300,
             carry_over: true,
             fence: Fencing::default(),
+            scripts: BTreeMap::new(),
             log: Log::default(),
+            loaded_from: None,
         }
     }
 }
@@ -166,7 +193,7 @@ impl Config {
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let at = path.unwrap_or(Path::new(DEFAULT_PATH));
         match std::fs::read_to_string(at) {
-            Ok(text) => Self::parse(&text, at),
+            Ok(text) => Ok(Self { loaded_from: path.map(Path::to_owned), ..Self::parse(&text, at)? }),
             Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read { path: at.to_owned(), source }),
         }
@@ -201,6 +228,21 @@ impl Config {
             let all = [&commands.start, &commands.stop, &commands.kill, &commands.check];
             if all.iter().any(|c| c.is_empty()) {
                 return value("fence.services", format!("{name:?}"), "four commands: start, stop, kill and check");
+            }
+        }
+        for (name, script) in &self.scripts {
+            if !script.program.is_absolute() {
+                let is = format!("{:?} of {name:?}", script.program.display());
+                return value("scripts: program", is, "an absolute path");
+            }
+            // The name goes to getent as an argument.
+            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            let user = &script.user;
+            if user.is_empty() || user.len() > 64 || user.starts_with('-') || !user.chars().all(plain) {
+                return value("scripts: user", format!("{user:?} of {name:?}"), "the name of a user of this host");
+            }
+            if !(100..=SCRIPT_LIMIT_MS_MAX).contains(&script.limit_ms) {
+                return value("scripts: limit_ms", format!("{} of {name:?}", script.limit_ms), "from 100 to 300000");
             }
         }
         // The kernel wants a power of two; 1 GiB is the largest that its 32-bit length can say with room to spare.
@@ -339,9 +381,9 @@ mod tests {
         assert_eq!(every, Config::default(), "with every key");
         // `deny_unknown_fields` finds a key too many; this finds one too few.
         // Tables are no keys, and `services` has none of its own: the example says what one looks like.
-        let tables = ["log: ", "fence: ", "services: "].len();
+        let tables = ["log: ", "fence: ", "services: ", "scripts: ", "loaded_from: "].len();
         let fields = format!("{:?}", Config::default()).matches(": ").count() - tables;
-        assert!(example.contains("# [fence.services.web]"));
+        assert!(example.contains("# [fence.services.web]") && example.contains("# [scripts.orders]"));
         assert_eq!(keys, fields, "the example leaves out a key");
     }
 
@@ -352,6 +394,17 @@ mod tests {
         assert_eq!(config.fence.services["web"].kill, ["c", "d"]);
         assert!(refused(&web.replace("[\"e\"]", "[]")).contains("four commands"));
         assert!(refused(&web.replace("check = [\"e\"]", "")).contains("check"));
+    }
+
+    #[test]
+    fn scripts_name_their_program_their_user_and_a_limit() {
+        let good = "[scripts.orders]\nprogram = \"/opt/orders\"\narguments = [\"--quick\"]\nuser = \"nobody\"\n";
+        let config = Config::parse(good, Path::new("x")).unwrap();
+        assert_eq!((config.scripts["orders"].limit_ms, config.scripts["orders"].arguments.len()), (10_000, 1));
+        assert!(refused(&good.replace("/opt/orders", "orders")).contains("an absolute path"));
+        assert!(refused(&good.replace("nobody", "-x")).contains("the name of a user"));
+        assert!(refused(&good.replace("user = \"nobody\"\n", "")).contains("user"));
+        assert!(refused(&format!("{good}limit_ms = 5")).contains("from 100 to 300000"));
     }
 
     #[test]

@@ -8,19 +8,20 @@
 //! A service of its own, `holdfast-inside`: it runs the plan's commands as root, which the agent's own unit may not.
 //!
 //! **Addresses.** An IPv4 address is first asked for three times (RFC 5227): when another machine answers it is not set, and that machine is
-//! named. Once set it is announced three times. For IPv6 the kernel does both.
+//! named. For IPv6 the kernel asks. Once set, both are announced three times over some seconds ([`crate::arp`]).
 //!
 //! **Limits.** One request at a time; a line of [`LINE_MAX`], output of [`OUTPUT_MAX`] bytes; a command and all it started are killed when its
 //! time is up.
 
+use crate::arp::{Arp, Asked};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
     fs,
     io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr},
-    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
+    net::IpAddr,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -35,6 +36,8 @@ const OUTPUT_MAX: usize = 32 << 10;
 /// A box that is away: its end of the port reads as empty.
 const AWAY: Duration = Duration::from_millis(200);
 const PORT_WAIT: Duration = Duration::from_secs(60);
+/// The kernel asks once for an IPv6 address, after up to a second.
+const KERNEL_ASKS: Duration = Duration::from_secs(5);
 /// For `ip` and `systemctl`.
 const TOOL_SECONDS: u64 = 15;
 
@@ -247,13 +250,13 @@ fn network(mac: &str, addresses: &[String], gateway: Option<IpAddr>) -> Result<V
         if let IpAddr::V4(v4) = ip {
             let ours = run(Command::new("ip").args(["-4", "-o", "addr", "show", "dev", &name]), TOOL_SECONDS)?.1;
             if !ours.contains(&format!(" {v4}/")) {
-                let arp = Arp::open(&name)?;
-                if let Some(other) = arp.who_has(v4)? {
+                let asked = Arp::open(&name).and_then(|arp| arp.map_or(Ok(None), |arp| arp.who_has(v4)));
+                if let Some(other) = asked.map_err(|e| crate::error_chain(&e))? {
                     return Err(format!("{v4} answers already, from {other}: it is not set here"));
                 }
             }
-            announce.push(v4);
         }
+        announce.push(ip);
         tool("ip", &["addr", "replace", address, "dev", &name])?;
     }
     if let Some(gateway) = gateway {
@@ -261,8 +264,21 @@ fn network(mac: &str, addresses: &[String], gateway: Option<IpAddr>) -> Result<V
         let family = if gateway.is_ipv4() { "-4" } else { "-6" };
         tool("ip", &[family, "route", "replace", "default", "via", &via, "dev", &name])?;
     }
-    for v4 in announce {
-        Arp::open(&name)?.announce(v4)?;
+    for ip in announce {
+        // An IPv6 address that the kernel still asks for cannot be announced; the first waits for it.
+        if let IpAddr::V6(v6) = ip {
+            let begun = Instant::now();
+            while begun.elapsed() < KERNEL_ASKS {
+                match crate::arp::asked_by_kernel(&name, v6).map_err(|e| format!("look at {v6}: {e}"))? {
+                    Asked::Still => thread::sleep(AWAY),
+                    Asked::Taken => return Err(format!("another machine has {v6}: the kernel does not use it")),
+                    Asked::Free | Asked::Gone => break,
+                }
+            }
+        }
+        let device = name.clone();
+        // Again and again, over seconds; the box need not wait for it.
+        thread::spawn(move || crate::arp::announce(&device, ip, || true));
     }
     Ok(json!({ "interface": name }))
 }
@@ -290,116 +306,6 @@ fn upper_of(card: &Path) -> Option<String> {
 fn tool(program: &str, args: &[&str]) -> Result<(), String> {
     let (code, said) = run(Command::new(program).args(args), TOOL_SECONDS)?;
     if code == Some(0) { Ok(()) } else { Err(format!("{program} {}: {}", args.join(" "), said.trim())) }
-}
-
-/// ARP on one interface.
-struct Arp {
-    socket: std::os::fd::OwnedFd,
-    index: i32,
-    mac: [u8; 6],
-}
-
-impl Arp {
-    const ETHERTYPE: u16 = 0x0806;
-
-    fn open(name: &str) -> Result<Self, String> {
-        let read = |what: &str| {
-            fs::read_to_string(format!("/sys/class/net/{name}/{what}"))
-                .map_err(|e| format!("read {what} of {name}: {e}"))
-        };
-        let index = read("ifindex")?.trim().parse().map_err(|_| format!("{name} has no index"))?;
-        let mut mac = [0; 6];
-        for (byte, part) in mac.iter_mut().zip(read("address")?.trim().split(':')) {
-            *byte = u8::from_str_radix(part, 16).map_err(|_| format!("{name} has no Ethernet address"))?;
-        }
-        let protocol = i32::from(Self::ETHERTYPE.to_be());
-        // SAFETY: plain call; the descriptor is checked and owned right away.
-        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
-        if fd < 0 {
-            return Err(format!("open a socket for ARP: {}", io::Error::last_os_error()));
-        }
-        // SAFETY: `fd` was just opened and is nobody else's.
-        let socket = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
-        let this = Self { socket, index, mac };
-        let at = this.place([0xff; 6]);
-        // SAFETY: `at` is a sockaddr_ll of that length, alive for the call.
-        let bound = unsafe { libc::bind(fd, (&raw const at).cast(), size_of_val(&at) as libc::socklen_t) };
-        if bound < 0 {
-            return Err(format!("bind to {name} for ARP: {}", io::Error::last_os_error()));
-        }
-        Ok(this)
-    }
-
-    fn place(&self, to: [u8; 6]) -> libc::sockaddr_ll {
-        let mut address = [0; 8];
-        address[..6].copy_from_slice(&to);
-        libc::sockaddr_ll {
-            sll_family: libc::AF_PACKET as u16,
-            sll_protocol: Self::ETHERTYPE.to_be(),
-            sll_ifindex: self.index,
-            sll_hatype: 0,
-            sll_pkttype: 0,
-            sll_halen: 6,
-            sll_addr: address,
-        }
-    }
-
-    fn send(&self, operation: u8, sender: Ipv4Addr, target: Ipv4Addr) -> Result<(), String> {
-        let mut packet = vec![0, 1, 8, 0, 6, 4, 0, operation];
-        packet.extend(self.mac);
-        packet.extend(sender.octets());
-        packet.extend([0; 6]);
-        packet.extend(target.octets());
-        let at = self.place([0xff; 6]);
-        // SAFETY: buffer and address are alive for the call and of the lengths given.
-        let sent = unsafe {
-            libc::sendto(
-                self.socket.as_raw_fd(),
-                packet.as_ptr().cast(),
-                packet.len(),
-                0,
-                (&raw const at).cast(),
-                size_of_val(&at) as libc::socklen_t,
-            )
-        };
-        if sent < 0 { Err(format!("send ARP: {}", io::Error::last_os_error())) } else { Ok(()) }
-    }
-
-    /// Who else has an address, asked three times.
-    fn who_has(&self, ip: Ipv4Addr) -> Result<Option<String>, String> {
-        for _ in 0..3 {
-            self.send(1, Ipv4Addr::UNSPECIFIED, ip)?;
-            let deadline = Instant::now() + Duration::from_millis(500);
-            while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-                let mut poll = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-                // SAFETY: one pollfd, alive for the call.
-                if unsafe { libc::poll(&raw mut poll, 1, left.as_millis() as i32 + 1) } <= 0 {
-                    break;
-                }
-                let mut packet = [0_u8; 64];
-                // SAFETY: the buffer is alive for the call and of that length.
-                let n = unsafe { libc::recv(self.socket.as_raw_fd(), packet.as_mut_ptr().cast(), packet.len(), 0) };
-                // Sender's hardware address at 8, its protocol address at 14.
-                if n >= 28 && packet[14..18] == ip.octets() && packet[8..14] != self.mac {
-                    let mac: Vec<String> = packet[8..14].iter().map(|b| format!("{b:02x}")).collect();
-                    return Ok(Some(mac.join(":")));
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Tells every neighbour where the address is now.
-    fn announce(&self, ip: Ipv4Addr) -> Result<(), String> {
-        for i in 0..3 {
-            if i > 0 {
-                thread::sleep(Duration::from_millis(200));
-            }
-            self.send(1, ip, ip)?;
-            self.send(2, ip, ip)?;
-        }
-        Ok(())
-    }
 }
 
 // ---------------------------------------------------------------- programs

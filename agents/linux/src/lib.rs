@@ -1,5 +1,7 @@
 //! The Holdfast agent: captures what a Linux host writes and sends it to the box.
 
+pub mod arp;
+pub mod beats;
 pub mod capture;
 pub mod carry;
 pub mod clock;
@@ -16,6 +18,7 @@ pub mod link;
 pub mod local;
 pub mod net;
 pub mod premount;
+pub mod probes;
 pub mod psi;
 pub mod reader;
 pub mod rescue;

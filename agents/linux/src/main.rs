@@ -15,7 +15,7 @@ use agent_linux::{
     engine::Engine,
     enrol, fence, freeze, inside,
     local::{self, Failure},
-    premount, rescue,
+    premount, probes, rescue,
     state::{StateDir, boot_id},
     survey,
     throttle::{Kernel, Throttle},
@@ -157,6 +157,12 @@ enum Command {
     /// Ends a freeze; started by the agent itself
     #[command(name = freeze::GUARD_COMMAND, hide = true)]
     ThawGuard { mounts: Vec<PathBuf> },
+    /// Keeps the addresses of a takeover plan unanswered until the box says that this host may serve; run before the network is configured
+    #[command(hide = true)]
+    Gate,
+    /// Runs one script of the configuration as its user; started by systemd or by the agent, with a connection as standard input and output
+    #[command(name = probes::script::GUARD_COMMAND, hide = true)]
+    ScriptGuard,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -236,6 +242,11 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
     let ask = |request| local::ask(&config.socket(), &request);
     match cli.command {
         Command::ThawGuard { .. } | Command::Early { .. } | Command::Inside | Command::Rescue { .. } => Ok(()),
+        Command::Gate => close_gate(&config),
+        Command::ScriptGuard => {
+            let (input, output) = probes::script::stdio()?;
+            Ok(probes::script::guard(&config.scripts, input, output)?)
+        }
         Command::CarryOut { call_boot } => carry_out(&config, call_boot),
         Command::Enrol { box_address, token, name } => {
             let state = StateDir::open(&config.state_dir, &config.run_dir)?;
@@ -440,6 +451,18 @@ fn when_connected(ask: impl Fn() -> Result<serde_json::Value, local::AskError>) 
     }
 }
 
+fn close_gate(config: &Config) -> anyhow::Result<()> {
+    if let Some(kind) = inside::taken_over() {
+        println!("a box runs this machine in its host's place ({kind}): nothing is held");
+        return Ok(());
+    }
+    let store = fence::Store::new(&config.state_dir, &config.run_dir, &boot_id());
+    if fence::Gate::of(config).close(&store)? {
+        println!("this host serves by lease: its addresses answer nobody until the box grants it");
+    }
+    Ok(())
+}
+
 fn release_throttle(config: &Config) -> anyhow::Result<()> {
     Ok(Throttle::open(&config.run_dir, Box::new(Kernel))?.release()?)
 }
@@ -448,7 +471,7 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
     release_throttle(config)?;
-    if fence::let_go(&fence::Store::new(&config.state_dir, &config.run_dir, &boot_id()))? {
+    if fence::let_go(&fence::Store::new(&config.state_dir, &config.run_dir, &boot_id()), &fence::Gate::of(config))? {
         println!("no takeover plan fences this host any more; tell the box, which does not know");
     }
     if let Some(pins) = Pins::existing(&config.pin_dir) {

@@ -132,6 +132,17 @@ fn status_lines(entry: &Value) -> String {
                 format!("{points:<8} {} (since {}){advisory}", text(&reason["text"]), seconds(&reason["since_ms"])),
             );
         }
+        for probe in seen["probes"].as_array().into_iter().flatten() {
+            let why = Some(text(&probe["why"])).filter(|w| !w.is_empty()).map(|w| format!(": {w}")).unwrap_or_default();
+            let age = seconds(&probe["age_ms"]);
+            line(
+                "probe",
+                format!("{} {}{why} ({} ms, {age} ago)", text(&probe["name"]), text(&probe["end"]), probe["took_ms"]),
+            );
+            for printed in probe["output"].as_str().unwrap_or_default().lines() {
+                line("", format!("  | {printed}"));
+            }
+        }
         match seen["in_the_way"].as_str() {
             Some(why) => line("by itself", format!("no: {why}")),
             None => line("by itself", "yes".into()),

@@ -130,6 +130,8 @@ events! {
     HostPlanRefused = "host-plan-refused" Error,
     /// Something is wrong with a watched host, and nothing is taken over by itself.
     TakeoverDoubt = "takeover-doubt" Warn,
+    /// A probe made by a host's agent ends otherwise than the one before.
+    ProbeChanged = "probe-changed" Warn,
     /// A host was found to be lost; what follows is in the text.
     TakeoverDecided = "takeover-decided" Warn,
     /// Its machine had ended by itself.

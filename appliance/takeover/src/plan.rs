@@ -741,7 +741,7 @@ automatic = true
 address = "here"
 hold_ms = 9999999
 channels = [
-  { channel = "arp", weight = "advisory" },
+  { channel = "arp", weight = "advisory", period_ms = 1 },
   { channel = "icmp", weight = "advisory", missed_max = 1 },
   { channel = "icmp", weight = "advisory", period_ms = 1 },
 ]

@@ -13,7 +13,7 @@ pub const BOX_TLS_NAME: &str = "holdfast-box";
 pub const HOST_URI_PREFIX: &str = "holdfast:host:";
 
 /// Versions of the message set this build speaks, best first.
-pub const PROTOCOL_VERSIONS: &[u16] = &[5, 4, 3, 2, 1];
+pub const PROTOCOL_VERSIONS: &[u16] = &[6, 5, 4, 3, 2, 1];
 /// The first version that has [`Message::Compare`](crate::Message::Compare).
 pub const VERSION_COMPARE: u16 = 2;
 /// The first version that has leases, plans and probes.
@@ -22,6 +22,8 @@ pub const VERSION_OWNERSHIP: u16 = 3;
 pub const VERSION_NOTICES: u16 = 4;
 /// The first version that has restores.
 pub const VERSION_RESTORE: u16 = 5;
+/// The first version that has [`ProbeKind::Https`](crate::ProbeKind::Https), and whose agents make probes at all.
+pub const VERSION_PROBES: u16 = 6;
 
 pub const HEADER_LEN: usize = 64;
 /// The most payload a write may carry as stored: one journal record.

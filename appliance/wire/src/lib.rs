@@ -69,7 +69,7 @@ pub use compare::{
 pub use format::{
     ALPN_ENROL, ALPN_REPLICATION, BOX_TLS_NAME, HEADER_LEN, HOST_URI_PREFIX, MAX_MARK, MAX_MESSAGE, MAX_PAYLOAD,
     MAX_RECORD_BYTES, PROTOCOL_VERSIONS, READ_BACK_MAX, VERSION_COMPARE, VERSION_NOTICES, VERSION_OWNERSHIP,
-    VERSION_RESTORE,
+    VERSION_PROBES, VERSION_RESTORE,
 };
 pub use frame::{
     FrameError, FrameHeader, FrameKind, PayloadError, charge, crc32, decode_header, encode_header, encode_mark,

@@ -10,6 +10,7 @@
 //! | 3 | `Lease` to `HostOrder`, on the control connection |
 //! | 4 | `Notices`, on the control connection |
 //! | 5 | `RestoreDisks` to `RestoreEnded`, on the connection of a machine that waits for its disks ([`Purpose::Restore`]) |
+//! | 6 | `ProbeKind::Https` in `HostPlan`; agents before it refuse every probe and the datagrams |
 
 use crate::ack::Credit;
 use crate::compare::{BlockHash, Comparison};

@@ -138,6 +138,8 @@ pub enum ProbeKind {
     Redis { address: String },
     /// The operator's script of that name in the host's own configuration ends with 0.
     Script(String),
+    /// The same over TLS 1.3. `name`: whom to ask for; none: the address. Whose certificate it shows is not looked at.
+    Https { address: String, path: String, name: Option<String> },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -231,6 +233,12 @@ fn check_probe(probe: &PlanProbe) -> Result<(), PlanError> {
         ProbeKind::Http { address, path } => {
             socket(address)?;
             text("a path that begins with /", path, |p| p.starts_with('/'))?;
+        }
+        ProbeKind::Https { address, path, name } => {
+            socket(address)?;
+            text("a path that begins with /", path, |p| p.starts_with('/'))?;
+            let host = |n: &str| n.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.'));
+            name.iter().try_for_each(|name| text("the name of a server", name, host))?;
         }
         ProbeKind::Tcp { address }
         | ProbeKind::Postgres { address }

@@ -1,8 +1,13 @@
-//! Between the control connection and the fence: plans in, requests for leases out.
+//! Between the control connection and what a takeover plan has this host do: plans in, requests for leases and results of probes out.
 
 use super::{Engine, Input};
-use crate::fence::{Fence, Services, Store};
-use wire::{HostPlan, Message};
+use crate::{
+    beats::Beats,
+    fence::{Fence, Gate, Services, Store},
+    probes::{Means, Probes, script},
+};
+use std::sync::Arc;
+use wire::{HostPlan, Message, PlanService, ProbeKind, ProbeResult};
 
 impl Engine {
     fn fence_store(&self) -> Store {
@@ -12,7 +17,10 @@ impl Engine {
     /// Goes on with the plan that is stored, if one is.
     pub(super) fn start_fence(&mut self) {
         match self.fence_store().plan() {
-            Ok(Some(plan)) => self.begin_fence(plan),
+            Ok(Some(plan)) => {
+                self.watch(&plan);
+                self.begin_fence(plan);
+            }
             Ok(None) => {}
             // Without the plan nothing can be put up or taken down; the box says it again when it is heard.
             Err(e) => tracing::error!(error = %crate::error_chain(&e), "the takeover plan cannot be read"),
@@ -28,7 +36,8 @@ impl Engine {
             configured: self.config.fence.services.clone(),
             orders: crate::fence::Orders::default(),
         };
-        match Fence::start(self.identity.host, plan, self.fence_store(), services, tell) {
+        let kept = (self.fence_store(), Gate::of(&self.config));
+        match Fence::start(self.identity.host, plan, kept, services, tell) {
             Ok(fence) => self.fence = Some(fence),
             Err(e) => tracing::error!(error = %e, "could not start the thread that holds the lease"),
         }
@@ -47,23 +56,63 @@ impl Engine {
         if plan.whose != self.identity.host {
             return Err("this agent stands by for no other host".to_owned());
         }
-        if !plan.probes.is_empty() || plan.beat.is_some() {
-            return Err("this agent makes no probes and sends no beats".to_owned());
-        }
         plan.check().map_err(|e| e.to_string())?;
         for service in &plan.services {
-            if let wire::PlanService::Configured(name) = service
+            if let PlanService::Configured(name) = service
                 && !self.config.fence.services.contains_key(name)
             {
                 return Err(format!("this host's configuration has no [fence.services.{name}]"));
             }
         }
+        for probe in &plan.probes {
+            if let ProbeKind::Script(name) = &probe.kind
+                && !self.config.scripts.contains_key(name)
+            {
+                return Err(format!("this host's configuration has no [scripts.{name}]"));
+            }
+        }
         self.fence_store().store_plan(&plan).map_err(|e| crate::error_chain(&e))?;
+        self.watch(&plan);
         match &self.fence {
             Some(fence) => fence.plan(plan),
             None => self.begin_fence(plan),
         }
         Ok(())
+    }
+
+    /// Probes and beats from now on. Those that are the same go on; a thread that cannot be had is tried for again with the next plan or start.
+    fn watch(&mut self, plan: &HostPlan) {
+        if self.beats.as_ref().is_none_or(|b| plan.beat.is_none_or(|plan| !b.is(plan))) {
+            self.beats = None;
+            let started =
+                plan.beat.map(|beat| Beats::start(self.identity.host, self.identity.box_address.clone(), beat));
+            match started.transpose() {
+                Ok(beats) => self.beats = beats,
+                Err(e) => tracing::error!(error = %e, "could not start the thread that sends heartbeat datagrams"),
+            }
+        }
+        if self.probes.as_ref().is_some_and(|p| p.makes(&plan.probes)) {
+            return;
+        }
+        self.probes = None;
+        let sender = self.to_self.clone();
+        // Never waits: an old result is worth nothing.
+        let tell =
+            Arc::new(move |result: ProbeResult| drop(sender.try_send(Input::Tell(Box::new(Message::Probe(result))))));
+        let means = Means {
+            systemctl: "systemctl".into(),
+            scripts: self.config.scripts.clone(),
+            runner: script::Runner {
+                socket: script::SOCKET.into(),
+                program: "/proc/self/exe".into(),
+                config: self.config.loaded_from.clone(),
+            },
+        };
+        let tell: crate::probes::Tell = tell;
+        match Probes::start(self.identity.host, &plan.probes, &means, &tell) {
+            Ok(probes) => self.probes = Some(probes),
+            Err(e) => tracing::error!(error = %e, "could not start the threads that make probes"),
+        }
     }
 
     pub(super) fn lease(&mut self, message: Message) {

@@ -232,6 +232,9 @@ pub struct Engine {
     told_notices: Option<Vec<wire::Notice>>,
     /// Holds the lease, when a takeover plan gives this host one.
     fence: Option<crate::fence::Fence>,
+    /// What the plan has this host watch, and the second channel.
+    probes: Option<crate::probes::Probes>,
+    beats: Option<crate::beats::Beats>,
     box_leases: bool,
     box_name: String,
     inbox: mpsc::Receiver<Input>,
@@ -322,6 +325,8 @@ impl Engine {
             box_hears_notices: false,
             told_notices: None,
             fence: None,
+            probes: None,
+            beats: None,
             box_leases: false,
             box_name: String::new(),
             inbox,

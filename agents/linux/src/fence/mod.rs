@@ -16,11 +16,17 @@
 //!
 //! The agent killed: it is started again within seconds and goes on with the lease of this boot. The agent stopped or starved: the kernel takes the
 //! addresses down when their lifetime ends, at the end of the lease rounded down to whole seconds. The host frozen whole: the same, when it goes on.
-//! Rebooted: down until the box grants (as soon as this thread runs; what starts a service before the agent does is not held back).
+//! Rebooted: down until the box grants; units are not started and addresses answer nobody before that, from the beginning of the boot ([`gate`]).
+//!
+//! # Addresses
+//!
+//! Before services are started for a grant, each IPv4 address that is not up here is asked for on its link; when another machine has it, nothing
+//! is started, that machine is named in the log, and it is tried again later. Put up, addresses are announced, again and again over
+//! seconds ([`crate::arp`]). For an IPv6 address the kernel asks, when it is put up: one that another machine has is taken down again.
 //!
 //! # Limits
 //!
-//! An address that the host's own network configuration brings up comes up at a boot until this thread runs. Services without an
+//! Services without an
 //! address in the plan that are stopped too late are stopped too late: what must not serve twice has its address in the plan. A thread that
 //! is stopped between reading the clock and the system call gives an address as many seconds more as it was stopped; it looks at the clock again
 //! after it and takes the address down then.
@@ -30,13 +36,16 @@
 //! `ownership.json` and `takeover-plan.json` are replaced whole and flushed before what follows from them; a damaged one counts as fenced.
 
 pub mod addresses;
+pub mod filter;
+pub mod gate;
 mod services;
 mod store;
 
+pub use gate::Gate;
 pub use services::{Orders, ServiceError, Services};
 pub use store::{Store, StoreError};
 
-use crate::clock;
+use crate::{arp, clock};
 use addresses::Lifetime;
 use model::{HostId, MonoTime, Term};
 use replication::ownership::{
@@ -44,6 +53,7 @@ use replication::ownership::{
 };
 use std::{
     io,
+    net::IpAddr,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -54,6 +64,8 @@ use wire::{HostPlan, Message, PlanService};
 const STOP_MS: u64 = 10_000;
 /// One service may take this long to start; databases replay their logs.
 const START_LIMIT: Duration = Duration::from_secs(300);
+/// The kernel asks once for an IPv6 address, after up to a second.
+const KERNEL_ASKS: Duration = Duration::from_secs(5);
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// What is not yet as ordered is looked at again after this.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -85,11 +97,17 @@ pub struct Fence {
 
 impl Fence {
     /// Goes on with what is stored for `plan`'s host. The network namespace is that of the calling thread.
-    pub fn start(whose: HostId, plan: HostPlan, store: Store, services: Services, tell: Tell) -> io::Result<Self> {
+    pub fn start(
+        whose: HostId,
+        plan: HostPlan,
+        (store, gate): (Store, Gate),
+        services: Services,
+        tell: Tell,
+    ) -> io::Result<Self> {
         let (to, inbox) = mpsc::sync_channel(INBOX_MAX);
         let random = crate::state::random_128()?;
         let nonce = u64::from_ne_bytes(random[..8].try_into().unwrap_or([0; 8]));
-        let mut keeper = Keeper { whose, plan, store, services, tell, to_self: to.clone(), nonce };
+        let mut keeper = Keeper { whose, plan, store, gate, services, tell, to_self: to.clone(), nonce };
         let thread = thread::Builder::new().name("fence".to_owned()).spawn(move || keeper.run(&inbox))?;
         Ok(Self { to, thread: Some(thread) })
     }
@@ -116,6 +134,7 @@ struct Keeper {
     whose: HostId,
     plan: HostPlan,
     store: Store,
+    gate: Gate,
     services: Services,
     tell: Tell,
     to_self: mpsc::SyncSender<Input>,
@@ -124,6 +143,7 @@ struct Keeper {
 
 impl Keeper {
     fn run(&mut self, inbox: &mpsc::Receiver<Input>) {
+        self.list();
         let mut holder = self.begin();
         let mut next_request = clock::boot();
         loop {
@@ -142,6 +162,7 @@ impl Keeper {
                     let gone = self.plan.addresses.iter().filter(|a| !plan.addresses.contains(a));
                     keep(gone);
                     self.plan = *plan;
+                    self.list();
                     continue;
                 }
                 Ok(Input::Message(message)) => match *message {
@@ -174,8 +195,22 @@ impl Keeper {
         self.nonce = self.nonce.wrapping_add(1 << 32);
         let (mut holder, actions) =
             Holder::new(self.whose, record, self.store.lease(), self.nonce, STOP_MS, clock::boot());
+        // Of an agent before this one, which may have been killed on the way or have known no gate.
+        let serves =
+            matches!(holder.state(), HolderState::Raising { .. } | HolderState::Serving { .. } | HolderState::ByHand);
+        let agreed = self.gate.mark(record.fenced).and_then(|()| if serves { self.gate.let_serve() } else { Ok(()) });
+        if let Err(e) = agreed {
+            tracing::error!(error = %crate::error_chain(&e), "the gate of the next boot is not as it should be");
+        }
         self.act(&mut holder, actions);
         holder
+    }
+
+    /// What the next boot holds.
+    fn list(&self) {
+        if let Err(e) = self.gate.list(&self.plan) {
+            tracing::error!(error = %crate::error_chain(&e), "the next boot may start services of the plan before the agent stops them");
+        }
     }
 
     /// In order; when something cannot be stored nothing after it is done, and all begins from what is stored.
@@ -194,18 +229,36 @@ impl Keeper {
         match action {
             HolderAction::Persist(record) => {
                 tracing::info!(fenced = record.fenced, term = record.term.0, "ownership of this host");
+                let gate = |done: Result<(), gate::GateError>| done.map_err(|e| StoreError::Gate(Box::new(e)));
+                // Held and not fenced is put right by the next start; fenced and not held would serve at a boot.
+                if record.fenced {
+                    gate(self.gate.mark(true))?;
+                }
                 self.store.store_holder(record)?;
+                if !record.fenced {
+                    gate(self.gate.mark(false))?;
+                }
             }
             HolderAction::Remember(run) => self.store.store_lease(run)?,
             HolderAction::Extend { until } => self.extend(until),
             HolderAction::Raise { order, .. } => {
                 tracing::warn!("this host serves again: its services are started");
-                self.work(order, Work::Start);
+                match self.gate.let_serve() {
+                    Ok(()) => self.work(order, Work::Start),
+                    Err(e) => {
+                        tracing::error!(error = %crate::error_chain(&e), "its services cannot be started: the gate does not open");
+                        let _ = self.to_self.try_send(Input::Failed { order });
+                    }
+                }
             }
             HolderAction::Stop { order, why, by } => {
                 tracing::error!(%why, "this host stops serving: its addresses are taken down and its services stopped");
                 // First, and here: nothing that can wait stands before it.
                 self.addresses_down();
+                // From here on nobody else starts them either.
+                if let Err(e) = self.gate.hold() {
+                    tracing::error!(error = %crate::error_chain(&e), "somebody else may start a service of the plan");
+                }
                 let limit = Duration::from_millis(by.ms_since(clock::boot()).max(1));
                 self.work(order, Work::Stop { limit, boot: why == StopReason::Booted });
             }
@@ -224,10 +277,15 @@ impl Keeper {
         match holder.state() {
             HolderState::Raising { until, order: current } if current == order => {
                 let raised = self.raise_addresses(until);
+                if raised {
+                    self.announce();
+                }
                 Some(if raised { HolderEvent::Raised { order } } else { HolderEvent::RaiseFailed { order } })
             }
             HolderState::ByHand => {
-                self.raise_addresses(Until::Forever);
+                if self.raise_addresses(Until::Forever) {
+                    self.announce();
+                }
                 None
             }
             HolderState::Stopping { order: current, .. } if current == order => {
@@ -266,6 +324,17 @@ impl Keeper {
         })
     }
 
+    /// Tells the neighbours, from threads of their own: it takes seconds.
+    fn announce(&self) {
+        for address in &self.plan.addresses {
+            let address = address.clone();
+            let spawned = thread::Builder::new().name("fence-announce".to_owned()).spawn(move || announce(&address));
+            if let Err(e) = spawned {
+                tracing::error!(error = %e, "could not start a thread that announces an address");
+            }
+        }
+    }
+
     /// Those that are up stay until then; one that has gone is not brought back by a renewal.
     fn extend(&self, until: Until) {
         for address in &self.plan.addresses {
@@ -283,9 +352,11 @@ impl Keeper {
     fn work(&self, order: u64, work: Work) {
         self.services.orders.begin(order);
         let (plan, services, to) = (self.plan.services.clone(), self.services.clone(), self.to_self.clone());
+        let addresses = self.plan.addresses.clone();
         let name = "fence-work".to_owned();
         let spawned = thread::Builder::new().name(name).spawn(move || {
             let input = match work {
+                Work::Start if !all_free(&addresses) => Some(Input::Failed { order }),
                 Work::Start => start_all(&services, order, &plan),
                 Work::Stop { limit, boot } => stop_all(&services, order, &plan, limit, boot),
                 Work::Kill => kill_all(&services, order, &plan),
@@ -317,7 +388,7 @@ fn keep<'a>(all: impl Iterator<Item = &'a wire::PlanAddress>) {
 
 /// The host is its own again, as before it had a plan; what serves goes on, and what is down stays down. Answers whether there was a plan. The
 /// agent must not run.
-pub fn let_go(store: &Store) -> Result<bool, StoreError> {
+pub fn let_go(store: &Store, gate: &Gate) -> Result<bool, StoreError> {
     // A plan that cannot be read must not keep the agent from being removed.
     match store.plan() {
         Ok(plan) => keep(plan.iter().flat_map(|p| &p.addresses)),
@@ -325,7 +396,10 @@ pub fn let_go(store: &Store) -> Result<bool, StoreError> {
             tracing::error!(error = %crate::error_chain(&e), "addresses of the plan may go with their last lease")
         }
     }
-    store.forget()
+    let was = store.forget()?;
+    // After the record: a host that is held and has none is let go by nobody.
+    gate.forget().map_err(|e| StoreError::Gate(Box::new(e)))?;
+    Ok(was)
 }
 
 enum Work {
@@ -353,6 +427,63 @@ fn put_up(address: &wire::PlanAddress, until: Until) -> Result<bool, addresses::
         return Ok(false);
     }
     Ok(true)
+}
+
+fn ip_of(address: &wire::PlanAddress) -> Option<IpAddr> {
+    address.address.split('/').next()?.parse().ok()
+}
+
+/// Asks for those that are not up here, all at once; who has one of them is named.
+fn all_free(addresses: &[wire::PlanAddress]) -> bool {
+    let free = |address: &wire::PlanAddress| {
+        let Some(IpAddr::V4(v4)) = ip_of(address) else { return true };
+        if matches!(addresses::is_up(address), Ok(true)) {
+            return true;
+        }
+        match arp::Arp::open(&address.device).and_then(|arp| arp.map_or(Ok(None), |arp| arp.who_has(v4))) {
+            Ok(None) => true,
+            Ok(Some(other)) => {
+                tracing::error!(address = %address.address, device = %address.device, %other, "another machine has this address: nothing is started");
+                false
+            }
+            Err(e) => {
+                tracing::error!(error = %crate::error_chain(&e), address = %address.address, "whether another machine has this address could not be asked");
+                false
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let asked: Vec<_> = addresses.iter().map(|address| scope.spawn(move || free(address))).collect();
+        asked.into_iter().all(|one| one.join().unwrap_or(false))
+    })
+}
+
+fn announce(address: &wire::PlanAddress) {
+    let Some(ip) = ip_of(address) else { return };
+    if let IpAddr::V6(v6) = ip {
+        let begun = Instant::now();
+        loop {
+            match arp::asked_by_kernel(&address.device, v6) {
+                Ok(arp::Asked::Still) if begun.elapsed() < KERNEL_ASKS => thread::sleep(AGAIN),
+                Ok(arp::Asked::Taken) => {
+                    tracing::error!(address = %address.address, device = %address.device, "another machine has this address: it is taken down again");
+                    if let Err(e) = addresses::down(address) {
+                        tracing::error!(error = %crate::error_chain(&e), "an address stays up");
+                    }
+                    return;
+                }
+                Ok(arp::Asked::Gone) => {
+                    // One with an end the kernel takes away by itself when another machine has it.
+                    tracing::error!(address = %address.address, device = %address.device, "this address is gone: another machine has it, or its lease has ended");
+                    return;
+                }
+                _ => break,
+            }
+        }
+    }
+    if let Err(e) = arp::announce(&address.device, ip, || matches!(addresses::is_up(address), Ok(true))) {
+        tracing::warn!(error = %crate::error_chain(&e), address = %address.address, "neighbours were not told that this address is here now");
+    }
 }
 
 fn start_all(services: &Services, order: u64, plan: &[PlanService]) -> Option<Input> {

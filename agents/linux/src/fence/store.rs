@@ -25,6 +25,8 @@ pub enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("could not keep this host held at its next boot")]
+    Gate(#[source] Box<super::gate::GateError>),
     #[error("could not remove {}", path.display())]
     Remove {
         path: PathBuf,

@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use takeover::plan::Lease;
 use tokio::sync::mpsc;
-use wire::{Holding, HostPlan, LeaseRequest, LeaseRules, Message, PlanBeat, PlanProbe, VERSION_OWNERSHIP};
+use wire::{
+    Holding, HostPlan, LeaseRequest, LeaseRules, Message, PlanBeat, PlanProbe, ProbeKind, VERSION_OWNERSHIP,
+    VERSION_PROBES,
+};
 
 /// A plan that was sent and not answered is sent again.
 const AGAIN_MS: u64 = 10_000;
@@ -427,6 +430,16 @@ impl Desk {
         let record = self.kept.record;
         let its_own = record.hold == Hold::Standing && line.unfenced;
         if self.want.lease.is_none() && record.term > Term::ZERO && !its_own {
+            return;
+        }
+        // It could not even read it; refused in its place, as it would refuse the others.
+        let new = plan.probes.iter().find(|p| matches!(p.kind, ProbeKind::Https { .. }));
+        if let Some(probe) = new.filter(|_| line.version < VERSION_PROBES) {
+            let why = format!("it is too old for the https probe {}: update it", probe.name);
+            if self.refused.as_ref() != Some(&why) {
+                context.events.note(Event::HostPlanRefused, &context.name, format!("plan {}: {why}", self.want.plan));
+                self.refused = Some(why);
+            }
             return;
         }
         let planned = self.kept.planned || !is_empty(&plan);

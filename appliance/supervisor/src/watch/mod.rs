@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! connections ─▶ ears ──┐
-//! echo requests ─ ping ─┼─▶ Detector of each host ──▶ alarm, once for each cause, or a takeover begun with no hand on it
+//! requests ─ ping, arp ─┼─▶ Detector of each host ──▶ alarm, once for each cause, or a takeover begun with no hand on it
 //! datagrams ───── beats ┘
 //! ```
 //!
@@ -18,8 +18,9 @@
 //! # Limits
 //!
 //! What was heard is not kept: after a start of the daemon a host that was not heard since is left to a person, unless its plan says
-//! `unheard = true`. ARP is not asked.
+//! `unheard = true`.
 
+mod arp;
 mod beats;
 mod ears;
 mod ping;
@@ -32,6 +33,7 @@ use crate::{
     pki,
     takeovers::{Watched, Wish},
 };
+use arp::Arp;
 use beats::Beats;
 use model::{HostId, MonoTime};
 use ping::Pinger;
@@ -48,7 +50,7 @@ use takeover::{
     detect::{Cause, Channel, Decision, Detector, Fact, Points, ProbeSaid, Verdict, Witness},
     state::Kind,
 };
-use wire::ProbeEnd;
+use wire::{PROBE_OUTPUT_MAX, ProbeEnd, ProbeResult};
 
 /// Between two looks; silence is counted in hundreds of milliseconds.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -59,6 +61,10 @@ const PLANS_EVERY_MS: u64 = 500;
 const WITNESS_MS: u64 = 500;
 /// What is not so for longer is no alarm: between a host's silence and the first proof of the uplink after it there is always a doubt.
 const ALARM_AFTER_MS: u64 = 3_000;
+/// A probe whose end comes and goes is told of no more often.
+const PROBE_TOLD_MS: u64 = 60_000;
+/// Of a probe's reason so much is kept.
+const PROBE_WHY_MAX: usize = 400;
 
 /// One reason of a decision, as it is shown.
 #[derive(Clone, Debug, Serialize)]
@@ -70,6 +76,19 @@ pub struct ReasonShown {
     pub advisory: bool,
 }
 
+/// The last result of a probe, as its host's agent told it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProbeShown {
+    pub name: String,
+    /// `works`, `fails`, `broken`.
+    pub end: &'static str,
+    pub why: String,
+    /// What a script printed.
+    pub output: String,
+    pub took_ms: u64,
+    pub age_ms: u64,
+}
+
 /// What is seen of a host.
 #[derive(Clone, Debug, Serialize)]
 pub struct Seen {
@@ -79,6 +98,7 @@ pub struct Seen {
     pub verdict: &'static str,
     pub text: String,
     pub reasons: Vec<ReasonShown>,
+    pub probes: Vec<ProbeShown>,
     /// What an administrator is asked to look at, as long as it is so.
     pub alarm: Option<String>,
     /// Why no takeover would begin by itself now, should the host fall silent; none: it would.
@@ -118,6 +138,7 @@ fn run(app: &Arc<App>) {
     let key = draw().unwrap_or_default().to_ne_bytes();
     let mut round = Round {
         pinger: Pinger::new(key),
+        arp: Arp::new(),
         beats: None,
         hosts: BTreeMap::new(),
         witnesses: BTreeMap::new(),
@@ -150,10 +171,20 @@ struct Host {
     told: Option<String>,
     /// Silence has led to a takeover already, whatever became of it.
     tried: bool,
+    probed: BTreeMap<String, Probed>,
+}
+
+/// A probe's last result.
+struct Probed {
+    result: ProbeResult,
+    at: MonoTime,
+    /// The end that was told last, and when if that was an event.
+    told: (&'static str, Option<MonoTime>),
 }
 
 struct Round {
     pinger: Pinger,
+    arp: Arp,
     beats: Option<Beats>,
     hosts: BTreeMap<HostId, Host>,
     /// Hosts' beats that were handed on as witnesses.
@@ -171,12 +202,13 @@ impl Round {
             self.plans(app, &heard, now);
         }
         self.pinger.send(now);
+        self.arp.send(now);
         self.feed(app, &heard, now, draw);
         // What had arrived by then has been handed over.
         let open = app.takeovers.open_subjects();
         for (host, at) in &mut self.hosts {
             let is_open = open.contains(&at.watched.subject);
-            let seen = at.decide(app, *host, (&self.pinger, self.beats.as_ref()), is_open, now);
+            let seen = at.decide(app, *host, (&self.pinger, &self.arp, self.beats.as_ref()), is_open, now);
             crate::lock(&app.watch.seen).insert(*host, seen);
         }
     }
@@ -193,15 +225,26 @@ impl Round {
             let from = heard.iter().find(|h| h.host == host).map(|h| h.from);
             let address = watched.detect.address.or(from);
             if let Some(at) = self.hosts.get_mut(&host) {
+                at.probed.retain(|name, _| watched.detect.probes.iter().any(|p| p.name == *name));
                 (at.watched, at.address) = (watched, address);
                 continue;
             }
             // A plan that was checked when it was kept has a policy that works.
             let Ok(detector) = Detector::new(watched.detect.policy.clone(), now) else { continue };
-            let at = Host { watched, address, detector, stream: MonoTime(0), amiss: None, told: None, tried: false };
+            let at = Host {
+                watched,
+                address,
+                detector,
+                stream: MonoTime(0),
+                amiss: None,
+                told: None,
+                tried: false,
+                probed: BTreeMap::new(),
+            };
             self.hosts.insert(host, at);
         }
         self.pinger.set(&self.pinged(), now);
+        self.arp.set(&self.asked_by_arp(), now);
         self.listen(app, heard);
     }
 
@@ -220,6 +263,14 @@ impl Round {
             detect.gateway.iter().chain(&detect.others).for_each(|address| ask(*address, WITNESS_MS));
         }
         pinged
+    }
+
+    fn asked_by_arp(&self) -> BTreeMap<IpAddr, u64> {
+        let of = |at: &Host| {
+            let rule = at.watched.detect.policy.channels.iter().find(|r| r.channel == Channel::Arp)?;
+            Some((at.address?, rule.period_ms))
+        };
+        self.hosts.values().filter_map(of).collect()
     }
 
     fn listen(&mut self, app: &App, heard: &[HeardOf]) {
@@ -256,8 +307,12 @@ impl Round {
             }
         }
         let answered: BTreeSet<IpAddr> = self.pinger.receive().into_iter().collect();
+        let has_card: BTreeSet<IpAddr> = self.arp.receive().into_iter().collect();
         for at in self.hosts.values_mut() {
             let detect = &at.watched.detect;
+            if at.address.is_some_and(|a| has_card.contains(&a)) {
+                at.detector.heard(Channel::Arp, now);
+            }
             if at.address.is_some_and(|a| answered.contains(&a)) {
                 at.detector.heard(Channel::Icmp, now);
             }
@@ -274,29 +329,55 @@ impl Round {
             }
         }
         for (host, result, at) in app.links.ears.take_probes() {
-            let said = match result.end {
+            let result = readable(result);
+            let said = match &result.end {
                 ProbeEnd::Works => ProbeSaid::Works,
-                ProbeEnd::Fails { why } => ProbeSaid::Fails { why },
-                ProbeEnd::Broken { why } => ProbeSaid::Broken { why },
+                ProbeEnd::Fails { why } => ProbeSaid::Fails { why: why.clone() },
+                ProbeEnd::Broken { why } => ProbeSaid::Broken { why: why.clone() },
             };
             if let Some(watching) = self.hosts.get_mut(&host) {
                 watching.detector.probe(&result.name, said, at);
+                watching.probed(app, result, at);
             }
         }
     }
 }
 
 impl Host {
+    /// Keeps a result, and tells of a change; one that comes and goes is told once a minute.
+    fn probed(&mut self, app: &App, result: ProbeResult, at: MonoTime) {
+        if !self.watched.detect.probes.iter().any(|p| p.name == result.name) {
+            return;
+        }
+        let end = end_name(&result.end);
+        let before = self.probed.get(&result.name).map(|p| p.told);
+        let is_new =
+            before.is_none_or(|(told, when)| told != end && when.is_none_or(|when| at.ms_since(when) >= PROBE_TOLD_MS));
+        // The first that works is no news.
+        let is_news = is_new && !(before.is_none() && end == "works");
+        if is_news {
+            let printed = if result.output.is_empty() {
+                String::new()
+            } else {
+                format!("; it printed: {}", one_line(&result.output))
+            };
+            let text = format!("probe {}: {end}{}{printed}", result.name, why_of(&result.end));
+            app.events.note(Event::ProbeChanged, &self.watched.name, text);
+        }
+        let told = if is_new { (end, is_news.then_some(at)) } else { before.unwrap_or((end, None)) };
+        self.probed.insert(result.name.clone(), Probed { result, at, told });
+    }
+
     fn decide(
         &mut self,
         app: &Arc<App>,
         host: HostId,
-        tools: (&Pinger, Option<&Beats>),
+        tools: (&Pinger, &Arp, Option<&Beats>),
         is_open: bool,
         now: MonoTime,
     ) -> Seen {
         let decision = self.detector.decide(now);
-        let in_the_way = self.in_the_way(app, host, tools.0, tools.1);
+        let in_the_way = self.in_the_way(app, host, tools);
         // Silence of a host that is being taken over is no news.
         let name = self.watched.name.clone();
         let mut alarm = None;
@@ -331,13 +412,19 @@ impl Host {
             verdict: verdict_name(&decision.verdict),
             text: decision.verdict.to_string(),
             reasons: decision.reasons.iter().map(|r| shown(r, now)).collect(),
+            probes: self.probed.values().map(|p| p.shown(now)).collect(),
             alarm: alarm.or(standing),
             in_the_way: if is_open { Some("a takeover is open".into()) } else { in_the_way },
         }
     }
 
     /// Why no takeover may begin by itself, whatever is seen.
-    fn in_the_way(&self, app: &App, host: HostId, pinger: &Pinger, beats: Option<&Beats>) -> Option<String> {
+    fn in_the_way(
+        &self,
+        app: &App,
+        host: HostId,
+        (pinger, arp, beats): (&Pinger, &Arp, Option<&Beats>),
+    ) -> Option<String> {
         let detect = &self.watched.detect;
         if !detect.policy.automatic {
             return Some("the plan leaves it to a person".into());
@@ -347,6 +434,10 @@ impl Host {
             self.address.filter(|_| asks_host).into_iter().chain(detect.gateway).chain(detect.others.iter().copied());
         if let Some(fault) = asked.filter_map(|address| pinger.fault(address)).next() {
             return Some(fault.to_owned());
+        }
+        let by_arp = detect.policy.channels.iter().any(|r| r.channel == Channel::Arp);
+        if let Some(fault) = self.address.filter(|_| by_arp).and_then(|address| arp.fault(address)) {
+            return Some(fault);
         }
         let hears_beats = detect.policy.channels.iter().any(|r| r.channel == Channel::Beat);
         if let Some(fault) = beats.filter(|_| hears_beats).and_then(Beats::fault) {
@@ -399,6 +490,62 @@ fn detection_ms(decision: &Decision) -> Option<u64> {
     let last =
         decision.reasons.iter().filter(|r| !r.advisory && matches!(r.fact, Fact::Silent { .. })).map(|r| r.since);
     last.max().map(|at| decision.at.ms_since(at))
+}
+
+impl Probed {
+    fn shown(&self, now: MonoTime) -> ProbeShown {
+        ProbeShown {
+            name: self.result.name.clone(),
+            end: end_name(&self.result.end),
+            why: match &self.result.end {
+                ProbeEnd::Works => String::new(),
+                ProbeEnd::Fails { why } | ProbeEnd::Broken { why } => why.clone(),
+            },
+            output: self.result.output.clone(),
+            took_ms: self.result.took_ms,
+            age_ms: now.ms_since(self.at),
+        }
+    }
+}
+
+fn end_name(end: &ProbeEnd) -> &'static str {
+    match end {
+        ProbeEnd::Works => "works",
+        ProbeEnd::Fails { .. } => "fails",
+        ProbeEnd::Broken { .. } => "broken",
+    }
+}
+fn why_of(end: &ProbeEnd) -> String {
+    match end {
+        ProbeEnd::Works => String::new(),
+        ProbeEnd::Fails { why } | ProbeEnd::Broken { why } => format!(": {why}"),
+    }
+}
+fn one_line(text: &str) -> String {
+    text.lines().collect::<Vec<_>>().join(" / ")
+}
+
+/// A host's words are not this box's: bounded, and without what a terminal would obey.
+fn readable(result: ProbeResult) -> ProbeResult {
+    let clean = |text: &str, max: usize| -> String {
+        let mut out = String::new();
+        for c in text.chars() {
+            let obeyed = c.is_control() && c != '\n'
+                || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
+            let c = if obeyed { '\u{fffd}' } else { c };
+            if out.len() + c.len_utf8() > max {
+                break;
+            }
+            out.push(c);
+        }
+        out
+    };
+    let end = match result.end {
+        ProbeEnd::Works => ProbeEnd::Works,
+        ProbeEnd::Fails { why } => ProbeEnd::Fails { why: one_line(&clean(&why, PROBE_WHY_MAX)) },
+        ProbeEnd::Broken { why } => ProbeEnd::Broken { why: one_line(&clean(&why, PROBE_WHY_MAX)) },
+    };
+    ProbeResult { end, output: clean(&result.output, PROBE_OUTPUT_MAX), ..result }
 }
 
 fn verdict_name(verdict: &Verdict) -> &'static str {

@@ -227,6 +227,10 @@ impl Checker<'_> {
             }
         }
         let address = file.address.as_ref().and_then(|at| self.ip(at));
+        let asks = policy.channels.iter().any(|r| r.channel == Channel::Arp);
+        if let (true, Some(at)) = (asks && address.is_some_and(|a| a.is_ipv6()), &file.address) {
+            self.fault(at, "ARP asks IPv4 addresses only", "give one, or use channel = \"icmp\"");
+        }
         Detect { policy, address, gateway, others, probes }
     }
 
@@ -257,9 +261,6 @@ impl Checker<'_> {
         let mut rules: Vec<ChannelRule> = Vec::new();
         for item in given.get_ref() {
             let FileChannel { channel, weight, period_ms, missed_max } = item.get_ref();
-            if *channel == Channel::Arp {
-                self.fault(item, "this box does not ask by ARP", "use channel = \"icmp\"");
-            }
             if rules.iter().any(|r| r.channel == *channel) {
                 self.fault(item, format!("{channel} is there twice"), "take one out");
             }
