@@ -698,6 +698,99 @@ fn root_a_spool_file_on_the_protected_disk_does_not_feed_itself() {
     assert!(std::fs::read(again.at.join("data")).unwrap() == data);
 }
 
+/// What a disk is asked for besides data, and in which order, is what the box gets; below a file system its barriers too.
+#[test]
+fn root_flushes_barriers_discards_and_zeroes_arrive_as_what_they_are() {
+    use model::{RecordKind, WriteFlags};
+    use std::os::{fd::AsRawFd, unix::fs::OpenOptionsExt};
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    const BLKZEROOUT: libc::c_ulong = 0x127f;
+    const MIB: u64 = 1 << 20;
+    if !root("flags") {
+        return;
+    }
+    let fake = FakeBox::start();
+    // Not in memory: tmpfs zeroes no range, and what a disk refuses is a gap.
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Loop::on(&dir.path().join("disk.img"), 64);
+    let mut agent = Agent::enrolled("flags", &fake, SMALL);
+    agent.start();
+    agent.protect(&disk);
+    agent.settled();
+    fake.group(|g| g.keep = true);
+    let queue = |name: &str| {
+        let path = format!("/sys/block/{}/queue/{name}", disk.dev().trim_start_matches("/dev/"));
+        std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+    };
+    let open = |flags: i32| {
+        std::fs::OpenOptions::new().write(true).custom_flags(libc::O_DIRECT | flags).open(&disk.device).unwrap()
+    };
+    let mut block = durable::AlignedBuf::with_capacity(4096);
+    block.extend_from_slice(&[7; 4096]);
+    open(libc::O_DSYNC).write_all_at(block.as_slice(), MIB).unwrap();
+    let plain = open(0);
+    plain.write_all_at(block.as_slice(), 2 * MIB).unwrap();
+    plain.sync_data().unwrap();
+    for (what, at) in [(BLKDISCARD, 4 * MIB), (BLKZEROOUT, 8 * MIB)] {
+        let range = [at, MIB];
+        // SAFETY: a valid descriptor, and the two numbers that both requests take.
+        assert_eq!(
+            unsafe { libc::ioctl(plain.as_raw_fd(), what, range.as_ptr()) },
+            0,
+            "{}",
+            std::io::Error::last_os_error()
+        );
+    }
+    drop(plain);
+    wait("the last of it", || fake.group(|g| g.kept.iter().any(|k| (8 * MIB..9 * MIB).contains(&(k.start as u64)))));
+    agent.settled();
+    let taken = || fake.group(|g| std::mem::take(&mut g.kept));
+    let kept = taken();
+    let write =
+        |at: u64| kept.iter().position(|k| k.kind == RecordKind::Write && k.start as u64 == at).expect("the write");
+    let listed: Vec<_> = kept.iter().map(|k| (k.kind, k.start as u64 / 512, k.len / 512, k.flags)).collect();
+    println!("kind, sector, sectors, flags: {listed:?}");
+    let (dsync, synced) = (write(MIB), write(2 * MIB));
+    let flush_in = |range: std::ops::Range<usize>| kept[range].iter().any(|k| k.kind == RecordKind::Flush);
+    let fua = queue("fua") == "1";
+    println!("the loop disk's own FUA: {fua}");
+    assert_eq!(kept[dsync].flags.contains(WriteFlags::FUA), fua);
+    assert!(fua || flush_in(dsync..synced), "a disk without it is asked to flush instead");
+    assert!(!kept[synced].flags.contains(WriteFlags::FUA) && flush_in(synced..kept.len()));
+    let covered = |kind: RecordKind, at: u64| {
+        let inside = |k: &&fakebox::Kept| k.kind == kind && (at..at + MIB).contains(&(k.start as u64));
+        kept.iter().filter(inside).map(|k| k.len as u64).sum::<u64>()
+    };
+    assert_eq!(covered(RecordKind::Discard, 4 * MIB), MIB);
+    if queue("write_zeroes_max_bytes") == "0" {
+        println!("SKIPPED: write-zeroes: loop disks of this kernel have none");
+    } else {
+        assert_eq!(covered(RecordKind::Zero, 8 * MIB), MIB);
+    }
+
+    // Below a file system: A is durable before B is written. The block layer makes a flush of its own of what a commit asks for.
+    run("mkfs.ext4", &["-q", "-F", disk.dev()]);
+    let mount = Mount::new(&disk.device).unwrap();
+    agent.settled();
+    taken();
+    const LAST: u64 = 8;
+    write_ordered(&mount.at, LAST);
+    let of = |k: &fakebox::Kept, i: u64| {
+        k.len == 4096 && k.data.starts_with(&i.to_le_bytes()) && k.data[8..].iter().all(|b| *b == 0)
+    };
+    wait("the last B", || fake.group(|g| g.kept.iter().filter(|k| of(k, LAST)).count() >= 2));
+    agent.settled();
+    let kept = taken();
+    for i in 1..=LAST {
+        let places: Vec<usize> = (0..kept.len()).filter(|n| of(&kept[*n], i)).collect();
+        let (Some(a), Some(b)) = (places.first(), places.last()) else { panic!("write {i} is missing") };
+        assert!(a < b, "round {i}: A and B");
+        assert!(kept[*a..*b].iter().any(|k| k.kind == RecordKind::Flush), "round {i}: no flush between A and B");
+    }
+    drop(mount);
+    identical(&agent, &fake, &disk);
+}
+
 /// Writes at random places until told to stop, never the same place half; answers how much.
 fn load_until(disk: &Loop, seed: u64, stop: &AtomicBool, pause: Duration) -> u64 {
     let file = std::fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
