@@ -70,7 +70,11 @@ impl Host {
         }
         initramfs.program(&bins.agent)?;
         initramfs.program(&bins.agent.with_file_name("guest-load"))?;
-        initramfs.file("etc/agent.toml", 0o600, b"state_dir = \"/var/agent\"\nheed_pressure = false\n".to_vec());
+        initramfs.file(
+            "etc/agent.toml",
+            0o600,
+            b"state_dir = \"/var/agent\"\nheed_pressure = false\ncopy = \"whole\"\n".to_vec(),
+        );
         let (disk, state, said) = (dir.join("disk.img"), dir.join("state.img"), dir.join("said"));
         for file in [&disk, &state] {
             fs::File::create(file)?.set_len(DISK_BYTES)?;
