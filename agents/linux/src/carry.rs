@@ -156,7 +156,8 @@ impl Carried {
 /// The disks of all groups as they are told to the kernel half, and one to calibrate it on.
 pub fn targets(disks: &Disks, records: &[GroupRecord]) -> Vec<(PathBuf, Target)> {
     let mut out: Vec<(PathBuf, Target)> = Vec::new();
-    for record in records {
+    // Mirrored volumes are not captured here: nobody would take what their disks' writes leave in the kernel.
+    for record in records.iter().filter(|r| !r.sync) {
         // A group with a disk that is not there is not captured: the agent says why when it runs.
         let Ok(placed) = place(disks, record) else { continue };
         for p in placed {
@@ -361,7 +362,7 @@ pub type WrittenOut = (GroupId, Result<(), String>);
 /// The shutdown hook's work. Answers what was written for each group, or why not. `called`: the name under which the boot that ends
 /// is remembered.
 pub fn write_out(
-    state: &mut StateDir,
+    state: &StateDir,
     run: &Path,
     boot_id: &str,
     called: &str,
@@ -474,7 +475,7 @@ pub fn writes_so_far(sys: &Path, disk: &str) -> Option<u64> {
 }
 
 /// The initramfs hook's work, once capture of all groups has begun: which of them may be carried over.
-pub fn check_early(state: &mut StateDir, run: &Path, boot_id: &str, sys: &Path) -> Result<Early, CarryError> {
+pub fn check_early(state: &StateDir, run: &Path, boot_id: &str, sys: &Path) -> Result<Early, CarryError> {
     let disks = Disks::here()?;
     let records = state.load_groups()?;
     let carried = read_file(state);

@@ -7,7 +7,7 @@ use agent_linux::{
         Capture, CaptureError,
         bpf::{BpfCapture, Options, Pins, watch},
         choose,
-        dm::{ioctl::DeviceMapper, mirror},
+        dm::{ioctl::DeviceMapper, mirror, process},
     },
     carry,
     config::{Config, CopyWhat, LogFormat},
@@ -367,18 +367,18 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
 }
 
 fn carry_out(config: &Config, call_boot: Option<String>) -> anyhow::Result<()> {
-    let mut state = StateDir::open_read_only(&config.state_dir, &config.run_dir)?;
+    let state = StateDir::open_read_only(&config.state_dir, &config.run_dir)?;
     if !config.carry_over || !BpfCapture::is_pinned(&config.pin_dir) {
         return Ok(carry::forget(&state)?);
     }
-    let written = write_out(config, call_boot, &mut state);
+    let written = write_out(config, call_boot, &state);
     if written.is_err() {
         carry::forget(&state)?;
     }
     written
 }
 
-fn write_out(config: &Config, call_boot: Option<String>, state: &mut StateDir) -> anyhow::Result<()> {
+fn write_out(config: &Config, call_boot: Option<String>, state: &StateDir) -> anyhow::Result<()> {
     let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
     let mut capture = BpfCapture::start(&options, None)?;
     let boot = boot_id();
@@ -417,14 +417,14 @@ fn early(config: Option<&Path>, sysroot: &Path) -> anyhow::Result<bool> {
     if !config.carry_over || !state_dir.join("identity.json").exists() {
         return Ok(false);
     }
-    let mut state = StateDir::open_read_only(&state_dir, &config.run_dir)?;
+    let state = StateDir::open_read_only(&state_dir, &config.run_dir)?;
     let targets = carry::targets(&Disks::here()?, &state.load_groups()?);
     let Some((node, first)) = targets.first().map(|(node, t)| (node.clone(), t.disk)) else { return Ok(false) };
     let options = Options { pins: config.pin_dir.clone(), ring_bytes: config.ring_bytes() };
     let mut capture = BpfCapture::start(&options, Some((&node, first)))?;
     capture.set_targets(&targets.into_iter().map(|(_, t)| t).collect::<Vec<_>>())?;
     std::fs::create_dir_all(&config.run_dir)?;
-    let early = carry::check_early(&mut state, &config.run_dir, &boot_id(), Path::new("/sys"))?;
+    let early = carry::check_early(&state, &config.run_dir, &boot_id(), Path::new("/sys"))?;
     carry::tell(&format!("capture begins; {} groups go on over the reboot", early.groups.len()));
     Ok(true)
 }
@@ -468,7 +468,7 @@ fn release_throttle(config: &Config) -> anyhow::Result<()> {
 }
 
 fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
-    let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
+    let state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let lock = state.lock()?;
     release_throttle(config)?;
     if fence::let_go(&fence::Store::new(&config.state_dir, &config.run_dir, &boot_id()), &fence::Gate::of(config))? {
@@ -504,9 +504,43 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A log that does not take a line loses it: the journal may be writing to a volume whose writes wait for this very process.
+struct LogLine(std::io::Stderr);
+
+impl std::io::Write for LogLine {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self.0.write(bytes) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(bytes.len()),
+            other => other,
+        }
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Only for the journal's socket, which is this process's alone: a terminal or a file is shared with others.
+fn log_without_waiting() {
+    use nix::{
+        fcntl::{FcntlArg, OFlag, fcntl},
+        sys::stat::fstat,
+    };
+    let stderr = std::io::stderr();
+    // Inherited by programs whose standard error is something else.
+    let journal = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    if !fstat(&stderr).is_ok_and(|s| format!("{}:{}", s.st_dev, s.st_ino) == journal) {
+        return;
+    }
+    let set = fcntl(&stderr, FcntlArg::F_GETFL)
+        .and_then(|flags| fcntl(&stderr, FcntlArg::F_SETFL(OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK)));
+    if let Err(e) = set {
+        tracing::debug!(error = %e, "a log that stands still will be waited for");
+    }
+}
+
 fn log(config: &Config) {
     let filter = tracing_subscriber::EnvFilter::new(&config.log.level);
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLine(std::io::stderr()));
     match config.log.format {
         LogFormat::Json => builder.json().init(),
         // The journal has its own times.
@@ -537,7 +571,10 @@ fn keep_memory_small() {
 fn run(config: Config) -> anyhow::Result<()> {
     use nix::sys::signal::{SigSet, Signal};
     keep_memory_small();
+    // Refused by old kernels; a mirror's leg says so when it matters.
+    process::flush_for_others();
     log(&config);
+    log_without_waiting();
     lower_oom_score();
     rustls::crypto::ring::default_provider()
         .install_default()

@@ -25,7 +25,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -154,7 +154,8 @@ pub struct StateDir {
     root: PathBuf,
     run: PathBuf,
     disk: OsDisk,
-    groups: Option<Twin>,
+    /// Behind a lock: whoever writes may be another thread than whoever decides (`engine/scribe.rs`).
+    groups: Mutex<Option<Twin>>,
 }
 
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
@@ -192,13 +193,13 @@ impl StateDir {
         private_dir(root)?;
         private_dir(run)?;
         let disk = OsDisk::new(root).map_err(StateError::Disk)?;
-        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: None })
+        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: Mutex::default() })
     }
 
     /// For the hooks of shutdown and boot: nothing is made or changed, both may be read-only.
     pub fn open_read_only(root: &Path, run: &Path) -> Result<Self, StateError> {
         let disk = OsDisk::new(root).map_err(StateError::Disk)?;
-        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: None })
+        Ok(Self { root: root.to_owned(), run: run.to_owned(), disk, groups: Mutex::default() })
     }
 
     pub fn root(&self) -> &Path {
@@ -259,30 +260,35 @@ impl StateDir {
         fs::read(&path).map_err(io_error("read", &path))
     }
 
-    pub fn load_groups(&mut self) -> Result<Vec<GroupRecord>, StateError> {
+    pub fn load_groups(&self) -> Result<Vec<GroupRecord>, StateError> {
         let loaded = Twin::load(&self.disk, Path::new(""), "groups")
             .map_err(|source| StateError::Twin { what: "read the list of protected groups", source })?;
         let Some((twin, body)) = loaded else { return Ok(Vec::new()) };
         if let Some(fault) = twin.fault() {
             tracing::warn!(%fault, "one copy of the list of protected groups is not good; the other is used and both are written next time");
         }
-        self.groups = Some(twin);
+        *self.twin() = Some(twin);
         serde_json::from_slice(&body).map_err(|source| StateError::Groups { path: self.path("groups"), source })
     }
 
-    pub fn store_groups(&mut self, groups: &[GroupRecord]) -> Result<(), StateError> {
+    pub fn store_groups(&self, groups: &[GroupRecord]) -> Result<(), StateError> {
         let body = serde_json::to_vec(groups)
             .map_err(|source| StateError::Groups { path: self.root.join("groups"), source })?;
         let what = "store the list of protected groups";
-        match &mut self.groups {
+        let mut kept = self.twin();
+        match &mut *kept {
             Some(twin) => twin.store(&self.disk, &body).map_err(|source| StateError::Twin { what, source }),
             None => {
                 let twin = Twin::create(&self.disk, Path::new(""), "groups", &body)
                     .map_err(|source| StateError::Twin { what, source })?;
-                self.groups = Some(twin);
+                *kept = Some(twin);
                 Ok(())
             }
         }
+    }
+
+    fn twin(&self) -> MutexGuard<'_, Option<Twin>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn run_path(&self, group: GroupId) -> PathBuf {
@@ -467,14 +473,14 @@ mod tests {
     fn groups_and_identity_read_back_and_are_private() {
         let dir = tempfile::tempdir().unwrap();
         let (root, run) = (dir.path().join("s"), dir.path().join("r"));
-        let mut state = StateDir::open(&root, &run).unwrap();
+        let state = StateDir::open(&root, &run).unwrap();
         assert!(state.load_groups().unwrap().is_empty());
         assert!(matches!(state.identity(), Err(StateError::NotEnrolled)));
         state.store_groups(&[group()]).unwrap();
         state.store_groups(&[group(), group()]).unwrap();
         let identity = HostIdentity { host: HostId([3; 16]), box_address: "b:1".into(), enrolled_us: 5 };
         state.store_identity(&identity, "key", "cert", "ca").unwrap();
-        let mut again = StateDir::open(&root, &run).unwrap();
+        let again = StateDir::open(&root, &run).unwrap();
         assert_eq!(again.load_groups().unwrap(), [group(), group()]);
         assert_eq!(again.identity().unwrap(), identity);
         for name in ["host.pem", "identity.json"] {

@@ -1,6 +1,7 @@
 //! What people and the box ask for.
 
 use super::group::{BookmarkFor, PlacedBookmark};
+use super::scribe::{Key, Stored};
 use super::{Engine, Input, RENEW_US, Wait, start};
 use crate::{
     capture::choose::{self, Choice},
@@ -10,11 +11,12 @@ use crate::{
     freeze::{FreezeError, Frozen},
     link::FromLink,
     local::{Answer, Failure, Reply, Request},
-    state::{GroupRecord, HostIdentity, VolumeRecord},
+    state::{GroupRecord, HostIdentity, StateError, VolumeRecord},
     tls,
 };
 use model::{BookmarkName, Consistency, GroupId, GroupSpec, Sectors, SyncMode, VolumeId, VolumeSpec};
 use replication::Event;
+use std::sync::Arc;
 use wire::{Command, CommandResult, Message, Refusal, RefuseCode};
 
 /// A request that waits for the box's answer; one at a time.
@@ -528,10 +530,23 @@ impl Engine {
             }
         };
         let identity = HostIdentity { enrolled_us: clock::wall_us(), ..self.identity.clone() };
-        match self.ctx.state.store_identity(&identity, &key, certificate, ca) {
+        let (certificate, ca) = (certificate.to_owned(), ca.to_owned());
+        self.ctx.scribe.put(Key::Identity, move |dir| {
+            let result = dir.store_identity(&identity, &key, &certificate, &ca);
+            Some(Stored::Identity { identity, tls: config, result })
+        });
+    }
+
+    pub(super) fn renewal_stored(
+        &mut self,
+        identity: HostIdentity,
+        tls: Arc<rustls::ClientConfig>,
+        result: Result<(), StateError>,
+    ) {
+        match result {
             Ok(()) => {
                 self.identity = identity;
-                *self.peer.config.lock().unwrap_or_else(|e| e.into_inner()) = config;
+                *self.peer.config.lock().unwrap_or_else(|e| e.into_inner()) = tls;
                 tracing::info!("the host's certificate was renewed");
             }
             Err(e) => tracing::error!(error = %crate::error_chain(&e), "could not store the renewed certificate"),

@@ -1,11 +1,13 @@
 //! Between the control connection and what a takeover plan has this host do: plans in, requests for leases and results of probes out.
 
+use super::scribe::{Key, Stored};
 use super::{Engine, Input};
 use crate::{
     beats::Beats,
-    fence::{Fence, Gate, Services, Store},
+    fence::{Fence, Gate, Services, Store, StoreError},
     probes::{Means, Probes, script},
 };
+use model::HostId;
 use std::sync::Arc;
 use wire::{HostPlan, Message, PlanService, ProbeKind, ProbeResult};
 
@@ -45,14 +47,38 @@ impl Engine {
 
     pub(super) fn host_plan(&mut self, plan: HostPlan) {
         let (whose, version) = (plan.whose, plan.version);
-        let refused = self.take_plan(plan).err();
+        if let Err(why) = self.check_plan(&plan) {
+            return self.answer_plan(whose, version, Some(why));
+        }
+        let store = self.fence_store();
+        self.ctx.scribe.put(Key::Plan, move |_| {
+            let result = store.store_plan(&plan);
+            Some(Stored::Plan { plan, result })
+        });
+    }
+
+    fn answer_plan(&self, whose: HostId, version: u64, refused: Option<String>) {
         if let Some(why) = &refused {
             tracing::error!(%why, version, "the takeover plan is refused");
         }
         self.tell(Message::HostPlanTaken { whose, version, refused });
     }
 
-    fn take_plan(&mut self, plan: HostPlan) -> Result<(), String> {
+    /// It is followed from when it would outlive this agent.
+    pub(super) fn plan_stored(&mut self, plan: HostPlan, result: Result<(), StoreError>) {
+        let (whose, version) = (plan.whose, plan.version);
+        if let Err(e) = result {
+            return self.answer_plan(whose, version, Some(crate::error_chain(&e)));
+        }
+        self.watch(&plan);
+        match &self.fence {
+            Some(fence) => fence.plan(plan),
+            None => self.begin_fence(plan),
+        }
+        self.answer_plan(whose, version, None);
+    }
+
+    fn check_plan(&self, plan: &HostPlan) -> Result<(), String> {
         if plan.whose != self.identity.host {
             return Err("this agent stands by for no other host".to_owned());
         }
@@ -70,12 +96,6 @@ impl Engine {
             {
                 return Err(format!("this host's configuration has no [scripts.{name}]"));
             }
-        }
-        self.fence_store().store_plan(&plan).map_err(|e| crate::error_chain(&e))?;
-        self.watch(&plan);
-        match &self.fence {
-            Some(fence) => fence.plan(plan),
-            None => self.begin_fence(plan),
         }
         Ok(())
     }

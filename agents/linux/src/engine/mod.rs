@@ -24,6 +24,7 @@ mod group;
 mod memory;
 mod notices;
 mod rpo;
+mod scribe;
 mod spare;
 mod spill;
 mod start;
@@ -51,11 +52,16 @@ use crate::{
 use group::{Batch, Group, Running};
 use model::{BookmarkName, Consistency, Extent, GroupId, MonoTime};
 use replication::{Event, Pressure, PressureInput};
+use scribe::{Key, Scribe, Stored};
 use std::{
     collections::{BTreeSet, VecDeque},
     io,
     path::Path,
-    sync::{Arc, Mutex, mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 use sync::Legs;
@@ -76,6 +82,8 @@ const SECOND_MS: u64 = 1_000;
 const CONTROL_SILENCE_MS: u64 = 15_000;
 /// States are stored for the time after a reboot this often.
 const BOOT_STORE_MS: u64 = 600_000;
+/// The first time, however short the host has been up.
+const BOOT_STORE_FIRST_MS: u64 = 60_000;
 /// Groups that are stopped (a disk is missing, capture does not work) are tried again this often.
 const RETRY_STOPPED_MS: u64 = 30_000;
 /// The box has this long to answer a change.
@@ -155,7 +163,9 @@ fn copy_rate(mib_s: u32) -> Event {
 
 /// What the groups share.
 struct Ctx {
-    state: StateDir,
+    state: Arc<StateDir>,
+    /// Who writes to the state directory, but for what the agent's end is to find at once (`run_dir`, in memory).
+    scribe: Scribe,
     boot_id: String,
     capture: Option<Box<dyn Capture>>,
     pool: Option<Pool>,
@@ -257,7 +267,7 @@ pub struct Engine {
     started: MonoTime,
     last_tick: MonoTime,
     last_second: MonoTime,
-    last_boot_store: MonoTime,
+    next_boot_store: MonoTime,
     last_retry: MonoTime,
     last_spool_look: MonoTime,
     heartbeats: u64,
@@ -278,7 +288,7 @@ impl Stopper {
 impl Engine {
     /// Opens everything that does not need the box: state, capture, groups, the control socket.
     pub fn new(config: Config, start_capture: CaptureStart) -> Result<Self, EngineError> {
-        let mut state = StateDir::open(&config.state_dir, &config.run_dir)?;
+        let state = StateDir::open(&config.state_dir, &config.run_dir)?;
         let lock = state.lock()?;
         let identity = state.identity()?;
         let records = state.load_groups()?;
@@ -289,6 +299,8 @@ impl Engine {
             tracing::info!(why = %crate::error_chain(&e), "nothing is carried over the reboot");
             Vec::new()
         });
+        let state = Arc::new(state);
+        let scribe = Scribe::start(state.clone()).map_err(EngineError::System)?;
         let who = Who {
             host: identity.host,
             boot_id: boot_id.clone(),
@@ -303,6 +315,7 @@ impl Engine {
             peer,
             ctx: Ctx {
                 state,
+                scribe,
                 boot_id,
                 capture: None,
                 pool: None,
@@ -346,8 +359,7 @@ impl Engine {
             started: now,
             last_tick: now,
             last_second: now,
-            // The first time after a minute.
-            last_boot_store: MonoTime(now.0.saturating_sub((BOOT_STORE_MS - 60_000) * 1_000_000)),
+            next_boot_store: now.plus_ms(BOOT_STORE_FIRST_MS),
             last_retry: now,
             last_spool_look: now,
             heartbeats: 0,
@@ -450,6 +462,7 @@ impl Engine {
                 self.each_second(now);
             }
         }
+        self.go_on_with_stored();
         self.answer_box();
         Ok((handled, more))
     }
@@ -679,8 +692,8 @@ impl Engine {
                 tracing::error!(error = %crate::error_chain(&e), "could not start a stopped group");
             }
         }
-        if now.ms_since(self.last_boot_store) >= BOOT_STORE_MS {
-            self.last_boot_store = now;
+        if now >= self.next_boot_store {
+            self.next_boot_store = now.plus_ms(BOOT_STORE_MS);
             self.store_for_boot(false);
             self.note_contents();
         }
@@ -706,9 +719,13 @@ impl Engine {
         for group in &self.groups {
             if let Some(running) = &group.running {
                 let state = if stopping { running.source.final_state().0 } else { running.source.boot_state() };
-                if let Err(e) = self.ctx.state.store_boot(group.id(), &state) {
-                    tracing::warn!(group = %group.id(), error = %crate::error_chain(&e), "could not store the group's state for the next boot");
-                }
+                let id = group.id();
+                self.ctx.scribe.put(Key::Boot(id), move |dir| {
+                    if let Err(e) = dir.store_boot(id, &state) {
+                        tracing::warn!(group = %id, error = %crate::error_chain(&e), "could not store the group's state for the next boot");
+                    }
+                    None
+                });
             }
         }
     }
@@ -734,13 +751,34 @@ impl Engine {
         }
     }
 
+    /// False: it could not be stored. True where that is not known yet ([`Self::settle`]).
     fn store_groups(&mut self) -> bool {
         let records: Vec<_> = self.groups.iter().map(|g| g.record.clone()).collect();
-        match self.ctx.state.store_groups(&records) {
-            Ok(()) => true,
-            Err(e) => {
+        let stored = Arc::new(AtomicBool::new(true));
+        let says = stored.clone();
+        self.ctx.scribe.put(Key::Groups, move |dir| {
+            if let Err(e) = dir.store_groups(&records) {
                 tracing::error!(error = %crate::error_chain(&e), "could not store the list of groups");
-                false
+                says.store(false, Ordering::Release);
+            }
+            None
+        });
+        self.settle();
+        stored.load(Ordering::Acquire)
+    }
+
+    /// Waits until what was to be stored is, where that does not wait for this thread; where it does, it is on its way.
+    fn settle(&self) {
+        if !self.ctx.sync.holds_state() {
+            self.ctx.scribe.settle();
+        }
+    }
+
+    fn go_on_with_stored(&mut self) {
+        for stored in self.ctx.scribe.stored() {
+            match stored {
+                Stored::Identity { identity, tls, result } => self.renewal_stored(identity, tls, result),
+                Stored::Plan { plan, result } => self.plan_stored(plan, result),
             }
         }
     }
@@ -772,6 +810,8 @@ impl Engine {
             }
         }
         self.store_for_boot(true);
+        // Mirrors are out by now.
+        self.ctx.scribe.settle();
         if self.config.carry_over && self.ctx.capture.is_some() {
             let planned = Disks::here()
                 .map_err(carry::CarryError::from)

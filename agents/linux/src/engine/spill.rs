@@ -7,6 +7,7 @@
 
 use super::Engine;
 use super::group::VolumeAt;
+use super::scribe::Key;
 use crate::{
     capture::{DevNo, bpf::layout::MAX_SKIPS},
     disks::Disks,
@@ -28,11 +29,45 @@ enum NoFile {
     OnALoop { disk: String },
     #[error("all groups together have too many pieces of spool files on one disk to leave out ({MAX_SKIPS} at most)")]
     TooManyPieces,
+    #[error(
+        "the state directory lies on a volume whose writes wait for the box, and a spool that waits for it would be of no use"
+    )]
+    WouldWait,
     #[error(transparent)]
     Spool(#[from] spool::SpoolError),
 }
 
+fn no_file(why: &NoFile) -> String {
+    format!("no spool file, writes are only marked once memory is used up: {}", crate::error_chain(why))
+}
+
 impl Engine {
+    fn remove_spool(&self, group: GroupId) {
+        self.ctx.scribe.put(Key::Spool(group), move |dir| {
+            // It takes space, and nothing else.
+            let _ = std::fs::remove_file(dir.spool_path(group));
+            None
+        });
+    }
+
+    /// A mirror is in whose writes wait for this thread, and the state directory lies on it: no group may write to a spool there.
+    pub(super) fn give_up_spools(&mut self) {
+        let mut told = false;
+        for i in 0..self.groups.len() {
+            let group = &mut self.groups[i];
+            let Some(running) = group.running.as_mut().filter(|r| r.spool.file_io().is_some()) else { continue };
+            let note = no_file(&NoFile::WouldWait);
+            tracing::warn!(group = %group.record.spec.id, %note, "spool");
+            running.give_up_spool_file(note);
+            told |= !std::mem::take(&mut group.record.skips).is_empty();
+            let id = group.id();
+            self.remove_spool(id);
+        }
+        if told {
+            self.tell_skips();
+        }
+    }
+
     /// Whether ranges of disks overlap something that is protected, by groups that run or `volumes`.
     fn overlaps_protected(&self, disk: &str, extents: &[Extent], volumes: &[VolumeAt]) -> bool {
         let running = self.groups.iter().filter_map(|g| g.running.as_ref()).flat_map(|r| &r.volumes);
@@ -45,7 +80,7 @@ impl Engine {
     /// Makes the file of a group that is about to begin, and notes where it lies, for the kernel half to leave it out.
     pub(super) fn place_spool(&mut self, disks: &Disks, i: usize) {
         self.groups[i].record.skips.clear();
-        if self.config.spool_mib == 0 {
+        if self.config.spool_mib == 0 || self.ctx.sync.holds_state() {
             return;
         }
         let path = self.ctx.state.spool_path(self.groups[i].id());
@@ -71,6 +106,12 @@ impl Engine {
             return (spool, spool_max, String::new());
         }
         let (path, bytes) = (self.ctx.state.spool_path(id), self.config.spool_file().0);
+        if self.ctx.sync.holds_state() {
+            let note = no_file(&NoFile::WouldWait);
+            tracing::warn!(group = %id, %note, "spool");
+            self.remove_spool(id);
+            return (spool, spool_max, note);
+        }
         let note = match self.add_file(i, volumes, &mut spool, &path, bytes) {
             Ok(note) => {
                 spool_max += spool::usable(bytes);
@@ -78,7 +119,7 @@ impl Engine {
             }
             Err(e) => {
                 let _ = std::fs::remove_file(&path);
-                format!("no spool file, writes are only marked once memory is used up: {}", crate::error_chain(&e))
+                no_file(&e)
             }
         };
         if !note.is_empty() {

@@ -1,6 +1,7 @@
 //! Bringing groups to work: finding their disks again, capture, spool, machine, connection.
 
 use super::group::{self, Group, Running, VolumeAt};
+use super::scribe::Key;
 use super::{Engine, EngineError, Input, READERS};
 use crate::{
     capture::{CaptureError, Captured, DevNo, LostWhy, Target, TargetId},
@@ -489,9 +490,13 @@ impl Engine {
             self.skips_gone(&before);
         }
         self.store_groups();
-        if let Err(e) = self.ctx.state.forget_group(id) {
-            tracing::warn!(group = %id, error = %crate::error_chain(&e), "could not remove everything of the group");
-        }
+        self.ctx.scribe.put(Key::Gone(id), move |dir| {
+            if let Err(e) = dir.forget_group(id) {
+                tracing::warn!(group = %id, error = %crate::error_chain(&e), "could not remove everything of the group");
+            }
+            None
+        });
+        self.settle();
     }
 
     fn stop_capture(&mut self) {

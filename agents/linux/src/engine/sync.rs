@@ -42,15 +42,15 @@ use model::{Bound, Extent, GroupId, MonoTime, SECTOR, SyncMode};
 use replication::{Event, GateState};
 use std::{
     collections::HashMap,
-    io,
+    fmt, io,
     path::PathBuf,
     sync::{Arc, mpsc},
 };
 use wire::{Message, READ_BACK_MAX};
 
-/// Mirrors' targets are numbered from here; the ring's are counted from one.
 /// Requests of the legs and what they lost must fit into the engine's inbox beside everything else: whoever finds it full waits.
 const LEGS_BYTES_MAX: u64 = (super::INBOX_MAX as u64 / 2 - 128) * REQUEST_BYTES;
+/// Mirrors' targets are numbered from here; the ring's are counted from one.
 const FIRST_TARGET: u32 = 1 << 31;
 const RETRY_MS_MIN: u64 = 1_000;
 pub(super) const RETRY_MS_MAX: u64 = 30_000;
@@ -73,15 +73,15 @@ pub(super) enum SyncRefusal {
     )]
     NotDm { device: String },
     #[error(
-        "the agent keeps its state in {}, on {device}: it would wait for its own writes. Put state_dir elsewhere in the configuration",
-        dir.display()
+        "{device} holds {what}: under the strict policy the host's writes wait for the next agent when one dies, and that one may have to \
+         write there itself before it runs. Protect it under the policy that lets the host go on (--sync, or at_bound = degrade)"
     )]
-    OwnState { dir: PathBuf, device: String },
+    Strict { device: String, what: Own },
     #[error(
-        "{device} holds the root file system: while a mirror is put beneath it the agent's own program may have to be read from it, which was \
-         never tried. Protect other volumes so, and this one by BPF"
+        "{device} holds {what}, and the agent could not lock its memory: it might have to be read from the volume while that stands still. \
+         Let it lock memory (CAP_IPC_LOCK, LimitMEMLOCK=infinity)"
     )]
-    Root { device: String },
+    NotInMemory { device: String, what: Own },
     #[error("could not open {}", path.display())]
     Open {
         path: PathBuf,
@@ -92,6 +92,35 @@ pub(super) enum SyncRefusal {
     Threads(#[source] io::Error),
     #[error(transparent)]
     State(#[from] StateError),
+}
+
+/// What the agent itself needs of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Own {
+    State(PathBuf),
+    Program(PathBuf),
+    Root,
+}
+
+impl fmt::Display for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State(dir) => write!(f, "the agent's state ({})", dir.display()),
+            Self::Program(file) => write!(f, "the agent's program ({})", file.display()),
+            Self::Root => f.write_str("the root file system"),
+        }
+    }
+}
+
+/// Whether a mirror may be put beneath what the agent itself needs. `in_memory`: whether the process is locked in memory, if that is known.
+fn may_hold(device: &str, own: &[Own], mode: SyncMode, in_memory: Option<bool>) -> Result<(), SyncRefusal> {
+    let Some(what) = own.first().cloned() else { return Ok(()) };
+    let device = device.to_owned();
+    match mode {
+        SyncMode::Sync { at_bound: Bound::Hold, .. } => Err(SyncRefusal::Strict { device, what }),
+        _ if in_memory == Some(false) => Err(SyncRefusal::NotInMemory { device, what }),
+        _ => Ok(()),
+    }
 }
 
 /// Nothing a read could wait for comes by the ring.
@@ -110,6 +139,8 @@ pub(super) struct Mirrored {
     pub order: Order,
     fencing: bool,
     local_failed: bool,
+    /// The state directory lies on it.
+    under_state: bool,
     pub memory: Memory,
     /// How many writes had arrived when what is remembered was last closed.
     pub arrived: u64,
@@ -154,7 +185,8 @@ pub(super) struct Legs {
     retry_at: MonoTime,
     retry_ms: u64,
     to_engine: mpsc::SyncSender<Input>,
-    firm: bool,
+    /// What came of [`process::stand_firm`], once it was called.
+    firm: Option<bool>,
     /// Their local disk failed before the box had everything: not tried again by this agent.
     barred: Vec<GroupId>,
 }
@@ -175,7 +207,7 @@ impl Legs {
             retry_at: now,
             retry_ms: RETRY_MS_MIN,
             to_engine,
-            firm: false,
+            firm: None,
             barred: Vec::new(),
         }
     }
@@ -196,6 +228,11 @@ impl Legs {
         let let_go = self.mirrors.iter().any(|m| m.group == group && m.mirror.let_go);
         let told = "the host went on without the box before: nobody took its writes up in time (sync_hold_s)";
         if let_go { told.to_owned() } else { String::new() }
+    }
+
+    /// Whether what is written to the state directory may wait for the engine.
+    pub fn holds_state(&self) -> bool {
+        self.mirrors.iter().any(|m| m.under_state && !m.mirror.leg.answers_at_once())
     }
 
     /// How many writes have arrived; none for a target of the ring.
@@ -220,10 +257,10 @@ impl Legs {
             && !at.fencing
             && let Some(dm) = dm
         {
-            // Not in this thread: what is under way waits for its answers.
-            let outer = at.mirror.outer();
+            // Not in this thread: it takes as long as what is under way on the disk.
+            let inner = at.mirror.inner();
             let fence = move || {
-                let made = mirror::fence(&dm, outer);
+                let made = mirror::fence(&dm, inner);
                 if let Err(e) = &made {
                     tracing::error!(error = %crate::error_chain(e), "could not bring a mirrored volume to rest for a moment");
                 }
@@ -339,13 +376,14 @@ impl Engine {
             if !matches!(device.class, Class::Dm { .. }) {
                 return Err(SyncRefusal::NotDm { device: device.title() });
             }
-            self.keeps_state_on(disks, device, mode)?;
+            may_hold(&device.title(), &self.own_on(disks, device), mode, self.ctx.sync.firm)?;
             mirror::check(&*self.ctx.sync.dm()?, device.number)?;
         }
         Ok(())
     }
 
-    fn keeps_state_on(&self, disks: &Disks, device: &Device, mode: SyncMode) -> Result<(), SyncRefusal> {
+    /// What the agent itself needs of a device.
+    fn own_on(&self, disks: &Disks, device: &Device) -> Vec<Own> {
         use std::os::unix::fs::MetadataExt;
         let holds = |path: &std::path::Path| {
             let under = std::fs::metadata(path).ok().and_then(|m| {
@@ -353,14 +391,10 @@ impl Engine {
             });
             under.is_some_and(|under| lies_on(disks, under, device))
         };
-        if holds(std::path::Path::new("/")) {
-            return Err(SyncRefusal::Root { device: device.title() });
-        }
-        // In async mode its own writes wait for nobody.
-        if mode != SyncMode::Async && holds(&self.config.state_dir) {
-            return Err(SyncRefusal::OwnState { dir: self.config.state_dir.clone(), device: device.title() });
-        }
-        Ok(())
+        let mut own = vec![(PathBuf::from("/"), Own::Root)];
+        own.extend(std::env::current_exe().ok().map(|file| (file.clone(), Own::Program(file))));
+        own.push((self.config.state_dir.clone(), Own::State(self.config.state_dir.clone())));
+        own.into_iter().filter(|(path, _)| holds(path)).map(|(_, own)| own).collect()
     }
 
     /// Starts every sync group that does not run and can.
@@ -397,18 +431,21 @@ impl Engine {
     pub(super) fn add_sync_group(&mut self, record: GroupRecord, disks: &Disks) -> Result<(), String> {
         let chain = |e: &dyn std::error::Error| crate::error_chain(e);
         let id = record.spec.id;
-        let (volumes, before) = self.put_in(&record, disks).map_err(|e| chain(&e))?;
-        self.groups.push(Group { record, running: None, stopped: String::new() });
-        let begun = self.begin_group(self.groups.len() - 1, volumes, &before, true);
-        if let Err(e) = begun {
+        self.groups.push(Group { record: record.clone(), running: None, stopped: String::new() });
+        // First: with the mirror in, whether it could be stored may not be waited for.
+        let added = if self.store_groups() {
+            self.put_in(&record, disks).map_err(|e| chain(&e)).and_then(|(volumes, before)| {
+                self.begin_group(self.groups.len() - 1, volumes, &before, true).map_err(|e| chain(&e))
+            })
+        } else {
+            Err("could not store the list of groups; see the log".to_owned())
+        };
+        if added.is_err() {
             self.take_out_mirrors(Some(id));
-            return Err(chain(&e));
+            self.groups.retain(|g| g.id() != id);
+            self.store_groups();
         }
-        if !self.store_groups() {
-            self.take_out_mirrors(Some(id));
-            return Err("could not store the list of groups; see the log".to_owned());
-        }
-        Ok(())
+        added
     }
 
     /// Puts a group's mirrors in; all of them or none.
@@ -423,9 +460,7 @@ impl Engine {
 
     fn put_in_each(&mut self, record: &GroupRecord, disks: &Disks) -> Result<(Vec<VolumeAt>, Before), SyncRefusal> {
         let dm = self.ctx.sync.dm()?;
-        if !std::mem::replace(&mut self.ctx.sync.firm, true) {
-            process::stand_firm();
-        }
+        let in_memory = *self.ctx.sync.firm.get_or_insert_with(process::stand_firm);
         if self.ctx.sync.pool.is_none() {
             let sender = self.to_self.clone();
             let deliver = move |outcome| {
@@ -440,7 +475,8 @@ impl Engine {
         for volume in &record.volumes {
             let device = start::find(disks, volume)?;
             let mode = record.spec.policy.mode;
-            self.keeps_state_on(disks, device, mode)?;
+            let own = self.own_on(disks, device);
+            may_hold(&device.title(), &own, mode, Some(in_memory))?;
             let legs = &mut self.ctx.sync;
             let target = TargetId(legs.next_target);
             legs.next_target += 1;
@@ -462,6 +498,7 @@ impl Engine {
                 order: Order::default(),
                 fencing: false,
                 local_failed: false,
+                under_state: own.iter().any(|o| matches!(o, Own::State(_))),
                 memory,
                 arrived: 0,
                 heard: 0,
@@ -477,6 +514,9 @@ impl Engine {
                 file: Arc::new(file),
                 target,
             });
+        }
+        if self.ctx.sync.holds_state() {
+            self.give_up_spools();
         }
         // Read when all writes go by the new legs: what went past them is marked.
         let mut before = Before::nothing();
@@ -791,5 +831,34 @@ impl Engine {
         let when = if sync { " before everything was copied" } else { "" };
         let why = format!("the local disk of /dev/mapper/{name} failed{when}: mend it and start the agent again");
         self.stop_sync(group, &why);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_that_the_agent_lives_on_is_mirrored_where_nothing_can_wait_for_itself() {
+        let degrade = SyncMode::Sync { wait_ms_max: 5_000, at_bound: Bound::Degrade };
+        let hold = SyncMode::Sync { wait_ms_max: 5_000, at_bound: Bound::Hold };
+        let own = [Own::Root, Own::State(PathBuf::from("/var/lib/holdfast-agent"))];
+        for mode in [SyncMode::Async, degrade] {
+            assert!(
+                may_hold("vg-root", &own, mode, None).is_ok(),
+                "not known yet: found out before anything is changed"
+            );
+            assert!(may_hold("vg-root", &own, mode, Some(true)).is_ok());
+            let refused = may_hold("vg-root", &own, mode, Some(false)).unwrap_err();
+            assert!(refused.to_string().contains("lock its memory"), "{refused}");
+        }
+        let refused = may_hold("vg-root", &own, hold, Some(true)).unwrap_err();
+        assert!(
+            refused.to_string().contains("vg-root holds the root file system: under the strict policy"),
+            "{refused}"
+        );
+        for mode in [SyncMode::Async, degrade, hold] {
+            assert!(may_hold("vg-data", &[], mode, Some(false)).is_ok());
+        }
     }
 }

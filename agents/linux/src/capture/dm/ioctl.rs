@@ -347,11 +347,7 @@ impl DeviceMapper {
         self.short("start", DEV_SUSPEND, Which::Number(device), 0, UDEV_LEAVE_ALONE).map(drop)
     }
 
-    /// Holds all I/O; everything that was under way has completed.
-    pub fn suspend(&self, device: DevNo) -> Result<(), DmError> {
-        self.short("suspend", DEV_SUSPEND, Which::Number(device), F_SUSPEND | F_SKIP_LOCKFS, 0).map(drop)
-    }
-
+    /// After a change of table that failed: the device must not stay suspended.
     pub fn resume(&self, device: DevNo) -> Result<(), DmError> {
         self.short("resume", DEV_SUSPEND, Which::Number(device), 0, 0).map(drop)
     }

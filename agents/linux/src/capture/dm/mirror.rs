@@ -422,16 +422,15 @@ impl Mirror {
     }
 }
 
-/// A moment with nothing under way on a volume. Whoever answers its leg must not be the one who calls this.
-pub fn fence(dm: &DeviceMapper, outer: DevNo) -> Result<(), DmError> {
-    dm.suspend(outer)?;
-    let mut tries = 0;
-    // It must not stay suspended, whatever happens.
-    while let Err(e) = dm.resume(outer) {
-        tries += 1;
-        if tries > 10 {
-            return Err(e);
-        }
+/// A moment with nothing under way on the device that holds a volume's old table: that is given to it once more. Its kinds keep nothing of
+/// their own ([`table::judge`]), so nothing else changes; and in one call, so that whoever is killed in it leaves no device suspended,
+/// which could be the one that the next agent has to be read from.
+pub fn fence(dm: &DeviceMapper, inner: DevNo) -> Result<(), DmError> {
+    dm.load(inner, &dm.table(inner)?, false)?;
+    if let Err(e) = dm.swap(inner, InFlight::Complete) {
+        let _ = dm.clear(inner);
+        let _ = dm.resume(inner);
+        return Err(e);
     }
     Ok(())
 }

@@ -55,12 +55,28 @@
 //! before 5.15 do not tell whether a volume's device was made anew, so there a mirror that is not in the table any more (a planned stop,
 //! another table) counts as not known.
 //!
+//! **Under the agent's own feet.** A volume may hold the root file system, the agent's program, its state, the journal and the swap. What serves
+//! the leg must then never wait for a write to it:
+//!
+//! | what could wait | why it does not |
+//! |---|---|
+//! | a page of the program or of its memory | all is locked ([`process`]); where that is refused, so is the mirror |
+//! | an allocation that would first write something out | none does so (`PR_SET_IO_FLUSHER`, in all threads) |
+//! | the engine, for its state directory | a thread of its own writes there, and the engine does not wait for it (`engine/scribe.rs`); what has to be found by the next agent lies in memory (`run_dir`) |
+//! | the spool | there is no file: what does not fit into memory is marked |
+//! | the log | a journal that takes no line loses it |
+//! | somebody to resume a suspended volume | each change of a table is one call into the kernel ([`ioctl`]) |
+//! | a file that is read (a table of names, a device's beginning) and whose time of access is to be noted | the journal of the file system may make it wait; then the leg's guard answers at the bound |
+//!
+//! Not the strict policy: there the kernel would keep the writes of a dead agent for the next, which may have to write before it runs.
+//! Refused by name.
+//!
 //! **Limits.** Kernels before 5.10 are refused: on 4.18 a write under way to a leg whose agent was killed never came back. What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
 //! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
-//! dm volumes and are refused. In sync mode the agent's state directory must not lie on a volume it mirrors; in async mode it may, and then there is no spool file. A volume that holds the root file system is refused in both: never tried. A disk that fails for the first time *during*
+//! dm volumes and are refused. A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
-//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
+//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, `sync_power.rs` (power cuts), `root_mirror.rs` (a whole Debian on a mirrored root), and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
 //! a host's write for 0.2 to 0.7 s, a stopped one for 0.2 s; 50 cuts and a kill of a writing host lost no acknowledged write.
 
 /// As the status shows it.
