@@ -3,6 +3,7 @@
 use crate::{
     Draw, compare,
     guest::{Guest, Initramfs, Kernel},
+    load::{self, BLOCK, SLOTS},
     process::wait_for,
     product::{Appliance, At, Binaries},
     tools,
@@ -27,6 +28,8 @@ pub const AGENT: &str = "/programs/holdfast-agent --config /etc/agent.toml";
 pub const LVM: &str = "/programs/lvm";
 pub const LVM_ALONE: &str =
     "--config 'devices{use_devicesfile=0} activation{udev_sync=0 udev_rules=0} backup{backup=0 archive=0}'";
+/// What a writer of blocks takes of the volume.
+pub const AREA: u64 = SLOTS * BLOCK as u64;
 /// Rewrites eight files, each synced.
 pub const WRITER: &str = "while ! [ -e /tmp/stop ]; do dd if=/dev/urandom of=/mnt/f$((i%8)) bs=16k count=4 conv=fsync 2>/dev/null; i=$((i+1)); done";
 
@@ -61,6 +64,24 @@ pub struct Host {
 
 impl Host {
     pub fn boot(kernel: &Kernel, bins: &Binaries, dir: &Path, kind: Kind) -> Result<Self> {
+        let (disk, state) = (dir.join("disk.img"), dir.join("state.img"));
+        for file in [&disk, &state] {
+            fs::File::create(file)?.set_len(DISK_BYTES)?;
+        }
+        let drive = |file: &Path| format!("file={},if=virtio,format=raw,cache=writeback", file.display());
+        Self::boot_on(kernel, bins, dir, kind, [drive(&disk), drive(&state)], true)
+    }
+
+    /// The same on disks that are somewhere else: QEMU's words for the protected one and that of the agent's state. `fresh`: both are empty;
+    /// else what is on them stays, and the volume is none of LVM's.
+    pub fn boot_on(
+        kernel: &Kernel,
+        bins: &Binaries,
+        dir: &Path,
+        kind: Kind,
+        drives: [String; 2],
+        fresh: bool,
+    ) -> Result<Self> {
         let mut initramfs = Initramfs::new(kernel)?;
         for module in ["dm-mod", "dm-mirror", "dm-flakey", "nbd", "virtio_rng", "dm-crypt", "xts", "aes_generic"] {
             initramfs.module(kernel, module)?;
@@ -75,12 +96,7 @@ impl Host {
             0o600,
             b"state_dir = \"/var/agent\"\nheed_pressure = false\ncopy = \"whole\"\n".to_vec(),
         );
-        let (disk, state, said) = (dir.join("disk.img"), dir.join("state.img"), dir.join("said"));
-        for file in [&disk, &state] {
-            fs::File::create(file)?.set_len(DISK_BYTES)?;
-        }
-        let drive = |file: &Path| format!("file={},if=virtio,format=raw,cache=writeback", file.display());
-        let drives = [drive(&disk), drive(&state)];
+        let (disk, said) = (dir.join("disk.img"), dir.join("said"));
         let serial = format!("file,id=said,path={}", said.display());
         let args = [
             "-netdev",
@@ -103,13 +119,13 @@ impl Host {
         let name = if kind == Kind::Lvm { "vg-data" } else { "data" };
         let mut this = Self { guest, disk, said, name };
         this.sh("stty -F /dev/ttyS2 raw -echo")?;
-        this.sh(
-            "mkdir -p /var/agent /dev/mapper && /programs/mke2fs -q -t ext4 /dev/vdb && mount /dev/vdb /var/agent",
-        )?;
+        let format = if fresh { "/programs/mke2fs -q -t ext4 /dev/vdb" } else { "true" };
+        this.sh(&format!("mkdir -p /var/agent /dev/mapper && {format} && mount /dev/vdb /var/agent"))?;
         let sectors = DISK_BYTES / 512;
         let table = match kind {
             Kind::Plain => format!("0 {sectors} linear /dev/vda 0"),
             Kind::Crypt => format!("0 {sectors} crypt aes-xts-plain64 {} 0 /dev/vda 0", "5a".repeat(32)),
+            Kind::Lvm if !fresh => bail!("a volume group is made anew at each boot"),
             Kind::Lvm => {
                 this.sh("mkdir -p /run/lock/lvm /etc/lvm")?;
                 for step in
@@ -290,4 +306,32 @@ pub fn assert_identical(appliance: &Appliance, at: &At, disk: &Path) -> Result<(
     let difference = compare::export_with_file(&mut view.only()?.connect()?, disk)?;
     assert_eq!(difference.map(|d| d.to_string()), None, "{at}: the box has not what the disk has");
     view.close()
+}
+
+/// What writers (by their seeds) were last told is done, from what they said on the host's serial line.
+pub fn acknowledged(said: &Path, writers: &[u64]) -> Result<Vec<u64>> {
+    let text = fs::read_to_string(said)?;
+    let mut newest = vec![0; writers.len()];
+    // The last line may be under way.
+    for line in text.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
+        let (writer, number) = line.trim().split_once(' ').with_context(|| format!("line {line:?}"))?;
+        let at = writers.iter().position(|w| w.to_string() == writer).with_context(|| format!("line {line:?}"))?;
+        newest[at] = number.parse()?;
+    }
+    Ok(newest)
+}
+
+/// Of each writer, how many writes the box holds; each has its area one behind the other.
+pub fn held_by_box(appliance: &Appliance, writers: &[u64]) -> Result<Vec<u64>> {
+    let view = appliance.view("data", &At::Latest)?;
+    let mut export = view.only()?.connect()?;
+    let mut held = Vec::new();
+    for (at, writer) in writers.iter().enumerate() {
+        let mut area = vec![0; AREA as usize];
+        export.read(at as u64 * AREA, &mut area)?;
+        held.push(load::writes_in(*writer, &area)?);
+    }
+    drop(export);
+    view.close()?;
+    Ok(held)
 }

@@ -16,6 +16,7 @@
 //! - [`compare`]: a view against its oracle, byte by byte;
 //! - [`line`]: a network line that is cut or goes half-open;
 //! - [`power`]: disks that lose power;
+//! - [`volatile`]: a guest's disk whose cache loses power;
 //! - [`dm_host`]: such a guest whose disk is a volume of the device mapper;
 //! - [`guest`] and [`qmp`]: QEMU guests with Debian's kernel and a busybox initramfs;
 //! - [`debian`]: guests that are whole Debian hosts, for what a reboot shows.
@@ -40,6 +41,7 @@ pub mod product;
 pub mod qmp;
 pub mod record;
 pub mod tools;
+pub mod volatile;
 
 /// Prints why a test did not run, in the form `cargo xtask test` counts.
 pub fn skip(why: impl std::fmt::Display) {

@@ -4,14 +4,15 @@ use anyhow::{Context, Result, ensure};
 use hw_tests::{
     Draw, Scratch,
     disk::check_ext4,
-    dm_host::{AGENT, DISK_BYTES, Host, Kind, LVM, LVM_ALONE, STEP_MAX, assert_identical, cache, kernel},
+    dm_host::{
+        AGENT, AREA, DISK_BYTES, Host, Kind, LVM, LVM_ALONE, STEP_MAX, acknowledged, assert_identical, cache,
+        held_by_box, kernel,
+    },
     guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Kernel, Release},
-    load::{self, BLOCK, SLOTS},
     process::wait_for,
     product::{Appliance, At, Binaries},
 };
 use serde_json::json;
-use std::{fs, path::Path};
 
 /// Under the strict policy the host's writes wait for an agent that died, and for no longer than they are to.
 #[test]
@@ -266,8 +267,6 @@ fn mirrored_live(kernel: &Kernel) -> Result<()> {
 
 /// Cuts taken of one running host.
 const CUTS: u64 = 50;
-/// Where the writers' areas begin.
-const AREA: u64 = SLOTS * BLOCK as u64;
 
 #[test]
 fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
@@ -288,40 +287,23 @@ fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
         let offset = at as u64 * AREA;
         host.sh(&format!("/programs/guest-load acks {volume} {offset} {writer} /dev/ttyS2 >/dev/ttyS0 2>&1 &"))?;
     }
-    let acked = |said: &Path| -> Result<Vec<u64>> {
-        let text = fs::read_to_string(said)?;
-        let mut newest = vec![0; writers.len()];
-        // The last line may be under way.
-        for line in text.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
-            let (writer, number) = line.trim().split_once(' ').with_context(|| format!("line {line:?}"))?;
-            let at = writers.iter().position(|w| w.to_string() == writer).with_context(|| format!("line {line:?}"))?;
-            newest[at] = number.parse()?;
-        }
-        Ok(newest)
-    };
     let check = |appliance: &Appliance, promised: &[u64], cut: u64| -> Result<()> {
-        let view = appliance.view("data", &At::Latest)?;
-        let mut export = view.only()?.connect()?;
-        for (at, (writer, promised)) in writers.iter().zip(promised).enumerate() {
-            let mut area = vec![0; AREA as usize];
-            export.read(at as u64 * AREA, &mut area)?;
-            let held = load::writes_in(*writer, &area).with_context(|| format!("cut {cut}, HOLDFAST_SEED={seed}"))?;
-            ensure!(
-                held >= *promised,
-                "cut {cut}: the host was told that write {promised} is done, the box has {held}; HOLDFAST_SEED={seed}"
-            );
-        }
-        view.close()
+        let held = held_by_box(appliance, &writers).with_context(|| format!("cut {cut}, HOLDFAST_SEED={seed}"))?;
+        ensure!(
+            held.iter().zip(promised).all(|(held, promised)| held >= promised),
+            "cut {cut}: the host was told that writes {promised:?} are done, the box has {held:?}; HOLDFAST_SEED={seed}"
+        );
+        Ok(())
     };
     let mut before = 0;
     for cut in 1..=CUTS {
         let wanted = before + 1 + draw.below(12);
         wait_for("the writers to go on", STEP_MAX, || {
-            Ok((acked(&host.said)?.iter().sum::<u64>() >= wanted).then_some(()))
+            Ok((acknowledged(&host.said, &writers)?.iter().sum::<u64>() >= wanted).then_some(()))
         })?;
         // Nothing of the guest runs on from here, as if its power were cut.
         host.guest.qmp.execute("stop", json!({}))?;
-        let promised = acked(&host.said)?;
+        let promised = acknowledged(&host.said, &writers)?;
         before = promised.iter().sum();
         check(&appliance, &promised, cut)?;
         host.guest.qmp.execute("cont", json!({}))?;
@@ -330,7 +312,7 @@ fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
     assert_eq!((&group["gate"], &group["state"]), (&json!("sync"), &json!("replicating")), "in step all the time");
     let said = host.said.clone();
     host.guest.power_off()?;
-    let promised = acked(&said)?;
+    let promised = acknowledged(&said, &writers)?;
     check(&appliance, &promised, CUTS + 1)?;
     println!("{CUTS} cuts and a kill, {} acknowledged writes", promised.iter().sum::<u64>());
     appliance.stop()?;
