@@ -4,97 +4,36 @@
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
-    Scratch, compare,
-    debian::{DebianGuest, DebianImage, Options, Profile, install},
-    process::{self, call, wait_for},
-    product::{Appliance, At, Binaries},
+    Scratch,
+    debian::{DebianImage, Options, Profile, host::Host, install},
+    product::{Appliance, Binaries},
 };
 use serde_json::Value;
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
-const STEP_MAX: Duration = Duration::from_secs(180);
-/// Copying or comparing the whole of the root in an emulated guest.
-const SYNC_MAX: Duration = Duration::from_secs(400);
-const PACKAGE_MAX: Duration = Duration::from_secs(120);
 /// An initramfs made in an emulated guest.
 const PURGE_MAX: Duration = Duration::from_secs(600);
-/// A guest's way to this machine's loopback.
-const HOST: &str = "10.0.2.2";
 const GROUP: &str = "root";
-/// An emulated machine is under pressure all the time. Every sector is compared, free ones too.
-const CONFIG: &str = "heed_pressure = false\ncopy = \"whole\"\n";
 
-fn repo() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+fn host(bins: &Binaries, dir: &Path) -> Result<Host> {
+    Host::new(bins, dir, Profile::PARTITION, Options::default())
 }
 
-/// The agent's package.
-fn package(bins: &Binaries, dir: &Path) -> Result<PathBuf> {
-    let mut build = Command::new(repo().join("agents/linux/packaging/build.sh"));
-    build.args(["--only", "deb", "--fast", "--binary"]).arg(&bins.agent).arg("--out").arg(dir);
-    process::run(build, PACKAGE_MAX)?.ok()?;
-    let found = std::fs::read_dir(dir)?.filter_map(|e| Some(e.ok()?.path()));
-    found.into_iter().find(|p| p.extension().is_some_and(|e| e == "deb")).context("no deb was made")
+/// What these tests do with it.
+trait Tried {
+    fn protect(&mut self, appliance: &Appliance, at: &str) -> Result<()>;
+    fn work(&mut self, name: &str) -> Result<()>;
+    fn named(&mut self) -> Result<String>;
+    fn settings(&mut self) -> Result<String>;
+    fn early(&mut self) -> Result<Value>;
 }
 
-/// A Debian host with the agent's package, on a raw disk that can be read beside it.
-struct Host {
-    guest: Option<DebianGuest>,
-    disk: PathBuf,
-    dir: PathBuf,
-}
-
-impl Host {
-    fn new(bins: &Binaries, dir: &Path) -> Result<Self> {
-        let image = DebianImage::get(Profile::PARTITION, &repo().join("target/guest"))?;
-        let disk = dir.join("host.raw");
-        call("cp", &["--sparse=always", &image.path().to_string_lossy(), &disk.to_string_lossy()], STEP_MAX)?;
-        install::install(&disk, &package(bins, &dir.join("packages"))?, CONFIG, &dir.join("mount"))?;
-        let mut this = Self { guest: None, disk, dir: dir.join("guest") };
-        this.power_on()?;
-        Ok(this)
-    }
-
-    fn power_on(&mut self) -> Result<()> {
-        self.guest = Some(DebianGuest::boot(&self.disk, &self.dir, &Options::default())?);
-        Ok(())
-    }
-
-    fn guest(&mut self) -> Result<&mut DebianGuest> {
-        self.guest.as_mut().context("the host is switched off")
-    }
-
-    fn sh(&mut self, line: &str) -> Result<String> {
-        let guest = self.guest()?;
-        let log = guest.log_path().display().to_string();
-        guest.sh(line, STEP_MAX).with_context(|| format!("see {log}"))
-    }
-
+impl Tried for Host {
     /// Enrols, protects what is mounted at `at`, and waits until the box has it.
     fn protect(&mut self, appliance: &Appliance, at: &str) -> Result<()> {
-        let (token, port) = (appliance.token()?, appliance.listen().port());
-        self.sh(&format!("holdfast-agent enrol --box {HOST}:{port} --token {token}"))?;
-        self.sh("systemctl start holdfast-agent")?;
+        self.join(appliance)?;
         self.sh(&format!("holdfast-agent protect {at} --group {GROUP}"))?;
         self.in_step().map(drop)
-    }
-
-    /// Waits until the agent has nothing left to copy or to compare; what it says then.
-    fn in_step(&mut self) -> Result<Value> {
-        let mut last = Value::Null;
-        let log = self.guest()?.log_path().display().to_string();
-        wait_for("the group to be in step", SYNC_MAX, || {
-            // Right after a boot nobody answers yet.
-            let text = self.sh("holdfast-agent status --json 2>/dev/null || true")?;
-            let Ok(status) = serde_json::from_str::<Value>(&text) else { return Ok(None) };
-            last = status["groups"][0].clone();
-            Ok((last["state"] == "replicating" && last["lag_ms"].is_u64()).then(|| last.clone()))
-        })
-        .with_context(|| format!("last seen: {last}; see {log}"))
     }
 
     /// What each boot changes besides what a test writes, and a workload of a kind.
@@ -104,25 +43,6 @@ impl Host {
              cp -r /etc /srv/{name}/etc && rm -rf /srv/{name}/etc/ssl && sync"
         ))
         .map(drop)
-    }
-
-    /// Holds the root file system still until the box has what the disk has.
-    fn assert_identical(&mut self, appliance: &Appliance) -> Result<()> {
-        let (from, bytes) = install::partition(&self.disk, install::ROOT)?;
-        self.sh("sync; fsfreeze --freeze /")?;
-        let mut seen = String::new();
-        wait_for("the box to have what the disk has", STEP_MAX, || {
-            let view = appliance.view(GROUP, &At::Latest)?;
-            let mut client = view.only()?.connect()?;
-            ensure!(client.size() == bytes, "the view has {} bytes, the partition {bytes}", client.size());
-            let difference = compare::export_with_part(&mut client, &self.disk, from)?;
-            drop(client);
-            view.close()?;
-            seen = difference.map(|d| d.to_string()).unwrap_or_default();
-            Ok(seen.is_empty().then_some(()))
-        })
-        .with_context(|| seen.clone())?;
-        self.sh("fsfreeze --unfreeze /").map(drop)
     }
 
     /// Everything on the host that bears our name.
@@ -161,8 +81,9 @@ fn an_ext4_root_is_carried_over_a_clean_reboot_and_compared_after_a_power_cut() 
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::new(&bins, dir.path())?;
-    let (_, bytes) = install::partition(&host.disk, install::ROOT)?;
+    let mut host = host(&bins, dir.path())?;
+    let root = install::root(&host.disk)?;
+    let bytes = root.1;
     host.protect(&appliance, "/")?;
     host.work("before")?;
 
@@ -174,7 +95,7 @@ fn an_ext4_root_is_carried_over_a_clean_reboot_and_compared_after_a_power_cut() 
     println!("clean reboot: {reread} of {bytes} bytes were read again");
     ensure!(reread <= REREAD_MAX, "{reread} of {bytes} bytes were read again: {group}");
     host.work("between")?;
-    host.assert_identical(&appliance)?;
+    host.assert_identical(&appliance, GROUP, root)?;
 
     // The power goes while somebody writes.
     host.sh("(i=0; while :; do dd if=/dev/urandom of=/srv/before/b$((i%4)) bs=64k count=8 conv=fsync; i=$((i+1)); done >/dev/null 2>&1 &)")?;
@@ -188,7 +109,7 @@ fn an_ext4_root_is_carried_over_a_clean_reboot_and_compared_after_a_power_cut() 
     println!("power cut: of {total} bytes {same} were found the same");
     ensure!(same > bytes * 8 / 10, "only {same} of {bytes} bytes were found the same: {group}");
     host.work("after")?;
-    host.assert_identical(&appliance)?;
+    host.assert_identical(&appliance, GROUP, root)?;
     appliance.stop()?;
     dir.done()
 }
@@ -202,7 +123,7 @@ fn a_purged_agent_leaves_a_debian_host_as_it_was() -> Result<()> {
     let dir = Scratch::new()?;
     let bins = Binaries::beside_us()?;
     let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
-    let mut host = Host::new(&bins, dir.path())?;
+    let mut host = host(&bins, dir.path())?;
     let before = host.settings()?;
     host.protect(&appliance, "/boot")?;
     ensure!(host.settings()? != before, "protecting changed nothing that could be seen: {before}");

@@ -1,17 +1,35 @@
 //! A package in a Debian disk before it boots: unpacked and configured in a chroot, its initramfs made there, at this machine's speed.
 
 use crate::{process, tools};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, time::Duration};
 
 /// Making an initramfs takes most of it.
 const INSTALL_MAX: Duration = Duration::from_secs(300);
 /// Of the partitions that [`super::DebianImage`] makes.
 const BOOT: usize = 3;
-pub const ROOT: usize = 4;
+const ROOT: usize = 4;
+/// Where LVM begins with a volume group's data.
+const EXTENTS_START: u64 = 1 << 20;
+
+/// Where the root file system of a raw disk lies, in bytes: begin and length. It is an ext4, alone in its partition or the first logical
+/// volume there.
+pub fn root(disk: &Path) -> Result<(u64, u64)> {
+    let (partition, _) = partition(disk, ROOT)?;
+    for from in [partition, partition + EXTENTS_START] {
+        // The superblock: count of blocks at 4, how long they are at 24, what says that it is one at 56.
+        let mut block = [0; 64];
+        File::open(disk)?.read_exact_at(&mut block, from + 1024)?;
+        let at = |from: usize| u64::from(u32::from_le_bytes(std::array::from_fn(|i| block[from + i])));
+        if block[56..58] == [0x53, 0xef] {
+            return Ok((from, at(4) * (1024 << at(24))));
+        }
+    }
+    bail!("{} has no ext4 in its partition {ROOT}", disk.display())
+}
 
 /// Where a partition of a raw disk lies, in bytes: begin and length.
-pub fn partition(disk: &Path, number: usize) -> Result<(u64, u64)> {
+fn partition(disk: &Path, number: usize) -> Result<(u64, u64)> {
     // GPT: 128 bytes for each partition from the third sector on; first and last sector at 32 and 40.
     let mut entry = [0; 128];
     File::open(disk)?.read_exact_at(&mut entry, 2 * 512 + (number as u64 - 1) * 128)?;
@@ -40,16 +58,13 @@ rm "$at/tmp/config"
 umount "$at/dev" "$at/proc" "$at/boot" "$at"
 "#;
 
-/// Installs a deb into a raw disk whose root is the fourth partition, and adds `more` to the agent's configuration. `at`: a folder to mount it on.
+/// Installs a deb into a raw disk whose root is [`root`], and adds `more` to the agent's configuration. `at`: a folder to mount it on.
 pub fn install(disk: &Path, deb: &Path, more: &str, at: &Path) -> Result<()> {
     std::fs::create_dir_all(at)?;
-    let options = |number| -> Result<String> {
-        let (offset, bytes) = partition(disk, number)?;
-        Ok(format!("offset={offset},sizelimit={bytes}"))
-    };
+    let options = |(offset, bytes): (u64, u64)| format!("offset={offset},sizelimit={bytes}");
     let mut command = Command::new(tools::need("unshare")?);
     command.args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT, "install"]).arg(disk).arg(at);
-    command.args([options(BOOT)?, options(ROOT)?]).arg(deb).arg(more);
+    command.args([options(partition(disk, BOOT)?), options(root(disk)?)]).arg(deb).arg(more);
     process::run(command, INSTALL_MAX)?.ok().with_context(|| format!("install {}", deb.display()))?;
     Ok(())
 }

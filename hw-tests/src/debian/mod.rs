@@ -23,6 +23,7 @@
 //! Emulated: half a minute from power-on to the shell. Nobody logs in, no host keys, no clock service. The mirror's newest packages are
 //! taken: what is tested is today's bookworm.
 
+pub mod host;
 mod image;
 pub mod install;
 
