@@ -1,3 +1,5 @@
+//! Servers that answer, hang, drip, flood and lie; units and processes of this machine.
+
 use super::*;
 use std::{
     io::{Read as _, Write as _},
