@@ -427,15 +427,16 @@ pub enum ViewCommand {
 pub struct RestoreArgs {
     #[command(subcommand)]
     pub command: Option<RestoreCommand>,
-    /// Restore all disks of these groups to the machine named with --to, on which `holdfast-agent rescue` runs
+    /// Restore all disks of these groups, or of these hosts' groups, to the machine named with --to, on which `holdfast-agent rescue` runs
     #[arg(value_name = "GROUP", conflicts_with_all = ["group", "volume", "format", "force", "onto_protected"])]
     pub groups: Vec<String>,
-    /// `latest`, a time (2026-11-22T10:31:07.250, `10:31`, `5m ago`), an LSN or a bookmark; to a machine, the latest when left out
+    /// `latest`, a time (2026-11-22T10:31:07.250, `10:31`, `5m ago`), an LSN or a bookmark; to a machine, the latest when left out. Of
+    /// several groups a time, or a bookmark that each has
     #[arg(long, value_name = "POINT", required_unless_present = "groups")]
     pub at: Option<String>,
     #[arg(short, long)]
     pub group: Option<String>,
-    /// To a machine: which of its disks gets a volume [default: the one of the same serial, else the only one of the same size]
+    /// To a machine: which of its disks gets a volume, of several groups GROUP/VOLUME=/dev/DISK [default: the one of the same serial, else the only one of the same size]
     #[arg(long = "disk", value_name = "VOLUME=/dev/DISK", requires = "groups")]
     pub disks: Vec<String>,
     /// To a machine: overwrite its disks without being asked

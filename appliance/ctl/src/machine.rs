@@ -14,7 +14,7 @@ use crate::{
 use anyhow::{Context as _, bail, ensure};
 use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
-use model::{ByteLen, SECTOR, VolumeSpec};
+use model::{ByteLen, RecoveryPoint, SECTOR, VolumeSpec};
 use serde_json::{Value, json};
 use std::{
     io::{BufRead as _, IsTerminal as _, Write as _},
@@ -89,10 +89,8 @@ pub fn restore(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
     let clock = Clock::local();
     let point = clock.point(args.at.as_deref().unwrap_or("latest"))?;
     let groups = online::groups(client)?;
-    let mut chosen: Vec<&Group> = Vec::new();
-    for name in &args.groups {
-        chosen.push(online::pick_group(&groups, Some(name))?);
-    }
+    let chosen = choose(&groups, &args.groups)?;
+    one_moment(&point, chosen.len())?;
     let Some(wanted) = args.to.as_ref().and_then(|to| to.to.to_str()) else {
         bail!("the machine is missing, or its name is no text")
     };
@@ -124,6 +122,30 @@ pub fn restore(client: &Client, args: &RestoreArgs) -> anyhow::Result<()> {
     })
 }
 
+/// Groups by name, or all groups of a host by the host's.
+fn choose<'a>(groups: &'a [Group], names: &[String]) -> anyhow::Result<Vec<&'a Group>> {
+    let mut chosen: Vec<&Group> = Vec::new();
+    for name in names {
+        let of_host: Vec<&Group> = groups.iter().filter(|g| g.host_name.as_deref() == Some(name)).collect();
+        let is_group = groups.iter().any(|g| g.name == *name || g.id == *name);
+        let found = if is_group || of_host.is_empty() { vec![online::pick_group(groups, Some(name))?] } else { of_host };
+        for group in found {
+            ensure!(!chosen.iter().any(|g| g.id == group.id), "group {:?} is named twice", group.name);
+            chosen.push(group);
+        }
+    }
+    Ok(chosen)
+}
+
+/// Disks of several groups are restored as of one moment, or each as of its newest.
+fn one_moment(point: &RecoveryPoint, groups: usize) -> anyhow::Result<()> {
+    ensure!(
+        groups == 1 || !matches!(point, RecoveryPoint::Lsn(_)),
+        "an LSN is a position in one group's history, and {groups} groups are to be restored: give a time, or a bookmark that each of them has"
+    );
+    Ok(())
+}
+
 /// What was said with `--disk`, and for the rest the disk with the same serial, else the only one of the same size.
 fn map<'a>(groups: &[&'a Group], said: &[String], disks: &[Value]) -> anyhow::Result<Vec<Map<'a>>> {
     let volumes: Vec<(&Group, &VolumeSpec)> =
@@ -133,11 +155,14 @@ fn map<'a>(groups: &[&'a Group], said: &[String], disks: &[Value]) -> anyhow::Re
         let (name, path) = text
             .split_once('=')
             .with_context(|| format!("{text:?} names no volume and its disk: write it like /dev/sda=/dev/vda"))?;
-        let fits = |(_, v): &(&Group, &VolumeSpec)| v.name == name || v.id.to_string() == name;
+        let fits = |(g, v): &(&Group, &VolumeSpec)| {
+            let of_group = name.strip_prefix(&g.name).and_then(|rest| rest.strip_prefix('/'));
+            [Some(name), of_group].into_iter().flatten().any(|name| v.name == name || v.id.to_string() == name)
+        };
         let mut found = volumes.iter().enumerate().filter(|(_, gv)| fits(gv)).map(|(i, _)| i);
         let (first, second) = (found.next(), found.next());
         let at = first.with_context(|| format!("no volume {name:?} is restored"))?;
-        ensure!(second.is_none(), "several volumes are called {name:?}: restore one group at a time");
+        ensure!(second.is_none(), "several volumes are called {name:?}: write GROUP/VOLUME=/dev/DISK");
         paths[at] = Some(path.to_owned());
     }
     let taken = |paths: &[Option<String>], disk: &Value| paths.iter().flatten().any(|p| disk["path"] == p.as_str());
@@ -276,7 +301,7 @@ fn used(disk: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::{Sectors, VolumeId};
+    use model::{HistoryTime, Lsn, Sectors, VolumeId};
 
     fn group() -> Group {
         let volume = |id, name: &str, sectors, identity: &str| VolumeSpec {
@@ -316,5 +341,35 @@ mod tests {
         assert!(paths(map(&groups, &["/dev/sdb".to_owned()], &both)).is_err());
         assert!(paths(map(&groups, &["/dev/sdq=/dev/x".to_owned()], &both)).is_err());
         assert!(paths(map(&groups, &["/dev/sdb=/dev/nothing".to_owned()], &both)).unwrap_err().contains("no disk"));
+    }
+
+    #[test]
+    fn several_groups_are_restored_as_of_one_time_and_their_volumes_told_apart() {
+        let (system, mut data) = (group(), group());
+        (data.id, data.name) = ("h".into(), "db-data".into());
+        data.volumes.truncate(1);
+        data.volumes[0].sectors = Sectors(300);
+        let mut groups = [system, data];
+        groups.iter_mut().for_each(|g| g.host_name = Some("db1".into()));
+        let names = |wanted: &[&str]| {
+            let wanted: Vec<String> = wanted.iter().map(|w| (*w).to_owned()).collect();
+            let chosen = choose(&groups, &wanted).map_err(|e| e.to_string());
+            chosen.map(|list| list.iter().map(|g| g.name.clone()).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&["db1"]), Ok(vec!["db".to_owned(), "db-data".into()]), "all of a host");
+        assert_eq!(names(&["db-data"]), Ok(vec!["db-data".to_owned()]));
+        assert!(names(&["db1", "db"]).unwrap_err().contains("twice"));
+        assert!(names(&["nobody"]).is_err());
+
+        assert!(one_moment(&RecoveryPoint::Lsn(Lsn(7)), 1).is_ok());
+        assert!(one_moment(&RecoveryPoint::Lsn(Lsn(7)), 2).unwrap_err().to_string().contains("give a time"));
+        assert!(one_moment(&RecoveryPoint::Time(HistoryTime(7)), 2).is_ok());
+
+        let disks = [disk("/dev/x", 300, ""), disk("/dev/y", 200, ""), disk("/dev/z", 300, "")];
+        let both: Vec<&Group> = groups.iter().collect();
+        let twice = ["/dev/sda=/dev/x".to_owned()];
+        assert!(paths(map(&both, &twice, &disks)).unwrap_err().contains("GROUP/VOLUME"));
+        let said = ["db-data//dev/sda=/dev/x".to_owned(), "db//dev/sda=/dev/z".to_owned()];
+        assert_eq!(paths(map(&both, &said, &disks)), Ok(["/dev/z", "/dev/y", "/dev/x"].map(str::to_owned).to_vec()));
     }
 }
