@@ -228,7 +228,11 @@ impl Kernel {
         Ok(kept)
     }
 
-    fn image(&self) -> PathBuf {
+    /// The unpacked package: `boot/`, `lib/modules/`.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    pub fn image(&self) -> PathBuf {
         self.root.join("boot").join(format!("vmlinuz-{}", self.version))
     }
 
@@ -257,6 +261,8 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
 pub struct Initramfs {
     files: BTreeMap<String, (u32, Vec<u8>)>,
     modules: Vec<String>,
+    /// Process 1, where it is not the one of the tests' guests.
+    init: Option<String>,
 }
 
 /// Loaded in every guest.
@@ -271,6 +277,10 @@ impl Initramfs {
             this.module(kernel, module)?;
         }
         Ok(this)
+    }
+    /// Nothing but a process 1 of the caller's.
+    pub fn bare(init: String) -> Self {
+        Self { init: Some(init), ..Self::default() }
     }
     pub fn file(&mut self, path: &str, mode: u32, bytes: Vec<u8>) {
         self.files.insert(path.to_owned(), (0o100_000 | mode, bytes));
@@ -333,6 +343,9 @@ impl Initramfs {
     }
 
     fn init(&self) -> String {
+        if let Some(init) = &self.init {
+            return init.clone();
+        }
         let insmods: String = self.modules.iter().map(|m| format!("insmod /modules/{m}\n")).collect();
         INIT.replace("INSMODS\n", &insmods)
     }
@@ -415,6 +428,13 @@ impl Guest {
 
     /// Starts a machine that boots from what `args` give it, and waits for its shell.
     pub fn power_on(dir: &Path, args: &[String]) -> Result<Self> {
+        let mut guest = Self::switch_on(dir, args)?;
+        guest.wait_shell()?;
+        Ok(guest)
+    }
+
+    /// Starts a machine that boots from what `args` give it, and waits for nothing in it.
+    pub fn switch_on(dir: &Path, args: &[String]) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let at = |name: &str| dir.join(name);
         for socket in ["qmp", "shell"] {
@@ -437,9 +457,13 @@ impl Guest {
             })
         };
         let (shell, qmp) = (connect("shell")?, Qmp::over(connect("qmp")?)?);
-        let mut guest = Self { qemu, shell, qmp, unread: String::new(), commands: 0 };
-        guest.wait_shell()?;
-        Ok(guest)
+        Ok(Self { qemu, shell, qmp, unread: String::new(), commands: 0 })
+    }
+
+    /// Waits for words on the second serial port and answers them with a line, as somebody who sits there does.
+    pub fn answer(&mut self, words: &str, line: &str, limit: Duration) -> Result<()> {
+        self.until(words, limit).with_context(|| format!("nobody has asked for {words:?}"))?;
+        Ok(self.shell.write_all(format!("{line}\n").as_bytes())?)
     }
 
     /// Waits for the shell of a boot that is under way.

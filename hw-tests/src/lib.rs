@@ -15,6 +15,7 @@
 //! - [`load`]: a writer whose every state is known;
 //! - [`compare`]: a view against its oracle, byte by byte;
 //! - [`line`]: a network line that is cut or goes half-open;
+//! - [`postgres`]: a client that commits rows over a network;
 //! - [`power`]: disks that lose power;
 //! - [`volatile`]: a guest's disk whose cache loses power;
 //! - [`dm_host`]: such a guest whose disk is a volume of the device mapper;
@@ -35,6 +36,7 @@ pub mod line;
 pub mod load;
 pub mod nbd;
 pub mod net;
+pub mod postgres;
 pub mod power;
 pub mod process;
 pub mod product;

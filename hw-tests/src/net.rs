@@ -95,6 +95,53 @@ fn ip(args: &[&str]) -> Result<Finished> {
     call("ip", args, IP_MAX).with_context(|| format!("ip {}", args.join(" ")))
 }
 
+/// Leaves this machine's network for one of our own: this thread, and every program and thread it starts from here on, sees nothing but a
+/// bridge with these addresses of ours. It goes with the last of them, and so do its interfaces. Needs root; call it before other threads are
+/// started.
+pub fn leave_for_a_bridge(bridge: &str, addresses: &[&str]) -> Result<()> {
+    // SAFETY: plain numbers; what this thread shared with others it now has alone.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) } != 0 {
+        return Err(std::io::Error::last_os_error()).context("leave this machine's network");
+    }
+    // Interfaces are looked for in /sys as well, which shows those of the network it was mounted in.
+    call("mount", &["--make-rprivate", "/"], IP_MAX)?;
+    call("mount", &["-t", "sysfs", "sysfs", "/sys"], IP_MAX)?;
+    ip(&["link", "set", "lo", "up"])?;
+    ip(&["link", "add", bridge, "type", "bridge"])?;
+    // A bridge without a port that is up forgets all its neighbours; a real one has others plugged in.
+    let (anchor, other_end) = (format!("{bridge}-a"), format!("{bridge}-b"));
+    ip(&["link", "add", &anchor, "type", "veth", "peer", "name", &other_end])?;
+    ip(&["link", "set", &anchor, "master", bridge, "up"])?;
+    ip(&["link", "set", &other_end, "up"])?;
+    ip(&["link", "set", bridge, "up"])?;
+    for address in addresses {
+        ip(&["address", "add", address, "dev", bridge])?;
+    }
+    Ok(())
+}
+
+/// Has our neighbours' hardware addresses believed for an hour, unless a neighbour itself says that they have changed.
+pub fn believe_neighbours(device: &str) -> Result<()> {
+    let file = format!("/proc/sys/net/ipv4/neigh/{device}/base_reachable_time_ms");
+    std::fs::write(&file, "7200000").with_context(|| format!("write {file}"))
+}
+
+/// A cable from a machine of ours to a bridge.
+pub fn tap(name: &str, bridge: &str) -> Result<()> {
+    ip(&["tuntap", "add", "dev", name, "mode", "tap"])?;
+    ip(&["link", "set", "dev", name, "master", bridge, "up"]).map(drop)
+}
+
+/// The hardware address we hold for a neighbour.
+pub fn neighbour(address: Ipv4Addr) -> Result<Option<String>> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/arp").context("read our neighbours")?;
+    let found = text.lines().skip(1).find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        (words.first()?.parse() == Ok(address)).then(|| words.get(3).map(|mac| (*mac).to_owned()))?
+    });
+    Ok(found.filter(|mac| mac != "00:00:00:00:00:00"))
+}
+
 /// Whether namespaces can be had here; why not otherwise.
 pub fn cables_work() -> Result<(), String> {
     if !tools::is_root() {

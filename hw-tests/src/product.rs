@@ -48,6 +48,16 @@ impl Binaries {
         Self::in_dir(dir)
     }
 
+    /// Another program built together with them.
+    pub fn beside(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.holdfastd.parent().context("the programs are in no folder")?;
+        let file = dir.join(name);
+        if !file.is_file() {
+            bail!("{} is not built: run `cargo build --workspace` first", file.display());
+        }
+        Ok(file)
+    }
+
     /// An example built together with them.
     pub fn example(&self, name: &str) -> Result<PathBuf> {
         let dir = self.holdfastd.parent().context("the programs are in no folder")?;
@@ -275,6 +285,35 @@ impl Appliance {
             fs::write(dir.join(file), pem)?;
         }
         Ok(())
+    }
+}
+
+/// Ends the machines that a box runs, when dropped: they outlive the box, and must not outlive a test that fails.
+#[derive(Debug)]
+pub struct EndMachines(PathBuf);
+
+impl EndMachines {
+    pub fn of(appliance: &Appliance) -> Self {
+        Self(appliance.data_dir())
+    }
+}
+
+impl Drop for EndMachines {
+    fn drop(&mut self) {
+        end_machines(&self.0);
+    }
+}
+
+/// Ends the machines that a box with this folder of data runs, or has left.
+pub fn end_machines(data: &Path) {
+    for run in fs::read_dir(data.join("takeovers")).into_iter().flatten().flatten() {
+        let Ok(pid) = fs::read_to_string(run.path().join("pid")) else { continue };
+        let pid = pid.trim();
+        // The number may be another process's by now.
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&line).contains(&*run.path().to_string_lossy()) {
+            let _ = Command::new("kill").args(["-KILL", pid]).status();
+        }
     }
 }
 

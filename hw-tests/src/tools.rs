@@ -21,12 +21,18 @@ pub enum Need {
     Test,
     Bench,
     Package,
+    /// `try --takeover`.
+    Story,
+    Rescue,
 }
 
-use Need::{Bench, Package, Test, Try};
+use Need::{Bench, Package, Rescue, Story, Test, Try};
 
 /// QEMU's UEFI firmware: no program, and as needed as one.
 pub const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
+/// GRUB for both kinds of firmware: no programs either.
+pub const GRUB_BIOS: &str = "/usr/lib/grub/i386-pc/moddep.lst";
+pub const GRUB_UEFI: &str = "/usr/lib/grub/x86_64-efi/moddep.lst";
 
 /// Every tool anything in this tree calls. `cargo`, `rustc` and git are taken as given.
 pub const TOOLS: &[Tool] = &[
@@ -34,15 +40,20 @@ pub const TOOLS: &[Tool] = &[
         name: "cc",
         package: "gcc",
         used_for: "the C parts of zstd and ring",
-        needed_by: &[Try, Test, Bench, Package],
+        needed_by: &[Try, Test, Bench, Package, Story, Rescue],
     },
     Tool {
         name: "clang",
         package: "clang",
         used_for: "the agent's BPF program",
-        needed_by: &[Try, Test, Bench, Package],
+        needed_by: &[Try, Test, Bench, Package, Story, Rescue],
     },
-    Tool { name: "mke2fs", package: "e2fsprogs", used_for: "ext4 on test disks", needed_by: &[Try, Test, Bench] },
+    Tool {
+        name: "mke2fs",
+        package: "e2fsprogs",
+        used_for: "ext4 on test disks",
+        needed_by: &[Try, Test, Bench, Story],
+    },
     Tool {
         name: "debugfs",
         package: "e2fsprogs",
@@ -50,7 +61,7 @@ pub const TOOLS: &[Tool] = &[
         needed_by: &[Try, Test],
     },
     Tool { name: "e2fsck", package: "e2fsprogs", used_for: "checking file systems in views", needed_by: &[Try, Test] },
-    Tool { name: "losetup", package: "mount", used_for: "loop disks", needed_by: &[Try, Test, Bench] },
+    Tool { name: "losetup", package: "mount", used_for: "loop disks", needed_by: &[Try, Test, Bench, Story] },
     Tool {
         name: "fsfreeze",
         package: "util-linux",
@@ -73,10 +84,10 @@ pub const TOOLS: &[Tool] = &[
         name: "qemu-img",
         package: "qemu-utils",
         used_for: "qcow2, comparing and converting views",
-        needed_by: &[Test, Bench],
+        needed_by: &[Test, Bench, Story],
     },
     Tool { name: "qemu-nbd", package: "qemu-utils", used_for: "a peer in the bench", needed_by: &[Test, Bench] },
-    Tool { name: "qemu-system-x86_64", package: "qemu-system-x86", used_for: "guests", needed_by: &[Test] },
+    Tool { name: "qemu-system-x86_64", package: "qemu-system-x86", used_for: "guests", needed_by: &[Test, Story] },
     Tool { name: OVMF, package: "ovmf", used_for: "firmware of UEFI guests", needed_by: &[Test] },
     Tool { name: "nbdcopy", package: "libnbd-bin", used_for: "a foreign NBD client", needed_by: &[Test] },
     Tool { name: "nbdfuse", package: "libnbd-bin", used_for: "a slow disk in the bench", needed_by: &[Bench] },
@@ -88,14 +99,19 @@ pub const TOOLS: &[Tool] = &[
         needed_by: &[Test],
     },
     Tool { name: "dmsetup", package: "dmsetup", used_for: "volumes in guests", needed_by: &[Test] },
-    Tool { name: "busybox", package: "busybox-static", used_for: "guests' user land", needed_by: &[Test] },
+    Tool {
+        name: "busybox",
+        package: "busybox-static",
+        used_for: "guests' user land",
+        needed_by: &[Test, Story, Rescue],
+    },
     Tool { name: "cpio", package: "cpio", used_for: "guests' initramfs", needed_by: &[Test] },
-    Tool { name: "modprobe", package: "kmod", used_for: "guests' kernel modules", needed_by: &[Test] },
+    Tool { name: "modprobe", package: "kmod", used_for: "guests' kernel modules", needed_by: &[Test, Story, Rescue] },
     Tool {
         name: "dpkg-deb",
         package: "dpkg",
         used_for: "unpacking the guests' kernel, making packages",
-        needed_by: &[Test, Package],
+        needed_by: &[Test, Package, Story, Rescue],
     },
     Tool { name: "rpmbuild", package: "rpm", used_for: "making packages", needed_by: &[Test, Package] },
     Tool {
@@ -104,7 +120,12 @@ pub const TOOLS: &[Tool] = &[
         used_for: "looking whether a program to be packed is static",
         needed_by: &[Test, Package],
     },
-    Tool { name: "xz", package: "xz-utils", used_for: "modules of the guests' newer kernels", needed_by: &[Test] },
+    Tool {
+        name: "xz",
+        package: "xz-utils",
+        used_for: "modules of the guests' newer kernels",
+        needed_by: &[Test, Story, Rescue],
+    },
     Tool {
         name: "drbdsetup",
         package: "drbd-utils",
@@ -120,12 +141,32 @@ pub const TOOLS: &[Tool] = &[
     // The package of the server would start one; its program is in this one too, under this name.
     Tool { name: "redis-check-rdb", package: "redis-tools", used_for: "probes of a real Redis", needed_by: &[Test] },
     Tool { name: "openssl", package: "openssl", used_for: "probes of a server with TLS", needed_by: &[Test] },
-    Tool { name: "mmdebstrap", package: "mmdebstrap", used_for: "Debian guests", needed_by: &[Test] },
-    Tool { name: "sgdisk", package: "gdisk", used_for: "the partitions of Debian guests", needed_by: &[Test] },
-    Tool { name: "mkfs.vfat", package: "dosfstools", used_for: "the ESP of Debian guests", needed_by: &[Test] },
-    Tool { name: "mcopy", package: "mtools", used_for: "the ESP of Debian guests", needed_by: &[Test] },
+    Tool { name: "mmdebstrap", package: "mmdebstrap", used_for: "Debian guests", needed_by: &[Test, Story] },
+    Tool { name: "sgdisk", package: "gdisk", used_for: "the partitions of Debian guests", needed_by: &[Test, Story] },
+    Tool { name: "mkfs.vfat", package: "dosfstools", used_for: "the ESP of Debian guests", needed_by: &[Test, Story] },
+    Tool { name: "mcopy", package: "mtools", used_for: "the ESP of Debian guests", needed_by: &[Test, Story, Rescue] },
+    Tool {
+        name: "grub-mkrescue",
+        package: "grub-common",
+        used_for: "the rescue medium",
+        needed_by: &[Test, Story, Rescue],
+    },
+    Tool {
+        name: GRUB_BIOS,
+        package: "grub-pc-bin",
+        used_for: "a rescue medium that boots by BIOS",
+        needed_by: &[Test, Story, Rescue],
+    },
+    Tool {
+        name: GRUB_UEFI,
+        package: "grub-efi-amd64-bin",
+        used_for: "a rescue medium that boots by UEFI",
+        needed_by: &[Test, Story, Rescue],
+    },
+    Tool { name: "xorriso", package: "xorriso", used_for: "the rescue medium", needed_by: &[Test, Story, Rescue] },
+    Tool { name: "gzip", package: "gzip", used_for: "the rescue medium", needed_by: &[Test, Story, Rescue] },
     Tool { name: "shellcheck", package: "shellcheck", used_for: "checking scripts", needed_by: &[Test] },
-    Tool { name: "ip", package: "iproute2", used_for: "network faults", needed_by: &[Test] },
+    Tool { name: "ip", package: "iproute2", used_for: "network faults", needed_by: &[Test, Story] },
     Tool { name: "nsenter", package: "util-linux", used_for: "a host behind a cable of its own", needed_by: &[Test] },
     Tool { name: "mkfs.xfs", package: "xfsprogs", used_for: "XFS on test disks", needed_by: &[Test] },
     Tool { name: "fio", package: "fio", used_for: "load", needed_by: &[Test, Bench] },

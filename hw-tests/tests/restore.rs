@@ -9,13 +9,14 @@ use hw_tests::{
     line::Line,
     process::{self, Finished, wait_for},
     product::{Appliance, At, Binaries},
-    skip,
+    skip, tools,
 };
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
+    process::Command,
     time::Duration,
 };
 
@@ -212,6 +213,60 @@ fn a_machine_gets_its_disk_back_through_an_initramfs() -> Result<()> {
     })?;
     rescue.guest.wait_end(STEP_MAX)?;
     is_the_view(&appliance, &large, &At::Lsn(second.lsn))?;
+    appliance.stop()?;
+    dir.done()
+}
+
+/// The medium that `cargo xtask rescue` makes, as it is for a machine with drives and a card that no virtual machine is made for.
+#[test]
+fn a_machine_boots_the_rescue_medium_by_uefi_and_gets_its_disk_back() -> Result<()> {
+    let cache = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    if let Err(e) = Kernel::debian("linux-image-amd64", &cache) {
+        skip(format!("the rescue medium: the kernel could not be had: {e:#}"));
+        return Ok(());
+    }
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start_with(&bins, &dir.path().join("box"), "heartbeat_timeout_ms = 20000\n")?;
+    appliance.create_ingest(GROUP, &[("disk", BYTES)])?;
+    let mut image = ImageDisk::create(dir.path(), BYTES, 92)?;
+    for _ in 0..20 {
+        image.change()?;
+    }
+    image.send(&mut appliance.ingest_target(GROUP, "disk")?.connect()?)?;
+    let moment = appliance.bookmark(GROUP, "moment")?;
+
+    let medium = dir.path().join("rescue.iso");
+    let at = format!("10.0.2.2:{}", appliance.listen().port());
+    let mut make = Command::new(bins.beside("xtask")?);
+    make.args(["rescue", "--built", "--name", "metal", "--box", &at, "--token", &appliance.token()?, "--out"]);
+    make.arg(&medium);
+    process::run(make, STEP_MAX)?.ok()?;
+    let disk = dir.path().join("metal");
+    File::create(&disk)?.set_len(LARGER)?;
+    let drive = format!("file={},if=none,id=disk,format=raw,cache=writeback", disk.display());
+    let medium = medium.display().to_string();
+    let args = [
+        &["-bios", tools::OVMF, "-no-reboot", "-cdrom", &medium, "-drive", &drive][..],
+        &[
+            "-device",
+            "nvme,drive=disk,serial=metal1",
+            "-netdev",
+            "user,id=net",
+            "-device",
+            "e1000e,netdev=net,romfile=",
+        ],
+    ]
+    .concat();
+    let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+    let guest = Guest::switch_on(&dir.path().join("guest"), &args)?;
+    let target = wait_target(&appliance).with_context(|| format!("see {}", guest.log_path().display()))?;
+    ensure!(target["disks"].as_array().is_some_and(|d| d.len() == 1), "the medium itself is no disk: {target}");
+    let done = restore(&appliance, "moment", "disk=/dev/nvme0n1", &["--yes", "--reboot"])?;
+    ensure!(done.status.success(), "{}{}", done.stdout, done.stderr);
+    guest.wait_end(STEP_MAX)?;
+    is_the_view(&appliance, &disk, &At::Lsn(moment.lsn))?;
+    check_ext4(&disk, false)?;
     appliance.stop()?;
     dir.done()
 }

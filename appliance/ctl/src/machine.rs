@@ -128,7 +128,8 @@ fn choose<'a>(groups: &'a [Group], names: &[String]) -> anyhow::Result<Vec<&'a G
     for name in names {
         let of_host: Vec<&Group> = groups.iter().filter(|g| g.host_name.as_deref() == Some(name)).collect();
         let is_group = groups.iter().any(|g| g.name == *name || g.id == *name);
-        let found = if is_group || of_host.is_empty() { vec![online::pick_group(groups, Some(name))?] } else { of_host };
+        let found =
+            if is_group || of_host.is_empty() { vec![online::pick_group(groups, Some(name))?] } else { of_host };
         for group in found {
             ensure!(!chosen.iter().any(|g| g.id == group.id), "group {:?} is named twice", group.name);
             chosen.push(group);

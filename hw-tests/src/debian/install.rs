@@ -2,7 +2,13 @@
 
 use crate::{process, tools};
 use anyhow::{Context, Result, bail, ensure};
-use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, time::Duration};
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileExt, PermissionsExt},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 /// Making an initramfs takes most of it.
 const INSTALL_MAX: Duration = Duration::from_secs(300);
@@ -67,4 +73,30 @@ pub fn install(disk: &Path, deb: &Path, more: &str, at: &Path) -> Result<()> {
     command.args([options(partition(disk, BOOT)?), options(root(disk)?)]).arg(deb).arg(more);
     process::run(command, INSTALL_MAX)?.ok().with_context(|| format!("install {}", deb.display()))?;
     Ok(())
+}
+
+/// Puts the agent and its units into a raw disk's root as its package does, without running anything in it; `more` does what else is to be
+/// done there. `at`: a folder to mount it on.
+pub fn put_agent(disk: &Path, agent: &Path, at: &Path, more: impl Fn(&Path) -> Result<()>) -> Result<()> {
+    let (offset, bytes) = partition(disk, ROOT)?;
+    fs::create_dir_all(at)?;
+    let options = format!("loop,offset={offset},sizelimit={bytes}");
+    process::call("mount", &["-o", &options, &disk.to_string_lossy(), &at.to_string_lossy()], INSTALL_MAX)?;
+    let put = || -> Result<()> {
+        let packaging = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../agents/linux/packaging");
+        for (from, to, mode) in [
+            (agent.to_owned(), "usr/bin/holdfast-agent", 0o755),
+            (packaging.join("holdfast-agent.service"), "usr/lib/systemd/system/holdfast-agent.service", 0o644),
+            (packaging.join("holdfast-inside.service"), "usr/lib/systemd/system/holdfast-inside.service", 0o644),
+            (packaging.join("60-holdfast-inside.rules"), "usr/lib/udev/rules.d/60-holdfast-inside.rules", 0o644),
+        ] {
+            let to = at.join(to);
+            fs::copy(&from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+            fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
+        }
+        more(at)
+    };
+    let done = put();
+    process::call("umount", &[&at.to_string_lossy()], INSTALL_MAX)?;
+    done
 }

@@ -59,11 +59,20 @@ pub struct Options {
     pub args: Vec<String>,
     /// TCP ports of this machine's loopback that lead to ports of the guest.
     pub forwards: Vec<(u16, u16)>,
+    /// Where its network card is plugged in; none: into QEMU's own network.
+    pub tap: Option<Tap>,
+}
+
+/// An interface of this machine, and the hardware address of the card behind it.
+#[derive(Clone, Debug)]
+pub struct Tap {
+    pub name: &'static str,
+    pub mac: &'static str,
 }
 
 /// A running Debian; powered off hard when dropped.
 ///
-/// Its network is QEMU's own: the guest is 10.0.2.15, and 10.0.2.2 is this machine's loopback.
+/// Its network is QEMU's own, unless it has a tap: the guest is 10.0.2.15, and 10.0.2.2 is this machine's loopback.
 #[derive(Debug)]
 pub struct DebianGuest {
     guest: Guest,
@@ -72,6 +81,13 @@ pub struct DebianGuest {
 impl DebianGuest {
     /// Boots from a disk, qcow2 by its name's end, else raw; `dir` is for sockets and the console's log.
     pub fn boot(disk: &Path, dir: &Path, options: &Options) -> Result<Self> {
+        let mut this = Self::switch_on(disk, dir, options)?;
+        this.guest.wait_shell()?;
+        Ok(this)
+    }
+
+    /// As [`boot`](Self::boot), and waits for nothing in it: it may boot something else first.
+    pub fn switch_on(disk: &Path, dir: &Path, options: &Options) -> Result<Self> {
         let mut args: Vec<String> = Vec::new();
         if options.firmware == Firmware::Uefi {
             tools::need(OVMF)?;
@@ -85,10 +101,16 @@ impl DebianGuest {
         options.disks.iter().for_each(|d| drive(d, "raw"));
         let forwards: String =
             options.forwards.iter().map(|(ours, its)| format!(",hostfwd=tcp:127.0.0.1:{ours}-:{its}")).collect();
-        args.extend(["-netdev".to_owned(), format!("user,id=net{forwards}")]);
-        args.extend(["-device".to_owned(), "virtio-net-pci,netdev=net,romfile=".to_owned()]);
+        let (wire, mac) = match &options.tap {
+            None => (format!("user,id=net{forwards}"), String::new()),
+            Some(tap) => {
+                (format!("tap,id=net,ifname={},script=no,downscript=no", tap.name), format!(",mac={}", tap.mac))
+            }
+        };
+        args.extend(["-netdev".to_owned(), wire]);
+        args.extend(["-device".to_owned(), format!("virtio-net-pci,netdev=net,romfile={mac}")]);
         args.extend(options.args.iter().cloned());
-        Ok(Self { guest: Guest::power_on(dir, &args)? })
+        Ok(Self { guest: Guest::switch_on(dir, &args)? })
     }
 
     /// Runs a command in the guest and returns its output; fails when it fails.

@@ -26,6 +26,9 @@ pub enum Purpose {
     Test,
     Bench,
     Package,
+    /// `try --takeover`
+    Story,
+    Rescue,
 }
 
 impl Purpose {
@@ -35,6 +38,8 @@ impl Purpose {
             Self::Test => Need::Test,
             Self::Bench => Need::Bench,
             Self::Package => Need::Package,
+            Self::Story => Need::Story,
+            Self::Rescue => Need::Rescue,
         }
     }
 }

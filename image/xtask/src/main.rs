@@ -6,6 +6,7 @@
 //! - `deps`: the system tools the others call;
 //! - `bench`: the figures, beside their peers, in one run;
 //! - `package`: deb and rpm of agent and box;
+//! - `rescue`: a medium that boots a machine which is to get its disks back;
 //! - `sim`: one simulated world by its seed.
 
 mod bench;
@@ -15,6 +16,7 @@ mod nobody;
 mod package;
 mod phases;
 mod repo;
+mod rescue;
 mod simulate;
 mod stop;
 mod tidy;
@@ -48,6 +50,8 @@ enum Task {
     Bench(bench::Options),
     /// Make the packages that hosts and boxes are installed from
     Package(package::Options),
+    /// Make a medium that boots a machine which is to get its disks back
+    Rescue(rescue::Options),
     /// Run one simulated world
     Sim(simulate::Options),
 }
@@ -72,6 +76,7 @@ fn run(task: Task) -> Result<()> {
         Task::Deps { purpose } => deps::run(&repo, purpose),
         Task::Bench(options) => bench::run(&repo, &options),
         Task::Package(options) => package::run(&repo, &options),
+        Task::Rescue(options) => rescue::run(&repo, &options),
         Task::Sim(options) => simulate::run(&repo, &options),
     }
 }

@@ -12,6 +12,7 @@ pub fn take_down(dir: &Path) -> Result<()> {
         return Ok(());
     }
     product::unpin(&product::pin_dir(&dir.join("agent")))?;
+    product::end_machines(&dir.join("b/data"));
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     for at in mounts_in(dir, &mounts) {
         println!("taking down a mount of an earlier run: {at}");

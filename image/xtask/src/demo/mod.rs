@@ -6,10 +6,13 @@
 //!
 //! `--check` does it bounded: moments are taken while the disk is held still and its content copied aside (the oracle),
 //! then opened as views while the disk is being written to, and compared byte by byte; box and agent are killed in between.
+//!
+//! `--takeover` tells the whole story of a host that is lost instead: see [`story`].
 
 mod check;
 pub mod leftover;
 mod source;
+mod story;
 
 pub use check::SPOILT_BYTE;
 
@@ -52,6 +55,12 @@ pub struct Options {
     /// Protect through an ingest target even as root
     #[arg(long)]
     without_root: bool,
+    /// The whole story instead: a host with a database loses its power, is taken over, and gets everything back
+    #[arg(long, conflicts_with_all = ["without_root", "spoil"])]
+    takeover: bool,
+    /// With --takeover: by hand instead of by itself
+    #[arg(long, requires = "takeover")]
+    by_hand: bool,
     /// The programs beside this one are up to date; nothing is installed or built
     #[arg(long, hide = true)]
     built: bool,
@@ -61,6 +70,9 @@ pub struct Options {
 }
 
 pub fn run(repo: &Repo, options: &Options) -> Result<()> {
+    if options.takeover {
+        return story::run(repo, options);
+    }
     if !options.built {
         deps::install(repo, Some(Purpose::Try))?;
         println!("building");
