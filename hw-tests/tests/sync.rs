@@ -280,13 +280,14 @@ fn what_a_host_was_told_is_written_is_on_the_box_at_every_cut() -> Result<()> {
     let volume = host.volume();
     // What was never written decrypts to noise.
     host.sh(&format!("dd if=/dev/zero of={volume} bs=64k count=16 oflag=direct 2>&1"))?;
-    host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
-    host.wait_gate("sync")?;
     let writers: Vec<u64> = (1..=3).map(|n| seed ^ (n << 40)).collect();
     for (at, writer) in writers.iter().enumerate() {
         let offset = at as u64 * AREA;
         host.sh(&format!("/programs/guest-load acks {volume} {offset} {writer} /dev/ttyS2 >/dev/ttyS0 2>&1 &"))?;
     }
+    // Under them: a copy needs moments without a write under way, which a disk that is never idle does not have by itself.
+    host.sh(&format!("{AGENT} protect --sync {volume} --group data"))?;
+    host.wait_gate("sync")?;
     let check = |appliance: &Appliance, promised: &[u64], cut: u64| -> Result<()> {
         let held = held_by_box(appliance, &writers).with_context(|| format!("cut {cut}, HOLDFAST_SEED={seed}"))?;
         ensure!(
