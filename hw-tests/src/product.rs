@@ -144,8 +144,10 @@ impl Appliance {
         let at = |port: u16| -> Result<SocketAddr> { Ok(format!("{address}:{port}").parse()?) };
         let (listen, nbd_listen) = (at(free_port()?)?, at(free_port()?)?);
         let data = dir.join("data");
+        // Boxes of several tests run at once: pages are served where they are asked for.
+        let web = if more.contains("web.listen") { "" } else { "web.listen = \"none\"\n" };
         let config = format!(
-            "data = {}\nnames = [\"localhost\"]\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n{more}",
+            "data = {}\nnames = [\"localhost\"]\nlisten = \"{listen}\"\nnbd_listen = \"{nbd_listen}\"\nmetrics_listen = \"127.0.0.1:{}\"\n{web}{more}",
             toml_text(&data),
             free_port()?
         );

@@ -141,6 +141,7 @@ pub const TOOLS: &[Tool] = &[
     // The package of the server would start one; its program is in this one too, under this name.
     Tool { name: "redis-check-rdb", package: "redis-tools", used_for: "probes of a real Redis", needed_by: &[Test] },
     Tool { name: "openssl", package: "openssl", used_for: "probes of a server with TLS", needed_by: &[Test] },
+    Tool { name: "chromium", package: "chromium", used_for: "the pages in a real browser", needed_by: &[Test] },
     Tool { name: "mmdebstrap", package: "mmdebstrap", used_for: "Debian guests", needed_by: &[Test, Story] },
     Tool { name: "sgdisk", package: "gdisk", used_for: "the partitions of Debian guests", needed_by: &[Test, Story] },
     Tool { name: "mkfs.vfat", package: "dosfstools", used_for: "the ESP of Debian guests", needed_by: &[Test, Story] },

@@ -56,6 +56,17 @@ pub enum Command {
     /// Takeovers and drills: what they have come to
     #[command(subcommand)]
     Run(RunCommand),
+    /// Who may sign in to the pages: first setup, and lost passwords
+    #[command(subcommand)]
+    Web(WebCommand),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum WebCommand {
+    /// A code that makes the first administrator: valid once, for an hour
+    SetupCode,
+    /// A new password for a user; their sessions end
+    ResetPassword { name: String },
 }
 
 #[derive(Subcommand, Debug)]

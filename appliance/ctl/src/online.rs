@@ -4,7 +4,7 @@ use crate::{
     Outcome, api,
     args::{
         Args, AtBound, BookmarkCommand, BookmarkConsistency, ClientCertArgs, Command, GroupCommand, HostCommand, Mode,
-        PointsArgs, PolicyArgs, StatusArgs, VerifyArgs, ViewCommand,
+        PointsArgs, PolicyArgs, StatusArgs, VerifyArgs, ViewCommand, WebCommand,
     },
     client::{Client, Route},
     offline,
@@ -54,8 +54,28 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Command::Migrate(args) => takeover::migrate(&client()?, &args),
         Command::Drill(args) => takeover::drill(&client()?, &args),
         Command::Run(command) => takeover::run(&client()?, command),
+        Command::Web(command) => web(&client()?, command),
     }
     .map(|()| Outcome::Done)
+}
+
+fn web(client: &Client, command: WebCommand) -> anyhow::Result<()> {
+    let text = |answer: &Value, name: &str| answer[name].as_str().unwrap_or_default().to_owned();
+    match command {
+        WebCommand::SetupCode => {
+            let made: Value = client.call(Method::POST, &Route::new(&["web", "setup-code"]), None)?;
+            let place = match made["listen"].as_str() {
+                Some(listen) => format!("open https://{} and give this code", listen.replace("0.0.0.0", "THIS-BOX")),
+                None => "the box serves no pages: set [web] listen in its configuration; the code is".to_owned(),
+            };
+            print(&format!("{place}; it works once, for {} minutes:\n\n  {}\n", made["minutes"], text(&made, "code")))
+        }
+        WebCommand::ResetPassword { name } => {
+            let route = Route::new(&["web", "reset-password"]);
+            let made: Value = client.call(Method::POST, &route, Some(&json!({ "name": name })))?;
+            print(&format!("the new password of {name}, shown once:\n\n  {}\n", text(&made, "password")))
+        }
+    }
 }
 
 /// A name that fits nothing or too much.

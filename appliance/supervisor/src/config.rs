@@ -120,7 +120,15 @@ struct File {
     heartbeat_timeout_ms: Option<u64>,
     view_idle_minutes: Option<u64>,
     log: LogConfig,
+    web: WebConfig,
     journal: JournalConfig,
+}
+
+/// The pages.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WebConfig {
+    listen: Option<String>,
 }
 
 /// The configuration in force, complete and checked.
@@ -137,6 +145,8 @@ pub struct Config {
     pub nbd_listen: Option<SocketAddr>,
     /// None: no metrics listener.
     pub metrics_listen: Option<SocketAddr>,
+    /// Pages and API over TLS. None: neither.
+    pub web_listen: Option<SocketAddr>,
     /// A connection that says nothing for so long is taken for dead (half-open).
     pub heartbeat_timeout_ms: u64,
     /// A view that nobody has had open for so long is closed; 0: never.
@@ -205,6 +215,14 @@ impl Config {
                 Some(at)
             }
         };
+        let web_listen = match file.web.listen.as_deref() {
+            Some("none") => None,
+            None => Some(SocketAddr::from(([0, 0, 0, 0], 8443))),
+            Some(text) => {
+                let expected = "an address with a port like 0.0.0.0:8443, or \"none\", is expected";
+                Some(text.parse().map_err(|_| bad("web.listen", text, expected))?)
+            }
+        };
         let box_name = file.box_name.unwrap_or_else(host_name);
         if box_name.is_empty() || box_name.chars().count() > 64 || box_name.chars().any(char::is_control) {
             return Err(bad(
@@ -242,6 +260,7 @@ impl Config {
             listen: line.listen.or(file.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7440))),
             nbd_listen: line.nbd_listen.or(file.nbd_listen),
             metrics_listen,
+            web_listen,
             heartbeat_timeout_ms,
             view_idle_minutes,
             log: file.log,
@@ -342,11 +361,12 @@ mod tests {
         for (section, have) in [
             ("", &table),
             ("[log]\n", table["log"].as_table().unwrap()),
+            ("[web]\n", table["web"].as_table().unwrap()),
             ("[journal]\n", table["journal"].as_table().unwrap()),
         ] {
             let refused = from(&format!("{section}no_such_key = 1")).unwrap_err().report();
             let known: Vec<&str> = refused.split('`').skip(3).step_by(2).collect();
-            assert!(known.len() > 1, "no keys in {refused:?}");
+            assert!(!known.is_empty(), "no keys in {refused:?}");
             for key in known {
                 assert!(have.contains_key(key), "{section}{key} is not in the packaged file");
             }
@@ -375,6 +395,7 @@ mod tests {
             ("[journal]\nsegment_mib = 1", "journal.segment_mib = 1: 4 to 1024"),
             ("[journal]\nprepared = 1", "prepared"),
             ("metrics_listen = \"0.0.0.0:7441\"", "loopback"),
+            ("[web]\nlisten = \"here\"", "web.listen = here"),
             ("metrics_listen = \"here\"", "metrics_listen = here"),
             ("listen = \"7440\"", "line 1"),
             ("names = [\"a b\"]", "names = a b"),

@@ -8,6 +8,7 @@ use crate::{
     device::{self, Device},
     events::{Event, Events},
     exports::{Exports, pool::ReadPool},
+    face::{self, FaceError},
     files::{self, FileError, Lock, LockError},
     links::{LinkParts, Links},
     ownership::Ownership,
@@ -18,13 +19,14 @@ use crate::{
     views::Views,
     watch::{Ears, Watch},
 };
+use ::web::{accounts::Accounts, audit::Audit};
 use data_encoding::HEXLOWER;
 use durable::{Disk, DiskError, OsDisk};
 use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 use tokio::{
@@ -57,6 +59,8 @@ pub enum StartError {
     #[error(transparent)]
     Pki(#[from] PkiError),
     #[error(transparent)]
+    Face(#[from] FaceError),
+    #[error(transparent)]
     Vault(#[from] VaultError),
     #[error("could not listen on {what} {at}")]
     Listen { what: &'static str, at: String, source: io::Error },
@@ -87,6 +91,11 @@ pub struct App {
     pub(crate) data_dir: PathBuf,
     pub(crate) listen: SocketAddr,
     pub(crate) nbd_listen: Option<SocketAddr>,
+    pub(crate) web_listen: Option<SocketAddr>,
+    pub(crate) accounts: Arc<Accounts>,
+    pub(crate) audit: Audit,
+    /// Why what people do is not written down now.
+    pub(crate) audit_alert: Mutex<Option<String>>,
     /// True once the daemon stops.
     pub(crate) stop: watch::Sender<bool>,
 }
@@ -102,6 +111,7 @@ impl App {
         alerts.extend(self.takeovers.plan_faults());
         alerts.extend(self.ownership.alerts());
         alerts.extend(self.watch.alerts());
+        alerts.extend(crate::lock(&self.audit_alert).clone());
         alerts
     }
 }
@@ -129,6 +139,7 @@ impl Daemon {
     /// <data>/takeovers/      and what was done
     /// <data>/restores/       machines that get their disks back  (restores)
     /// <data>/ownership/      who runs each leased host   (ownership)
+    /// <data>/web/            accounts and audit          (face)
     /// <run>/control.sock     control API                    (api)
     /// <run>/nbd/*.sock       exports                        (exports)
     /// ```
@@ -143,8 +154,21 @@ impl Daemon {
             move || open(&config, clock, &events)
         });
         let opened = opened.await.map_err(|e| StartError::Thread(io::Error::other(e)))??;
-        let Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores, ownership } =
-            opened;
+        let Opened {
+            lock,
+            catalog,
+            pki,
+            reads,
+            vault,
+            token,
+            device,
+            start_alerts,
+            takeovers,
+            restores,
+            ownership,
+            accounts,
+            audit,
+        } = opened;
 
         let exports = Exports::new(config.nbd_dir(), Arc::clone(&events), Arc::clone(&reads), stopping.clone());
         let views = Views::new(Arc::clone(&exports), Arc::clone(&events), clock, config.view_idle());
@@ -161,14 +185,9 @@ impl Daemon {
             stop: stopping,
         })?;
         let (agents, listen) = bind("agents", config.listen).await?;
-        let nbd = match config.nbd_listen {
-            Some(at) => Some(bind("NBD", at).await?),
-            None => None,
-        };
-        let metrics = match config.metrics_listen {
-            Some(at) => Some(bind("metrics", at).await?),
-            None => None,
-        };
+        let nbd = bind_wanted("NBD", config.nbd_listen).await?;
+        let metrics = bind_wanted("metrics", config.metrics_listen).await?;
+        let web = pages(&config, &pki, clock).await?;
         let control = config.control_socket();
         let control_listener = bind_unix(&control)?;
         let nbd_tls = pki.nbd_config()?;
@@ -191,6 +210,10 @@ impl Daemon {
             data_dir: config.data,
             listen,
             nbd_listen: nbd.as_ref().map(|(_, at)| *at),
+            web_listen: web.as_ref().map(|web| web.at),
+            accounts: Arc::new(accounts),
+            audit,
+            audit_alert: Mutex::new(None),
             stop,
         });
         let mut tasks = vec![
@@ -203,6 +226,9 @@ impl Daemon {
         ];
         if let Some((listener, _)) = nbd {
             tasks.push(tokio::spawn(exports.serve_tls(listener, nbd_tls)));
+        }
+        if let Some(Pages { listener, certificate, tls, .. }) = web {
+            tasks.push(tokio::spawn(face::serve(Arc::clone(&app), listener, certificate, tls)));
         }
         let metrics_at = metrics.as_ref().map(|(_, at)| *at);
         if let Some((listener, _)) = metrics {
@@ -223,6 +249,9 @@ impl Daemon {
     }
     pub fn nbd_listen(&self) -> Option<SocketAddr> {
         self.app.nbd_listen
+    }
+    pub fn web_listen(&self) -> Option<SocketAddr> {
+        self.app.web_listen
     }
 
     /// Stops in good order: sessions are told, everything taken is durable, threads are joined.
@@ -253,6 +282,32 @@ impl Daemon {
     }
 }
 
+/// The listener of the pages, and what they show themselves with.
+struct Pages {
+    listener: TcpListener,
+    at: SocketAddr,
+    certificate: Arc<face::Certificate>,
+    tls: Arc<rustls::ServerConfig>,
+}
+
+async fn pages(config: &Config, pki: &Pki, clock: Clock) -> Result<Option<Pages>, StartError> {
+    let Some((listener, at)) = bind_wanted("pages", config.web_listen).await? else { return Ok(None) };
+    let (dir, names) = (config.data.join("ca"), config.names.clone());
+    let certificate = face::Certificate::open(pki, dir, names, at, clock.wall_us())?;
+    let tls = certificate.config()?;
+    Ok(Some(Pages { listener, at, certificate, tls }))
+}
+
+async fn bind_wanted(
+    what: &'static str,
+    at: Option<SocketAddr>,
+) -> Result<Option<(TcpListener, SocketAddr)>, StartError> {
+    match at {
+        Some(at) => bind(what, at).await.map(Some),
+        None => Ok(None),
+    }
+}
+
 struct Opened {
     lock: Lock,
     catalog: Arc<Catalog>,
@@ -265,6 +320,8 @@ struct Opened {
     takeovers: Takeovers,
     restores: Restores,
     ownership: Arc<Ownership>,
+    accounts: Accounts,
+    audit: Audit,
 }
 
 /// Everything that touches the disk. Blocking.
@@ -313,7 +370,22 @@ fn open(config: &Config, clock: Clock, events: &Arc<Events>) -> Result<Opened, S
     );
     let ownership = Ownership::open(disk, Arc::clone(events), Arc::clone(&catalog), clock).map_err(StartError::Disk)?;
     let ownership = Arc::new(ownership);
-    Ok(Opened { lock, catalog, pki, reads, vault, token, device, start_alerts, takeovers, restores, ownership })
+    let (accounts, audit) = face::open(&config.data, clock.wall_us())?;
+    Ok(Opened {
+        lock,
+        catalog,
+        pki,
+        reads,
+        vault,
+        token,
+        device,
+        start_alerts,
+        takeovers,
+        restores,
+        ownership,
+        accounts,
+        audit,
+    })
 }
 
 fn metrics_token(data: &Path) -> Result<String, StartError> {

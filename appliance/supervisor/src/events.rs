@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
+use tokio::sync::watch;
 
 /// How many events `status` shows: enough for a screen, bounded for ever.
 const RING: usize = 128;
@@ -140,6 +141,10 @@ events! {
     /// The host serves again, or was told to; somebody has to say that it does well.
     FailbackReturned = "failback-returned" Warn,
     FailbackCommitted = "failback-committed" Info,
+    /// What somebody did could not be written down.
+    AuditFailed = "audit-failed" Error,
+    /// The pages' certificate could not be made anew.
+    CertificateFailed = "certificate-failed" Error,
 }
 
 /// One event as `status` shows it.
@@ -156,12 +161,13 @@ pub struct Events {
     clock: Clock,
     counts: Vec<AtomicU64>,
     ring: Mutex<VecDeque<Entry>>,
+    noted: watch::Sender<u64>,
 }
 
 impl Events {
     pub fn new(clock: Clock) -> Self {
         let counts = Event::ALL.iter().map(|_| AtomicU64::new(0)).collect();
-        Self { clock, counts, ring: Mutex::new(VecDeque::with_capacity(RING)) }
+        Self { clock, counts, ring: Mutex::new(VecDeque::with_capacity(RING)), noted: watch::Sender::new(0) }
     }
 
     /// Notes `event` about `subject` (a host, group, address) with a sentence.
@@ -178,6 +184,13 @@ impl Events {
             ring.pop_front();
         }
         ring.push_back(Entry { time_us: self.clock.wall_us(), event, subject, text });
+        drop(ring);
+        self.noted.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    /// Changes with each event.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.noted.subscribe()
     }
 
     pub fn count(&self, event: Event) -> u64 {

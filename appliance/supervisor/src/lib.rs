@@ -3,7 +3,8 @@
 //! ```text
 //!  agents ──TLS──▶ links ──────┐                    ┌── job threads (prepare, index, fold)
 //!  NBD ──unix/TLS─▶ exports ───┼─▶ vault: one journal thread per group
-//!  CLI ──unix──▶ api ──────────┘                    └── read threads (views)
+//!  CLI ──unix──▶ api ──────────┤                    └── read threads (views)
+//!  browser ─TLS─▶ face ─▶ api ─┘
 //! ```
 //!
 //! Sockets live on a tokio runtime; journals, jobs and reads of views on threads of their own, for nothing that waits for a disk may
@@ -27,6 +28,7 @@ mod device;
 mod events;
 mod export_metrics;
 mod exports;
+mod face;
 mod files;
 mod links;
 pub mod metrics;

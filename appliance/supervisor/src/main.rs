@@ -34,6 +34,9 @@ fn run() -> anyhow::Result<()> {
         if let Some(at) = daemon.nbd_listen() {
             ready.push_str(&format!(" nbd={at}"));
         }
+        if let Some(at) = daemon.web_listen() {
+            ready.push_str(&format!(" web={at}"));
+        }
         if let Some(at) = daemon.metrics {
             ready.push_str(&format!(" metrics={at}"));
         }

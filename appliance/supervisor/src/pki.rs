@@ -3,6 +3,7 @@
 //! ```text
 //! ca/ca.key    the authority's key, PKCS#8, written first     ca/ca.pem    its certificate, written second
 //! ca/node.key  the box's server key                           ca/node.pem  its certificate
+//! ca/web.key   that of its pages                              ca/web.pem   its certificate
 //! ```
 //! All ECDSA P-256, mode 0600 in a folder of mode 0700.
 //!
@@ -36,6 +37,7 @@ use rustls::{
     crypto::CryptoProvider,
     pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
+    sign::CertifiedKey,
 };
 use std::{
     path::{Path, PathBuf},
@@ -50,6 +52,9 @@ const CLIENT_DAYS: i64 = 825;
 const NODE_DAYS: i64 = 5 * 365;
 /// A node certificate with less left is made anew at start.
 const NODE_DAYS_LEFT: i64 = 365;
+/// Browsers refuse what is valid for longer.
+const WEB_DAYS: i64 = 397;
+const WEB_DAYS_LEFT: i64 = 60;
 const NBD_URI: &str = "holdfast:nbd:";
 
 #[derive(Debug, thiserror::Error)]
@@ -206,6 +211,32 @@ impl Pki {
         self.server_config(true, &[])
     }
 
+    /// What browsers see: kept in `web.key` and `web.pem` of `dir` while it has `names` and enough time left, else made anew. Blocking.
+    pub fn web_certificate(&self, dir: &Path, names: &[String], now_us: u64) -> Result<Arc<CertifiedKey>, PkiError> {
+        let (cert_path, key_path) = (dir.join("web.pem"), dir.join("web.key"));
+        let certified = |cert: CertificateDer<'static>, key: &KeyPair| {
+            let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+            let key = rustls::crypto::ring::sign::any_supported_type(&der).map_err(PkiError::Tls)?;
+            Ok(Arc::new(CertifiedKey::new(vec![cert, self.ca_der.clone()], key)))
+        };
+        if let (Some(cert), Some(key)) = (files::read_small(&cert_path)?, files::read_small(&key_path)?)
+            && let Ok(cert) = CertificateDer::from_pem_slice(&cert)
+            && let Ok(key) = KeyPair::from_pem(&String::from_utf8_lossy(&key))
+            && same_key(&cert, &key)
+            && still_good(&cert, names, &self.ca_der, WEB_DAYS_LEFT, now_us)
+        {
+            return certified(cert, &key);
+        }
+        let key = KeyPair::generate().map_err(PkiError::Make)?;
+        let mut params = server_params(names.to_vec())?;
+        params.not_before = from_us(now_us) - Duration::days(1);
+        params.not_after = from_us(now_us) + Duration::days(WEB_DAYS);
+        let cert = params.signed_by(&key, &self.issuer).map_err(PkiError::Make)?;
+        files::write_secret(&key_path, key.serialize_pem().as_bytes())?;
+        files::write_secret(&cert_path, cert.pem().as_bytes())?;
+        certified(cert.der().clone(), &key)
+    }
+
     fn server_config(&self, client_certificate: bool, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>, PkiError> {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -314,18 +345,12 @@ fn node(
         && let Ok(cert) = CertificateDer::from_pem_slice(&cert)
         && let Ok(key) = KeyPair::from_pem(&String::from_utf8_lossy(&key))
         && same_key(&cert, &key)
-        && node_still_good(&cert, &wanted, ca, now_us)
+        && still_good(&cert, &wanted, ca, NODE_DAYS_LEFT, now_us)
     {
         return Ok((vec![cert, ca.clone()], key.serialize_der()));
     }
     let key = KeyPair::generate().map_err(PkiError::Make)?;
-    let mut params = CertificateParams::new(wanted).map_err(PkiError::Make)?;
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, BOX_TLS_NAME);
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.use_authority_key_identifier_extension = true;
-    params.serial_number = Some(SerialNumber::from_slice(&random_128().ok_or(PkiError::Random)?));
+    let mut params = server_params(wanted)?;
     params.not_before = rcgen::date_time_ymd(2024, 1, 1);
     params.not_after = from_us(now_us).max(rcgen::date_time_ymd(2026, 1, 1)) + Duration::days(NODE_DAYS);
     let cert = params.signed_by(&key, issuer).map_err(PkiError::Make)?;
@@ -334,7 +359,25 @@ fn node(
     Ok((vec![cert.der().clone(), ca.clone()], key.serialize_der()))
 }
 
-fn node_still_good(cert: &CertificateDer<'_>, wanted: &[String], ca: &CertificateDer<'_>, now_us: u64) -> bool {
+/// Of a server that has these names; its dates are the caller's.
+fn server_params(names: Vec<String>) -> Result<CertificateParams, PkiError> {
+    let mut params = CertificateParams::new(names).map_err(PkiError::Make)?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, BOX_TLS_NAME);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.use_authority_key_identifier_extension = true;
+    params.serial_number = Some(SerialNumber::from_slice(&random_128().ok_or(PkiError::Random)?));
+    Ok(params)
+}
+
+fn still_good(
+    cert: &CertificateDer<'_>,
+    wanted: &[String],
+    ca: &CertificateDer<'_>,
+    days_left: i64,
+    now_us: u64,
+) -> bool {
     let Ok((_, cert)) = X509Certificate::from_der(cert) else { return false };
     let Ok((_, ca)) = X509Certificate::from_der(ca) else { return false };
     let left = cert.validity().not_after.timestamp() - from_us(now_us).unix_timestamp();
@@ -348,7 +391,7 @@ fn node_still_good(cert: &CertificateDer<'_>, wanted: &[String], ca: &Certificat
         })
     };
     let exact = names.value.general_names.len() == wanted.len() && wanted.iter().all(has);
-    exact && left > NODE_DAYS_LEFT * 86_400 && cert.verify_signature(Some(ca.public_key())).is_ok()
+    exact && left > days_left * 86_400 && cert.verify_signature(Some(ca.public_key())).is_ok()
 }
 
 fn first_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, PkiError> {

@@ -2,14 +2,20 @@
 //!
 //! `GET|POST|PATCH|DELETE /api/v1/…`; every refusal is `{"error":{"code","message","remedy"}}`. Bodies are limited to
 //! [`BODY_MAX`]; [`REQUESTS_MAX`] requests at once. What may touch a disk runs on the blocking threads, never on a worker.
+//!
+//! The same routes serve the pages and, with a bearer token, programs over TLS: all of them come through [`serve`], which asks [`access`]
+//! whether the caller's role is enough and has every change written into the audit.
 
+mod access;
 mod restores;
 mod routes;
 mod takeovers;
+mod web;
 
 use crate::App;
+use ::web::access::{Caller, Role};
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::{
     body::{Body, Frame, Incoming},
@@ -85,6 +91,38 @@ impl Body for Lines {
     }
 }
 
+/// Makes a request as somebody: their role is asked, and what is changed is written down.
+pub async fn serve(app: &Arc<App>, caller: &Caller, request: Request<Bytes>) -> Answer {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let parts = match routes::parts_of(&path) {
+        Ok(parts) => parts,
+        Err(e) => return e.answer(),
+    };
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+    let row = access::find(&method, &parts);
+    let needs = row.map_or(Role::Console, |row| row.role);
+    let changes = method != Method::GET && !access::only_asks(&parts, &query, request.body());
+    let asked = match row {
+        Some(row) if changes && !row.secret => String::from_utf8_lossy(request.body()).into_owned(),
+        _ => String::new(),
+    };
+    let done = if caller.role < needs {
+        let text = format!("{} needs the role {needs}, and {} is {}", parts.join("/"), caller.name, caller.role);
+        Err(ApiError::new(StatusCode::FORBIDDEN, "forbidden", text, "ask an administrator"))
+    } else {
+        routes::handle(app, caller, request).await
+    };
+    let refused = done.as_ref().err().map(|e| e.message.clone());
+    let answer = done.unwrap_or_else(ApiError::answer);
+    if changes {
+        let what = format!("{method} {}", path.strip_prefix("/api/v1/").unwrap_or(&path));
+        let status = answer.status().as_u16();
+        crate::face::record(app, caller.clone(), what, asked, status, refused.unwrap_or_default()).await;
+    }
+    answer
+}
+
 /// Serves the control socket until the daemon stops.
 pub async fn serve_control(app: Arc<App>, listener: UnixListener) {
     let slots = Arc::new(Semaphore::new(REQUESTS_MAX));
@@ -104,7 +142,12 @@ pub async fn serve_control(app: Arc<App>, listener: UnixListener) {
             let _slot = slot;
             serve_connection(stream, stop, move |request| {
                 let app = Arc::clone(&app);
-                async move { routes::handle(&app, request).await.unwrap_or_else(ApiError::answer) }
+                async move {
+                    match routes::collect(request).await {
+                        Ok(request) => serve(&app, &Caller::console(), request).await,
+                        Err(e) => e.answer(),
+                    }
+                }
             })
             .await;
         });

@@ -17,14 +17,14 @@ use crate::{
     App, pki,
     restores::{DiskMap, RestoreFault, RestoreFrom, RestoreStatus, RestoreWish},
 };
+use bytes::Bytes;
 use data_encoding::HEXLOWER;
 use http::{Method, Request, StatusCode};
-use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::json;
 use std::sync::Arc;
 
-pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str]) -> Result {
+pub async fn handle(app: &Arc<App>, request: Request<Bytes>, parts: &[&str]) -> Result {
     let method = request.method().clone();
     match (&method, parts) {
         (&Method::GET, ["restore-targets"]) => Ok(ok(&json!(app.restores.targets(app)))),

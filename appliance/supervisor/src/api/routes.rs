@@ -10,6 +10,7 @@ use crate::{
     vault::{CreateGroupError, DeleteGroupError, Group, GroupError, Phase, VOLUME_BYTES_MAX},
     views::{Idle, ViewError, Wish},
 };
+use ::web::access::Caller;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Limited};
@@ -38,11 +39,17 @@ const VOLUMES_MAX: usize = 64;
 
 pub(super) type Result<T = Answer> = std::result::Result<T, ApiError>;
 
-pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
+/// The parts of an address below `/api/v1/`, decoded.
+pub(super) fn parts_of(path: &str) -> Result<Vec<String>> {
+    let Some(rest) = path.strip_prefix("/api/v1/") else { return Err(no_route(path)) };
+    rest.split('/').map(decode).collect::<Option<Vec<String>>>().ok_or_else(|| no_route(path))
+}
+
+/// What each of these needs is in [`super::access`]; who asks has been looked at there.
+pub async fn handle(app: &Arc<App>, caller: &Caller, request: Request<Bytes>) -> Result {
     let path = request.uri().path().to_owned();
     let query = request.uri().query().unwrap_or_default().to_owned();
-    let Some(rest) = path.strip_prefix("/api/v1/") else { return Err(no_route(&path)) };
-    let parts = rest.split('/').map(decode).collect::<Option<Vec<String>>>().ok_or_else(|| no_route(&path))?;
+    let parts = parts_of(&path)?;
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     let method = request.method().clone();
     match (&method, &parts[..]) {
@@ -94,6 +101,9 @@ pub async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Result {
         (&Method::GET, ["events"]) => Ok(ok(&json!(app.events.recent()))),
         (&Method::GET, ["ca"]) => Ok(plain(StatusCode::OK, "application/x-pem-file", app.pki.ca_pem().to_owned())),
         (&Method::POST, ["client-certs"]) => client_certificate(app, body(request).await?).await,
+        (_, ["web" | "users" | "api-tokens" | "audit" | "openapi.json", ..]) => {
+            super::web::handle(app, caller, request, &parts, &query).await
+        }
         _ => Err(no_route(&format!("{method} {path}"))),
     }
 }
@@ -592,13 +602,13 @@ pub(super) async fn blocking<T: Send + 'static>(
     done.map_err(|_| internal("the request failed on the box; its log says why".into()))
 }
 
-pub(super) async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T> {
+pub(super) async fn body<T: DeserializeOwned>(request: Request<Bytes>) -> Result<T> {
     let bytes = read_body(request).await?;
     serde_json::from_slice(&bytes)
         .map_err(|e| bad_request("body", format!("the request's JSON is not understood: {e}")))
 }
 
-async fn body_or_default<T: DeserializeOwned + Default>(request: Request<Incoming>) -> Result<T> {
+async fn body_or_default<T: DeserializeOwned + Default>(request: Request<Bytes>) -> Result<T> {
     let bytes = read_body(request).await?;
     if bytes.is_empty() {
         return Ok(T::default());
@@ -607,9 +617,16 @@ async fn body_or_default<T: DeserializeOwned + Default>(request: Request<Incomin
         .map_err(|e| bad_request("body", format!("the request's JSON is not understood: {e}")))
 }
 
-pub(super) async fn read_body(request: Request<Incoming>) -> Result<Bytes> {
-    let limited = Limited::new(request.into_body(), BODY_MAX).collect().await;
-    Ok(limited.map_err(|_| bad_request("body", format!("it broke off or is longer than {BODY_MAX} bytes")))?.to_bytes())
+pub(super) async fn read_body(request: Request<Bytes>) -> Result<Bytes> {
+    Ok(request.into_body())
+}
+
+/// The body as it comes over a connection, bounded.
+pub(super) async fn collect(request: Request<Incoming>) -> Result<Request<Bytes>> {
+    let (head, body) = request.into_parts();
+    let limited = Limited::new(body, BODY_MAX).collect().await;
+    let body = limited.map_err(|_| bad_request("body", format!("it broke off or is longer than {BODY_MAX} bytes")))?;
+    Ok(Request::from_parts(head, body.to_bytes()))
 }
 
 /// A parameter of the query, decoded.

@@ -28,8 +28,8 @@ use crate::{
     App,
     takeovers::{PlanFault, RunFault, Wish, run_json},
 };
+use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use hyper::body::Incoming;
 use model::{HostId, Owner, RecoveryPoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ use takeover::{
     state::{BackDisk, Kind, Step},
 };
 
-pub async fn handle(app: &Arc<App>, request: Request<Incoming>, parts: &[&str], query: &str) -> Result {
+pub async fn handle(app: &Arc<App>, request: Request<Bytes>, parts: &[&str], query: &str) -> Result {
     let method = request.method().clone();
     match (&method, parts) {
         (&Method::GET, ["plans"]) => blocking(app, |app| plans(app)).await?,

@@ -3,9 +3,11 @@
 mod agent;
 mod away;
 mod branches;
+mod chrome;
 mod crash;
 mod damage;
 mod enrol;
+mod face;
 mod failback;
 mod fencing;
 mod full;

@@ -24,6 +24,7 @@ pub const CONFIG: &str = r#"
 listen = "127.0.0.1:0"
 nbd_listen = "127.0.0.1:0"
 metrics_listen = "127.0.0.1:0"
+web.listen = "none"
 heartbeat_timeout_ms = 2000
 [log]
 level = "warn"
@@ -195,6 +196,7 @@ impl Inside {
         } else {
             CONFIG.to_owned()
         };
+        let common = if more.contains("web.listen") { common.replace("web.listen = \"none\"\n", "") } else { common };
         std::fs::write(&config, format!("{more}\n{common}")).unwrap();
         let line = CommandLine { config: Some(config), data: Some(data.to_owned()), ..CommandLine::default() };
         let config = Config::load(&line).map_err(|e| e.report())?;

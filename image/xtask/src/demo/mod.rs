@@ -89,11 +89,17 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     } else {
         disk::loop_disks_work().and_then(|()| disk::capture_works())
     };
-    let appliance = Appliance::start(&bins, &dir.join("box"))?;
+    let pages = hw_tests::product::free_port()?;
+    let appliance = Appliance::start_with(&bins, &dir.join("box"), &format!("web.listen = \"127.0.0.1:{pages}\"\n"))?;
     println!(
         "the box is up: agents at {}, its administrator at {}",
         appliance.listen(),
         appliance.control().socket().display()
+    );
+    let made = appliance.control().post("web/setup-code", &Value::Null)?;
+    println!(
+        "its pages: https://localhost:{pages} (the certificate is of its own authority); the code for the first administrator: {}",
+        made["code"].as_str().unwrap_or("?")
     );
     let source = match kernel_capture {
         Ok(()) => {
