@@ -63,6 +63,8 @@ pub const ROUTES: &[Row] = &[
     row("POST", "runs/{run}/again", Operator, "tries what failed again"),
     row("POST", "runs/{run}/promote", Operator, "makes a drill a takeover"),
     row("POST", "runs/{run}/failback", Operator, "brings what the machine wrote to the host's disks"),
+    row("POST", "runs/{run}/serves", Operator, "a machine elsewhere serves"),
+    row("POST", "runs/{run}/stopped", Operator, "a machine elsewhere was stopped"),
     row("POST", "runs/{run}/commit", Operator, "the host does well after a failback"),
     row("POST", "runs/{run}/rollback", Operator, "the machine shall serve again"),
     row("GET", "runs/{run}/screen", Viewer, "picture of its screen"),
@@ -163,6 +165,7 @@ mod tests {
     /// The routes as the code has them: what `match` arms over method and parts say.
     fn arms(code: &str) -> Vec<(String, Vec<String>)> {
         let code = code.split("mod tests {").next().unwrap();
+        let code = code.split_whitespace().collect::<Vec<_>>().join(" ").replace("( &Method::", "(&Method::");
         let mut found = Vec::new();
         for (at, _) in code.match_indices("(&Method::") {
             let rest = &code[at + "(&Method::".len()..];
@@ -170,7 +173,7 @@ mod tests {
             if !method.bytes().all(|b| b.is_ascii_uppercase()) {
                 continue;
             }
-            let parts = &rest[..rest.find("])").unwrap()];
+            let parts = &rest[..rest.find(']').unwrap()];
             // Each part: a text, several texts, or a name for anything.
             let mut all = vec![Vec::new()];
             for part in parts.split(',') {

@@ -71,7 +71,7 @@ pub fn run_rows(runs: Vec<Run>) -> Vec<RunRow> {
 }
 
 /// What both pages show.
-struct Box {
+struct Look {
     status: Status,
     groups: Vec<GroupRow>,
     runs: Vec<RunRow>,
@@ -83,7 +83,7 @@ struct Box {
     used_percent: Option<u64>,
 }
 
-async fn look(v: &Visit, events: usize) -> Result<Box, crate::site::Fault> {
+async fn look(v: &Visit, events: usize) -> Result<Look, crate::site::Fault> {
     let mut status: Status = v.get("status").await?;
     let runs: Vec<Run> = v.get("runs").await?;
     let mut groups: Vec<GroupRow> =
@@ -99,7 +99,7 @@ async fn look(v: &Visit, events: usize) -> Result<Box, crate::site::Fault> {
         .filter(|(total, _)| *total > 0)
         .map(|(total, left)| (total - left.min(total)) * 100 / total);
     let is_risky = |g: &&GroupRow| matches!(g.tone, Tone::Warn | Tone::Bad);
-    Ok(Box {
+    Ok(Look {
         at_risk: groups.iter().filter(is_risky).count() as u64,
         protected: groups.iter().filter(|g| g.tone != Tone::Idle).count() as u64,
         volume_bytes: groups.iter().map(GroupRow::volume_bytes).sum(),
@@ -116,14 +116,14 @@ async fn look(v: &Visit, events: usize) -> Result<Box, crate::site::Fault> {
 #[template(path = "pages/overview/page.html")]
 struct Overview {
     p: Frame,
-    b: Box,
+    b: Look,
 }
 
 #[derive(Template)]
 #[template(path = "pages/overview/wall.html")]
 struct Wall {
     p: Frame,
-    b: Box,
+    b: Look,
 }
 
 pub async fn page(v: &Visit) -> Page {
