@@ -205,6 +205,18 @@ impl Appliance {
         self.program.as_mut().context("the box is not running")
     }
 
+    /// The records of the only group's journal, as `holdfast inspect` lists them. The box must be stopped.
+    pub fn records(&self) -> Result<Vec<Value>> {
+        let groups = fs::read_dir(self.data_dir().join("groups"))?.collect::<Result<Vec<_>, _>>()?;
+        let [group] = groups.as_slice() else { bail!("{} groups, one was expected", groups.len()) };
+        let mut command = Command::new(&self.bins.holdfast);
+        command.arg("inspect").arg(group.path()).args(["--records", "--json", "--limit", "1000000"]);
+        let listed = process::run(command, COMMAND_MAX)?.ok()?.stdout;
+        // What comes before them is one object over many lines.
+        let records = listed.lines().filter(|l| l.starts_with("{\""));
+        records.map(|l| serde_json::from_str(l).with_context(|| l.to_owned())).collect()
+    }
+
     /// The command line program, pointed at this box.
     pub fn cli(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.bins.holdfast);

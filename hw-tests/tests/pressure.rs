@@ -1,5 +1,6 @@
-//! What only a whole kernel shows of sparing a host: a write past the block layer, which nobody can capture, is told to the box until a
-//! resync; and other programs are held back by the kernel's own limits, which end whatever the agent dies of.
+//! What only a whole kernel shows. A write past the block layer, which nobody can capture, is told to the box until a
+//! resync. FUA, flushes, discards and zeroes of a disk that has them all are what the journal says. Other programs are held back by the kernel's
+//! own limits, which end whatever the agent dies of.
 
 use anyhow::{Context, Result, ensure};
 use hw_tests::{
@@ -51,7 +52,7 @@ impl Host {
         for file in [&disk, &state] {
             fs::File::create(file)?.set_len(DISK_BYTES)?;
         }
-        let disk_arg = format!("file={},if=none,id=disk,format=raw,cache=writeback", disk.display());
+        let disk_arg = format!("file={},if=none,id=disk,format=raw,cache=writeback,discard=unmap", disk.display());
         let state_arg = format!("file={},if=virtio,format=raw,cache=writeback", state.display());
         let args = [
             "-netdev",
@@ -63,7 +64,7 @@ impl Host {
             "-device",
             "virtio-scsi-pci",
             "-device",
-            "scsi-hd,drive=disk",
+            "scsi-hd,drive=disk,dpofua=on",
             "-drive",
             &state_arg,
         ];
@@ -121,6 +122,33 @@ impl Host {
     }
 }
 
+/// What a disk is asked for besides data, on one that can do all of it.
+fn flags(host: &mut Host) -> Result<()> {
+    let queue = host.sh("cd /sys/block/sda/queue && cat fua discard_max_bytes write_zeroes_max_bytes")?;
+    let can: Vec<&str> = queue.split_whitespace().collect();
+    ensure!(can.len() == 3 && can.iter().all(|n| *n != "0"), "a disk with FUA, discard and write-zeroes: {queue:?}");
+    host.sh("/programs/guest-load flags /dev/sda").map(drop)
+}
+
+/// The same in the journal, read with no daemon.
+fn flags_arrived(records: &[Value]) -> Result<()> {
+    let live = |r: &&Value| !r["what"].as_str().is_some_and(|w| w.contains("SYNC"));
+    let live: Vec<&Value> = records.iter().filter(live).collect();
+    let at = |kind: &str, mib: u64| live.iter().position(|r| r["kind"] == kind && r["lba"] == mib << 11);
+    let fua = |i: usize| live[i]["what"].as_str().is_some_and(|w| w.contains("FUA"));
+    let durable = at("write", 1).context("the durable write")?;
+    ensure!(fua(durable), "{}", live[durable]);
+    let plain = durable + live[durable..].iter().position(|r| r["lba"] == 2 << 11).context("the plain write")?;
+    ensure!(!fua(plain) && live[plain]["kind"] == "write", "{}", live[plain]);
+    ensure!(live[plain..].iter().any(|r| r["kind"] == "flush"), "no flush after it");
+    for (kind, mib) in [("discard", 4), ("zero", 8)] {
+        let inside = |r: &&&Value| r["kind"] == kind && r["lba"].as_u64().is_some_and(|s| s >> 11 == mib);
+        let sectors: u64 = live.iter().filter(inside).filter_map(|r| r["sectors"].as_u64()).sum();
+        ensure!(sectors == 2048, "{kind}: {sectors} sectors");
+    }
+    Ok(())
+}
+
 fn risk(group: &Value, kind: &str) -> Option<Value> {
     group["risks"].as_array().into_iter().flatten().find(|r| r["kind"] == kind).cloned()
 }
@@ -156,6 +184,8 @@ fn what_cannot_be_captured_is_told_and_a_throttle_always_ends() -> Result<()> {
         Ok(risk(&appliance.group(GROUP)?, "unknown-writes").is_none().then_some(()))
     })?;
     host.wait_identical(&appliance)?;
+    flags(&mut host)?;
+    host.wait_identical(&appliance)?;
 
     // The box takes nothing any more: the spool fills.
     appliance.program()?.signal(libc::SIGSTOP)?;
@@ -188,5 +218,6 @@ fn what_cannot_be_captured_is_told_and_a_throttle_always_ends() -> Result<()> {
     host.sh("kill $(cat /tmp/agent); while grep -qs '^State:.[^Z]' /proc/$(cat /tmp/agent)/status; do sleep 1; done")?;
     host.guest.power_off()?;
     appliance.stop()?;
+    flags_arrived(&appliance.records()?)?;
     dir.done()
 }

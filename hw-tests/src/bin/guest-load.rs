@@ -1,7 +1,8 @@
 //! Load in a guest. `acks DEVICE OFFSET SEED OUT` writes a [`load::Sequence`] and appends each number to OUT once the write has returned;
 //! `stall FILE SECONDS` writes and syncs one block after the other and says how long the longest took; `latency FILE COUNT` says how
 //! long a synced block takes, at half and at 99 of 100; `past DEVICE SECTOR` writes a sector
-//! by a SCSI command of its own, past the block layer.
+//! by a SCSI command of its own, past the block layer; `flags DEVICE` writes a block at 1 MiB that is durable when it returns, one at 2 MiB and
+//! a flush after it, discards 1 MiB at 4 MiB, and zeroes 1 MiB at 8 MiB.
 
 use anyhow::{Context, Result, bail};
 use hw_tests::load::{self, BLOCK};
@@ -28,6 +29,7 @@ fn main() -> Result<()> {
         ["stall", file, seconds] => stall(file, seconds.parse()?),
         ["latency", file, count] => latency(file, count.parse()?),
         ["past", device, sector] => past(device, sector.parse()?),
+        ["flags", device] => flags(device),
         other => bail!("not understood: {other:?}"),
     }
 }
@@ -99,6 +101,28 @@ fn past(device: &str, sector: u32) -> Result<()> {
     let done = unsafe { libc::ioctl(device.as_raw_fd(), SG_IO, &raw mut io) };
     if done != 0 || io.status != 0 || io.host != 0 {
         bail!("SG_IO: {done}, status {:#x}, host {:#x}, {}", io.status, io.host, std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn flags(device: &str) -> Result<()> {
+    use std::os::fd::AsRawFd;
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    const BLKZEROOUT: libc::c_ulong = 0x127f;
+    const MIB: u64 = 1 << 20;
+    let open = |flags: i32| {
+        OpenOptions::new().write(true).custom_flags(libc::O_DIRECT | flags).open(device).context("open the device")
+    };
+    let block = Aligned([9; BLOCK]);
+    open(libc::O_DSYNC)?.write_all_at(&block.0, MIB).context("a durable write")?;
+    let device = open(0)?;
+    device.write_all_at(&block.0, 2 * MIB).and_then(|()| device.sync_data()).context("a write and a flush")?;
+    for (what, at) in [(BLKDISCARD, 4 * MIB), (BLKZEROOUT, 8 * MIB)] {
+        let range = [at, MIB];
+        // SAFETY: a valid descriptor, and the two numbers that both requests take.
+        if unsafe { libc::ioctl(device.as_raw_fd(), what, range.as_ptr()) } != 0 {
+            bail!("request {what:#x} at {at}: {}", std::io::Error::last_os_error());
+        }
     }
     Ok(())
 }
