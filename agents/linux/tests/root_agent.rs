@@ -734,12 +734,8 @@ fn root_flushes_barriers_discards_and_zeroes_arrive_as_what_they_are() {
     for (what, at) in [(BLKDISCARD, 4 * MIB), (BLKZEROOUT, 8 * MIB)] {
         let range = [at, MIB];
         // SAFETY: a valid descriptor, and the two numbers that both requests take.
-        assert_eq!(
-            unsafe { libc::ioctl(plain.as_raw_fd(), what, range.as_ptr()) },
-            0,
-            "{}",
-            std::io::Error::last_os_error()
-        );
+        let done = unsafe { libc::ioctl(plain.as_raw_fd(), what, range.as_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }
     drop(plain);
     wait("the last of it", || fake.group(|g| g.kept.iter().any(|k| (8 * MIB..9 * MIB).contains(&(k.start as u64)))));
