@@ -421,6 +421,106 @@ fn what_is_not_certain_is_an_alarm_once_and_no_takeover() {
     host.see().is_cut = false;
     wait_for("the alarm to be over", || status(&inside)["seen"]["alarm"].is_null().then_some(()));
     assert!(host.serves());
+    // What an agent of its version could not even read is not sent to it.
+    host.see().refuses = None;
+    let probe = "[[detect.probe]]\nname = \"shop\"\nkind = { https = { address = \"127.0.0.1:443\", path = \"/\" } }\n";
+    inside.ok("PUT", "plans/db1", &plan(&format!("{DETECT}{probe}")));
+    wait_for("the refusal in its place", || {
+        let said = status(&inside)["ownership"]["alerts"].to_string();
+        said.contains("it is too old for the https probe shop: update it").then_some(())
+    });
+    inside.ok("PUT", "plans/db1", &plan(DETECT));
+    wait_fences(&inside);
+    drop(host);
+    inside.stop();
+}
+
+/// A link with a neighbour that drops pings, in a network of this test's own; both go with the test.
+struct Neighbour(String);
+
+impl Neighbour {
+    const ADDRESS: &str = "192.0.2.9";
+
+    /// The calling thread, and those it starts from now on, are on the link. None: not root.
+    fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: ARP to a neighbour: needs root (network namespaces)");
+            return None;
+        }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace");
+        let this = Self(format!("hf-arp-{}", std::process::id()));
+        ip(&["netns", "add", &this.0]);
+        ip(&["link", "set", "lo", "up"]);
+        ip(&["link", "add", "near", "type", "veth", "peer", "name", "far", "netns", &this.0]);
+        ip(&["address", "add", "192.0.2.1/24", "dev", "near"]);
+        ip(&["link", "set", "near", "up"]);
+        this.there(&["ip", "address", "add", "192.0.2.9/24", "dev", "far"]);
+        this.there(&["ip", "link", "set", "far", "up"]);
+        this.there(&["sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1"]);
+        Some(this)
+    }
+    fn there(&self, command: &[&str]) {
+        ip(&[&["netns", "exec", &self.0], command].concat());
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("ip").args(["netns", "delete", &self.0]).status();
+    }
+}
+
+fn ip(args: &[&str]) {
+    let out = std::process::Command::new("ip").args(args).output().expect("ip");
+    assert!(out.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn a_host_that_drops_pings_is_seen_by_its_network_card() {
+    let Some(neighbour) = Neighbour::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let inside = Inside::start(&data, "");
+    let host = Leased::start(protected(&inside), inside.listen());
+    let detect = |address: &str| {
+        plan(&format!(
+            "[detect]\nautomatic = true\nhold_ms = 100\naddress = \"{address}\"\nchannels = [\n\
+             {{ channel = \"stream\", period_ms = 500, missed_max = 4 }},\n{{ channel = \"arp\", period_ms = 500, missed_max = 4 }},\n\
+             {{ channel = \"icmp\", period_ms = 500, missed_max = 4, weight = \"advisory\" }},\n]\n\
+             [detect.uplink]\nothers = [\"127.0.0.1\"]\n"
+        ))
+    };
+    let refused = inside.refused("PUT", "plans/db1", &detect("2001:db8::9"));
+    assert_eq!(refused, "bad-plan", "ARP knows no IPv6");
+    // What is behind a router cannot be asked, and that is said beforehand.
+    inside.ok("PUT", "plans/db1", &detect("198.51.100.9"));
+    wait_for("what is in the way", || {
+        let seen = status(&inside)["seen"].clone();
+        seen["in_the_way"].as_str().is_some_and(|w| w.contains("198.51.100.9 is on no link of this box")).then_some(())
+    });
+    inside.ok("PUT", "plans/db1", &detect(Neighbour::ADDRESS));
+    wait_fences(&inside);
+    let reasons = || status(&inside)["seen"]["reasons"].to_string();
+    wait_for("ARP and the uplink", || {
+        let reasons = reasons();
+        let both = reasons.contains("ARP: heard") && reasons.contains("peer 127.0.0.1 answers");
+        (both && status(&inside)["seen"]["in_the_way"].is_null()).then_some(())
+    });
+    assert!(!reasons().contains("ping: heard"), "it drops pings: {}", reasons());
+
+    // Cut off from the box's port and alive on the link.
+    host.see().is_cut = true;
+    let alarm = wait_for("an alarm", || status(&inside)["seen"]["alarm"].as_str().map(str::to_owned));
+    assert!(alarm.contains("some channels are silent and others show life"), "{alarm}");
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(inside.get("runs"), json!([]), "its card answers");
+    // Its card does not answer any more.
+    neighbour.there(&["ip", "link", "set", "far", "down"]);
+    let begun = wait_for("a takeover with no hand on it", || inside.get("runs")[0].as_object().cloned());
+    let decision = begun["decision"].as_str().unwrap().to_owned();
+    assert!(decision.contains("ARP: silent"), "{decision}");
+    settled(&inside, begun["id"].as_str().unwrap());
     drop(host);
     inside.stop();
 }
