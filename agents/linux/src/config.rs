@@ -58,6 +58,8 @@ pub struct Config {
     pub fence: Fencing,
     /// Scripts that a takeover plan may have run as probes: the box knows their names, sees how they end and what they print, and no more.
     pub scripts: BTreeMap<String, Script>,
+    /// What this host offers when it stands by for another one. Left out: it does not.
+    pub standby: StandsBy,
     pub log: Log,
     /// The file, when it is not the usual one: what the agent starts of itself needs the same.
     #[serde(skip)]
@@ -71,6 +73,13 @@ pub enum CopyWhat {
     Allocated,
     /// Every sector.
     Whole,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StandsBy {
+    /// Disks, partitions or volumes that the box may overwrite, and no others.
+    pub disks: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -156,6 +165,7 @@ impl Default for Config {
             carry_over: true,
             fence: Fencing::default(),
             scripts: BTreeMap::new(),
+            standby: StandsBy::default(),
             log: Log::default(),
             loaded_from: None,
         }
@@ -223,6 +233,9 @@ impl Config {
             if !dir.is_absolute() {
                 return value(key, format!("{:?}", dir.display()), "an absolute path");
             }
+        }
+        if let Some(disk) = self.standby.disks.iter().find(|disk| !disk.starts_with("/dev/")) {
+            return value("standby.disks", format!("{disk:?}"), "paths that begin with /dev/");
         }
         for (name, commands) in &self.fence.services {
             let all = [&commands.start, &commands.stop, &commands.kill, &commands.check];
@@ -381,7 +394,7 @@ mod tests {
         assert_eq!(every, Config::default(), "with every key");
         // `deny_unknown_fields` finds a key too many; this finds one too few.
         // Tables are no keys, and `services` has none of its own: the example says what one looks like.
-        let tables = ["log: ", "fence: ", "services: ", "scripts: ", "loaded_from: "].len();
+        let tables = ["log: ", "fence: ", "services: ", "scripts: ", "standby: ", "loaded_from: "].len();
         let fields = format!("{:?}", Config::default()).matches(": ").count() - tables;
         assert!(example.contains("# [fence.services.web]") && example.contains("# [scripts.orders]"));
         assert_eq!(keys, fields, "the example leaves out a key");

@@ -230,7 +230,8 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
         let token = enrol::token_from(&token, std::io::stdin()).context("could not read the token")?;
         let name = name.unwrap_or_else(enrol::host_name);
         let options = rescue::Options { box_address, token, name, allow, reboot: !no_reboot, dir };
-        return Ok(rescue::run(&options)?);
+        let Err(e) = rescue::run(&options);
+        return Err(e.into());
     }
     if let Command::Early { sysroot, device } = &cli.command {
         return match device {

@@ -122,6 +122,14 @@ fn status_lines(entry: &Value) -> String {
             None => {}
         }
     }
+    let standby = &entry["standby"];
+    if !standby.is_null() {
+        let lag = match standby["lag_seconds"].as_u64() {
+            Some(lag @ 1..) => format!(", {lag} s late by choice"),
+            _ => String::new(),
+        };
+        line("standby", format!("{}{lag}: {}", text(&standby["host"]), text(&standby["state"])));
+    }
     if !seen.is_null() {
         line("seen", text(&seen["text"]));
         for reason in seen["reasons"].as_array().into_iter().flatten() {

@@ -433,7 +433,11 @@ async fn look_after_machines(app: Arc<App>) {
             () = tokio::time::sleep(MACHINES_EVERY) => {
                 app.takeovers.look_after(&app);
                 let due = Arc::clone(&app);
-                let _ = tokio::task::spawn_blocking(move || due.takeovers.drill_what_is_due(&due)).await;
+                let look = move || {
+                    due.takeovers.drill_what_is_due(&due);
+                    due.takeovers.follow(&due);
+                };
+                let _ = tokio::task::spawn_blocking(look).await;
             }
             () = crate::raised(&mut stop) => return,
         }

@@ -20,6 +20,7 @@ mod hands;
 mod plans;
 mod schedule;
 mod ship;
+mod standby;
 
 pub use plans::Watched;
 
@@ -160,6 +161,8 @@ pub struct Takeovers {
     unreadable: Vec<String>,
     /// When a scheduled drill of a plan was tried last.
     tried_us: Mutex<BTreeMap<String, u64>>,
+    /// Plans whose standby does not follow, and why.
+    not_following: Mutex<BTreeMap<String, standby::Trouble>>,
 }
 
 impl Takeovers {
@@ -193,6 +196,7 @@ impl Takeovers {
             told: Mutex::default(),
             unreadable: lost,
             tried_us: Mutex::default(),
+            not_following: Mutex::default(),
         };
         this.read_plans()?;
         Ok(this)
@@ -306,6 +310,9 @@ impl Takeovers {
             serves: None,
             stopped: None,
             sealed: false,
+            follows: None,
+            standby_disks: Vec::new(),
+            collects: None,
             restarts_us: Vec::new(),
             failback: None,
         };
@@ -357,7 +364,7 @@ impl Takeovers {
         // The host would get its ownership back beside it.
         let clients = match state.place() {
             Place::Export => clients(app, &state.points),
-            Place::Box => Vec::new(),
+            Place::Box | Place::Standby(_) => Vec::new(),
         };
         if !clients.is_empty() {
             let why = format!("a machine has its disks open, shut it down first: {}", clients.join(", "));

@@ -13,7 +13,9 @@
 
 mod watch;
 
-pub use watch::{Detect, LEASE_MS_MAX, LEASE_MS_MIN, Lease, OTHERS_MAX, RENEWING_MS, STOP_MS_MIN};
+pub use watch::{
+    Detect, LEASE_MS_MAX, LEASE_MS_MIN, Lease, OTHERS_MAX, RENEWING_MS, STOP_MS_MIN, Standby, StandbyDisk,
+};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, net::IpAddr, str::FromStr};
@@ -72,14 +74,17 @@ pub enum Place {
     Box,
     /// At somebody else's hypervisor, on disks that the box exports.
     Export,
+    /// On the host of this name, whose agent follows with disks of its own.
+    Standby(String),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Box => "a machine on this box",
-            Self::Export => "another hypervisor",
-        })
+        match self {
+            Self::Box => f.write_str("a machine on this box"),
+            Self::Export => f.write_str("another hypervisor"),
+            Self::Standby(name) => write!(f, "the standby {name}"),
+        }
     }
 }
 
@@ -293,6 +298,9 @@ pub struct Plan {
     /// None: the host is stopped by nobody but people and hooks.
     #[serde(default)]
     pub lease: Option<Lease>,
+    /// Of a standby only.
+    #[serde(default)]
+    pub standby: Option<Standby>,
     /// None: nobody watches.
     #[serde(default)]
     pub detect: Option<Detect>,
@@ -321,6 +329,7 @@ struct File {
     #[serde(default)]
     hooks: Option<Spanned<FileHooks>>,
     lease: Option<Spanned<watch::FileLease>>,
+    standby: Option<Spanned<watch::FileStandby>>,
     detect: Option<Spanned<watch::FileDetect>>,
     drill: Option<Spanned<FileSchedule>>,
 }
@@ -482,6 +491,26 @@ impl Checker<'_> {
             let remedy = "take `automatic = true` out of [detect], or let the host go on at the box: place = \"box\"";
             self.fault(at, "a takeover by itself cannot start a machine at another hypervisor", remedy);
         }
+        if let Place::Standby(name) = at.get_ref() {
+            let host = file.host.as_ref().map(|h| h.get_ref());
+            if host.is_none_or(|host| host == name) {
+                self.fault(
+                    at,
+                    "a standby is another host, for a host with an agent",
+                    "name the two: host, and standby",
+                );
+            }
+            if file.lease.is_none() {
+                let remedy = "give the plan a [lease]; the standby serves by the same rules";
+                self.fault(at, "a standby serves by lease only", remedy);
+            }
+            if file.standby.is_none() {
+                let remedy = "add [standby]: `holdfast plan example` has it";
+                self.fault(at, "nothing says what the standby has to start", remedy);
+            }
+        } else if let Some(standby) = &file.standby {
+            self.fault(standby, "[standby] without a standby", "give place = { standby = \"name\" }, or take it out");
+        }
         at.get_ref().clone()
     }
     /// What only an agent inside could do.
@@ -621,6 +650,7 @@ impl Checker<'_> {
             Schedule { every_hours }
         });
         let lease = file.lease.as_ref().map(|at| self.lease(at, &subject, &networks));
+        let standby = file.standby.as_ref().map(|at| self.standby(at, lease.as_ref()));
         let fenced = lease.is_some() || hooks.fence.is_some();
         let detect = file.detect.as_ref().map(|at| self.detect(at, &subject, fenced));
         let (firmware, disk, nic) = (machine.firmware, machine.disk, machine.nic);
@@ -634,7 +664,18 @@ impl Checker<'_> {
         }
         let machine =
             Machine { size, firmware, disk, nic, boot_seconds_max, shutdown_seconds_max, agent, restarts_max };
-        let place = file.place.as_ref().map(|at| self.place(at, file)).unwrap_or_default();
+        let place = match (&file.place, &file.standby) {
+            (Some(at), _) => self.place(at, file),
+            (None, Some(standby)) => {
+                self.fault(
+                    standby,
+                    "[standby] without a standby",
+                    "give place = { standby = \"name\" }, or take it out",
+                );
+                Place::Box
+            }
+            (None, None) => Place::Box,
+        };
         Plan {
             subject,
             place,
@@ -645,6 +686,7 @@ impl Checker<'_> {
             applications,
             hooks,
             lease,
+            standby,
             detect,
             drill,
         }

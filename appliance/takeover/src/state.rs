@@ -364,6 +364,13 @@ pub struct RunState {
     /// Its disks are open to nobody any more: what they hold is being brought to the host.
     #[serde(default)]
     pub sealed: bool,
+    /// Of a standby: the restore that it followed by, which disks it has what on, and the restore that fetches what it wrote.
+    #[serde(default)]
+    pub follows: Option<String>,
+    #[serde(default)]
+    pub standby_disks: Vec<BackDisk>,
+    #[serde(default)]
+    pub collects: Option<String>,
     /// When the machine was started again after it had ended by itself.
     #[serde(default)]
     pub restarts_us: Vec<u64>,
@@ -404,12 +411,13 @@ impl RunState {
     /// Which side is authoritative, for people.
     pub fn authority(&self) -> String {
         let machine = match self.place() {
-            Place::Box => "the machine on this box",
-            Place::Export => "the machine at another hypervisor, on this box's disks",
+            Place::Box => "the machine on this box".to_owned(),
+            Place::Export => "the machine at another hypervisor, on this box's disks".into(),
+            Place::Standby(name) => format!("the standby {name}"),
         };
         match (self.kind, &self.phase) {
             (Kind::Drill, _) | (_, Phase::Ended { .. }) => "the host".into(),
-            (Kind::Failover, Phase::Serving) => machine.into(),
+            (Kind::Failover, Phase::Serving) => machine,
             (Kind::Failover, Phase::FailingBack) if !self.is_back(BackStep::Pause) => {
                 format!("{machine}; its data runs to the host's disks")
             }

@@ -50,11 +50,11 @@ use crate::{
     tls::{self, TlsError},
 };
 use group::{Batch, Group, Running};
-use model::{BookmarkName, Consistency, Extent, GroupId, MonoTime};
+use model::{BookmarkName, Consistency, Extent, GroupId, HostId, MonoTime};
 use replication::{Event, Pressure, PressureInput};
 use scribe::{Key, Scribe, Stored};
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     path::Path,
     sync::{
@@ -245,6 +245,8 @@ pub struct Engine {
     /// What the plan has this host watch, and the second channel.
     probes: Option<crate::probes::Probes>,
     beats: Option<crate::beats::Beats>,
+    /// Of the hosts that this one stands by for.
+    other_fences: BTreeMap<HostId, crate::fence::Fence>,
     box_leases: bool,
     box_name: String,
     inbox: mpsc::Receiver<Input>,
@@ -340,6 +342,7 @@ impl Engine {
             fence: None,
             probes: None,
             beats: None,
+            other_fences: BTreeMap::new(),
             box_leases: false,
             box_name: String::new(),
             inbox,
@@ -368,6 +371,8 @@ impl Engine {
             config,
         };
         engine.start_fence();
+        crate::rescue::stand_by(engine.peer.clone(), engine.config.standby.disks.clone())
+            .map_err(EngineError::System)?;
         engine.rpo = rpo::Rpo::open(&engine.config.run_dir);
         engine.groups =
             records.into_iter().map(|record| Group { record, running: None, stopped: String::new() }).collect();
@@ -779,6 +784,7 @@ impl Engine {
             match stored {
                 Stored::Identity { identity, tls, result } => self.renewal_stored(identity, tls, result),
                 Stored::Plan { plan, result } => self.plan_stored(plan, result),
+                Stored::OthersPlan { plan, result } => self.others_plan_stored(plan, result),
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     fence::StoreError,
     state::{HostIdentity, StateDir, StateError},
 };
-use model::GroupId;
+use model::{GroupId, HostId};
 use rustls::ClientConfig;
 use std::{
     collections::VecDeque,
@@ -33,6 +33,8 @@ pub(super) enum Key {
     Spool(GroupId),
     Identity,
     Plan,
+    /// Of a host that this one stands by for.
+    PlanOf(HostId),
 }
 
 impl Key {
@@ -47,6 +49,7 @@ impl Key {
 pub(super) enum Stored {
     Identity { identity: HostIdentity, tls: Arc<ClientConfig>, result: Result<(), StateError> },
     Plan { plan: HostPlan, result: Result<(), StoreError> },
+    OthersPlan { plan: HostPlan, result: Result<(), String> },
 }
 
 type Work = Box<dyn FnOnce(&StateDir) -> Option<Stored> + Send>;

@@ -54,11 +54,15 @@ use replication::ownership::{
 use std::{
     io,
     net::IpAddr,
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
-use wire::{HostPlan, Message, PlanService};
+use wire::{Holding, HostPlan, Message, PlanService};
 
 /// How long stopping may take where no lease has said so.
 const STOP_MS: u64 = 10_000;
@@ -93,6 +97,7 @@ pub type Tell = Box<dyn Fn(Message) + Send>;
 pub struct Fence {
     to: mpsc::SyncSender<Input>,
     thread: Option<thread::JoinHandle<()>>,
+    up: Arc<AtomicBool>,
 }
 
 impl Fence {
@@ -107,9 +112,15 @@ impl Fence {
         let (to, inbox) = mpsc::sync_channel(INBOX_MAX);
         let random = crate::state::random_128()?;
         let nonce = u64::from_ne_bytes(random[..8].try_into().unwrap_or([0; 8]));
-        let mut keeper = Keeper { whose, plan, store, gate, services, tell, to_self: to.clone(), nonce };
+        let up = Arc::new(AtomicBool::new(true));
+        let of_keeper = Arc::clone(&up);
+        let mut keeper = Keeper { whose, plan, store, gate, services, tell, to_self: to.clone(), nonce, up: of_keeper };
         let thread = thread::Builder::new().name("fence".to_owned()).spawn(move || keeper.run(&inbox))?;
-        Ok(Self { to, thread: Some(thread) })
+        Ok(Self { to, thread: Some(thread), up })
+    }
+    /// Whether anything of it may be up.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
     }
     /// From the box. Dropped when the thread has no room for it: it will be said again.
     pub fn message(&self, message: Message) {
@@ -139,6 +150,7 @@ struct Keeper {
     tell: Tell,
     to_self: mpsc::SyncSender<Input>,
     nonce: u64,
+    up: Arc<AtomicBool>,
 }
 
 impl Keeper {
@@ -147,6 +159,7 @@ impl Keeper {
         let mut holder = self.begin();
         let mut next_request = clock::boot();
         loop {
+            self.up.store(holder.holding() != Holding::Down, Ordering::Release);
             let now = clock::boot();
             if now >= next_request {
                 next_request = now.plus_ms(RENEW_MS);
@@ -185,7 +198,7 @@ impl Keeper {
 
     fn begin(&mut self) -> Holder {
         let record = match self.store.holder() {
-            Ok(record) => record.unwrap_or(HolderRecord::UNFENCED),
+            Ok(record) => record.unwrap_or_else(|| self.store.fresh()),
             Err(e) => {
                 tracing::error!(error = %crate::error_chain(&e), "what this host knows of its ownership cannot be read: it stays down until the box says that it may serve");
                 HolderRecord { fenced: true, term: Term::ZERO }

@@ -1,6 +1,7 @@
 //! What the fence keeps: the plan and the record that survive a reboot, and the lease that survives the agent.
 
 use crate::state::{self, StateError};
+use model::HostId;
 use replication::ownership::{HolderRecord, RunRecord};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
@@ -43,12 +44,17 @@ struct RunFile {
     run: RunRecord,
 }
 
+/// A folder for each host that this one stands by for.
+const OTHERS: &str = "standby";
+
 #[derive(Clone, Debug)]
 pub struct Store {
     plan: PathBuf,
     holder: PathBuf,
     lease: PathBuf,
     boot_id: String,
+    /// Of another host, which this one stands by for.
+    of_other: bool,
 }
 
 impl Store {
@@ -58,7 +64,26 @@ impl Store {
             holder: state_dir.join("ownership.json"),
             lease: run_dir.join("lease.json"),
             boot_id: boot_id.to_owned(),
+            of_other: false,
         }
+    }
+    /// For a host that this one stands by for, in folders of its own.
+    pub fn of_other(state_dir: &Path, run_dir: &Path, boot_id: &str, whose: HostId) -> io::Result<Self> {
+        let (state, run) = (Self::folder_of(state_dir, whose), Self::folder_of(run_dir, whose));
+        [&state, &run].into_iter().try_for_each(fs::create_dir_all)?;
+        Ok(Self { of_other: true, ..Self::new(&state, &run, boot_id) })
+    }
+    pub fn folder_of(dir: &Path, whose: HostId) -> PathBuf {
+        dir.join(OTHERS).join(whose.to_string())
+    }
+    /// The hosts that this one stands by for, or did.
+    pub fn others(state_dir: &Path) -> Vec<HostId> {
+        let entries = fs::read_dir(state_dir.join(OTHERS)).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+    /// What holds where nothing is stored: a host serves, and one that stands by does not.
+    pub fn fresh(&self) -> HolderRecord {
+        if self.of_other { HolderRecord::STANDBY } else { HolderRecord::UNFENCED }
     }
     pub fn plan(&self) -> Result<Option<HostPlan>, StoreError> {
         read(&self.plan)

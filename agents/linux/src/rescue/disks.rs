@@ -30,6 +30,8 @@ const NO_DISKS: [&str; 4] = ["ram", "zram", "sr", "fd"];
 pub struct Chosen {
     /// Nodes; empty: any.
     pub allow: Vec<String>,
+    /// These and no others are listed, partitions and volumes among them.
+    pub named_only: bool,
 }
 
 /// The machine's whole disks.
@@ -55,7 +57,8 @@ fn listed(disks: &Disks, chosen: &Chosen) -> Vec<TargetDisk> {
         holds: holds(disks, d),
         in_use: in_use(disks, d).or_else(|| not_allowed(chosen, &d.node())),
     };
-    disks.iter().filter(whole).take(wire::TARGET_DISKS_MAX).map(describe).collect()
+    let listed = |d: &&Device| if chosen.named_only { chosen.names(&d.node()) && d.sectors > 0 } else { whole(d) };
+    disks.iter().filter(listed).take(wire::TARGET_DISKS_MAX).map(describe).collect()
 }
 
 /// `ram0`, but not `ramdisk-of-somebody`.
@@ -63,12 +66,16 @@ fn is_numbered(name: &str, kind: &str) -> bool {
     name.strip_prefix(kind).is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()))
 }
 
-fn not_allowed(chosen: &Chosen, node: &Path) -> Option<String> {
-    let same = |allowed: &String| {
+impl Chosen {
+    fn names(&self, node: &Path) -> bool {
+        let node = std::fs::canonicalize(node).unwrap_or_else(|_| node.into());
         // A link of udev's names the same node.
-        std::fs::canonicalize(allowed).unwrap_or_else(|_| allowed.into()) == *node
-    };
-    let refused = !chosen.allow.is_empty() && !chosen.allow.iter().any(same);
+        self.allow.iter().any(|allowed| std::fs::canonicalize(allowed).unwrap_or_else(|_| allowed.into()) == node)
+    }
+}
+
+fn not_allowed(chosen: &Chosen, node: &Path) -> Option<String> {
+    let refused = !chosen.allow.is_empty() && !chosen.names(node);
     refused.then(|| "it is not among the disks given with --allow".to_owned())
 }
 
@@ -370,7 +377,8 @@ mod tests {
 
     #[test]
     fn only_what_is_allowed_is_offered() {
-        let chosen = |allow: &[&str]| Chosen { allow: allow.iter().map(|a| (*a).to_owned()).collect() };
+        let chosen =
+            |allow: &[&str]| Chosen { allow: allow.iter().map(|a| (*a).to_owned()).collect(), named_only: false };
         assert_eq!(not_allowed(&chosen(&[]), Path::new("/dev/null")), None);
         assert_eq!(not_allowed(&chosen(&["/dev/null"]), Path::new("/dev/null")), None);
         assert!(not_allowed(&chosen(&["/dev/zero"]), Path::new("/dev/null")).is_some());

@@ -13,6 +13,9 @@
 //! device mapper or md on it; never one that is smaller than what comes; with `--allow`, none but those. Each is opened with
 //! `O_EXCL`, so nothing can begin to use it meanwhile.
 //!
+//! **Standing by.** An agent whose configuration has `[standby]` disks offers these, and no others, beside its own work for as long as it runs
+//! ([`stand_by`]); it never starts its host anew.
+//!
 //! **Reboot.** Only when the box says so after a restore, and only when everything is durable and the disks are closed.
 
 mod disks;
@@ -21,7 +24,7 @@ pub use disks::{Chosen, list, refusal};
 
 use crate::{
     enrol,
-    link::{Conn, LinkError, Wake, Who},
+    link::{Conn, LinkError, Peer, Wake, Who},
     state::{self, StateDir, StateError},
     tls,
 };
@@ -96,7 +99,7 @@ enum SessionError {
 }
 
 /// Waits for restores and does them, until the machine is rebooted or the process is ended.
-pub fn run(options: &Options) -> Result<(), RescueError> {
+pub fn run(options: &Options) -> Result<std::convert::Infallible, RescueError> {
     let state = StateDir::open(&options.dir, &options.dir)?;
     let _lock = state.lock()?;
     let identity = match state.identity() {
@@ -110,40 +113,69 @@ pub fn run(options: &Options) -> Result<(), RescueError> {
     let config = tls::session_config(&state.read("ca.pem")?, &pem.certificate, &pem.key)?;
     let instance = state::random_128().map_err(RescueError::Random)?;
     let who = Who { host: identity.host, boot_id: state::boot_id(), instance };
-    let chosen = Chosen { allow: options.allow.clone() };
+    let chosen = Chosen { allow: options.allow.clone(), named_only: false };
     let here = list(&chosen)?;
     println!("this machine is restore target {:?} of the box at {}; its disks:", options.name, options.box_address);
     here.iter().for_each(|disk| println!("  {}", disks::line(disk)));
     println!("on the box: `holdfast restore targets`, then `holdfast restore GROUP --to` the name it shows");
-    let wake = Arc::new(Wake::new().map_err(RescueError::Thread)?);
-    let (events, heard) = mpsc::channel();
-    let worker = Worker::start(chosen.clone(), events, Arc::clone(&wake)).map_err(RescueError::Thread)?;
-    let mut rescue = Rescue {
-        target: Target::new(TargetConfig::default()),
-        worker,
-        heard,
-        wake,
-        chosen,
-        generation: 0,
-        payload: None,
-        screen: Screen::new(),
-        reboot: options.reboot,
+    let rescue = Rescue::new(chosen, Screen::new(), options.reboot).map_err(RescueError::Thread)?;
+    rescue.connect_for_ever(&options.box_address, || Arc::clone(&config), &who)
+}
+
+/// Offers these disks of a host that stands by for others, in a thread of its own, for as long as the process runs. None: nothing is offered.
+pub fn stand_by(peer: Peer, disks: Vec<String>) -> io::Result<()> {
+    if disks.is_empty() {
+        return Ok(());
+    }
+    let chosen = Chosen { allow: disks, named_only: true };
+    let rescue = Rescue::new(chosen, Screen::log(), false)?;
+    let run = move || {
+        let config = || match peer.config.lock() {
+            Ok(config) => Arc::clone(&config),
+            Err(poisoned) => Arc::clone(&poisoned.into_inner()),
+        };
+        let Err(e) = rescue.connect_for_ever(&peer.address, config, &peer.who);
+        tracing::error!(error = %crate::error_chain(&e), "this host stands by no more");
     };
-    let mut pause = BACKOFF_MIN;
-    loop {
-        let begun = Instant::now();
-        let ended = rescue.session(&options.box_address, Arc::clone(&config), &who);
-        rescue.drop_connection();
-        let Err(e) = ended;
-        if begun.elapsed() > Duration::from_secs(30) {
-            pause = BACKOFF_MIN;
+    std::thread::Builder::new().name("standby".to_owned()).spawn(run).map(drop)
+}
+
+impl Rescue {
+    fn new(chosen: Chosen, screen: Screen, reboot: bool) -> io::Result<Self> {
+        let wake = Arc::new(Wake::new()?);
+        let (events, heard) = mpsc::channel();
+        let worker = Worker::start(chosen.clone(), events, Arc::clone(&wake))?;
+        let target = Target::new(TargetConfig::default());
+        Ok(Self { target, worker, heard, wake, chosen, generation: 0, payload: None, screen, reboot })
+    }
+
+    fn connect_for_ever(
+        mut self,
+        address: &str,
+        config: impl Fn() -> Arc<rustls::ClientConfig>,
+        who: &Who,
+    ) -> Result<std::convert::Infallible, RescueError> {
+        let rescue = &mut self;
+        let mut pause = BACKOFF_MIN;
+        loop {
+            let begun = Instant::now();
+            let ended = rescue.session(address, config(), who);
+            rescue.drop_connection();
+            let Err(e) = ended;
+            if begun.elapsed() > Duration::from_secs(30) {
+                pause = BACKOFF_MIN;
+            }
+            // What may go away by itself is tried soon again; an identity that a dead agent of ours still has is one of these.
+            let lasting = matches!(&e, SessionError::Link(e) if e.lasting());
+            let wait = if lasting { BACKOFF_REFUSED } else { pause };
+            rescue.screen.say(&format!(
+                "not connected: {}; again in {:.1} s",
+                crate::error_chain(&e),
+                wait.as_secs_f32()
+            ));
+            std::thread::sleep(wait);
+            pause = (pause * 2).min(BACKOFF_MAX);
         }
-        // What may go away by itself is tried soon again; an identity that a dead agent of ours still has is one of these.
-        let lasting = matches!(&e, SessionError::Link(e) if e.lasting());
-        let wait = if lasting { BACKOFF_REFUSED } else { pause };
-        rescue.screen.say(&format!("not connected: {}; again in {:.1} s", crate::error_chain(&e), wait.as_secs_f32()));
-        std::thread::sleep(wait);
-        pause = (pause * 2).min(BACKOFF_MAX);
     }
 }
 
@@ -335,20 +367,29 @@ fn said(message: &Message) -> Option<String> {
 struct Screen {
     bar: Option<ProgressBar>,
     doing: String,
+    /// There is none: what happens goes to the agent's log.
+    log: bool,
 }
 
 impl Screen {
     fn new() -> Self {
-        Self { bar: None, doing: String::new() }
+        Self { bar: None, doing: String::new(), log: false }
+    }
+    fn log() -> Self {
+        Self { log: true, ..Self::new() }
     }
     fn say(&mut self, text: &str) {
         match &self.bar {
+            _ if self.log => tracing::info!("standby: {text}"),
             Some(bar) => bar.println(text),
             None => println!("{text}"),
         }
     }
     fn show(&mut self, progress: &RestoreProgress) {
-        if !io::stderr().is_terminal() {
+        if self.log || !io::stderr().is_terminal() {
+            if self.log {
+                return;
+            }
             if self.doing != progress.doing {
                 self.doing.clone_from(&progress.doing);
                 println!("{} ({} of {})", progress.doing, progress.done_bytes, progress.total_bytes);

@@ -38,6 +38,11 @@ pub async fn handle(app: &Arc<App>, request: Request<Bytes>, parts: &[&str]) -> 
             let (id, what) = ((*id).to_owned(), (*what).to_owned());
             let how: How = if what == "release" { body(request).await? } else { How::default() };
             blocking(app, move |app| {
+                if app.restores.of_plans().iter().any(|(of, _)| *of == id) {
+                    let text = format!("a standby follows by restore {id}: its plan begins it and ends it");
+                    let remedy = "delete the plan, or give it another place";
+                    return Err(ApiError::new(StatusCode::CONFLICT, "of-a-standby", text, remedy));
+                }
                 let of_run = app.takeovers.list().into_iter().find(|s| {
                     !s.is_over() && s.failback.as_ref().is_some_and(|f| f.restore == id && f.ended.is_none())
                 });
@@ -87,7 +92,8 @@ fn begin(app: &Arc<App>, wish: Wish) -> Result {
             HEXLOWER.encode(&random[..4])
         }
     };
-    let status = app.restores.begin(app, &id, RestoreWish { target, from, disks, keep_old }).map_err(error)?;
+    let wish = RestoreWish { target, from, disks, keep_old, lag_seconds: 0, collect: false, plan: None };
+    let status = app.restores.begin(app, &id, wish).map_err(error)?;
     Ok(json_answer(StatusCode::CREATED, &json!(status)))
 }
 
@@ -118,6 +124,7 @@ fn error(e: RestoreFault) -> ApiError {
             conflict("other-disk", "begin the restore again with the disks that are there")
         }
         RestoreFault::Over => conflict("restore-over", "begin another one: what is right already is not sent again"),
+        RestoreFault::Pinned => conflict("not-now", "wait until it is done, or cancel it"),
         RestoreFault::NotDone => conflict("not-done", "wait until it is done, or cancel it"),
         RestoreFault::Thread(_) | RestoreFault::File(_) | RestoreFault::Encode(_) => internal(text),
     }

@@ -150,6 +150,12 @@ pub(super) fn plan_status(app: &App) -> Value {
         entry["plan"] = json!(watched.plan);
         entry["seen"] = json!(app.watch.seen(watched.host));
     }
+    for entry in hosts.values_mut() {
+        let standby = entry["plan"].as_str().and_then(|plan| app.takeovers.standby_report(app, plan));
+        if let Some(standby) = standby {
+            entry["standby"] = standby;
+        }
+    }
     hosts.into_values().collect()
 }
 
@@ -224,13 +230,18 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
             "a takeover goes where its plan says; only a migration is sent elsewhere".into(),
         ));
     }
+    if let Some(to @ Place::Standby(_)) = &wish.to
+        && app.takeovers.plan(&wish.plan).map_err(plan_error)?.place != *to
+    {
+        return Err(bad_request("to", "the plan has no such standby: it must say what that one starts".into()));
+    }
     if wish.dry_run {
         let plan = app.takeovers.plan(&wish.plan).map_err(plan_error)?;
         let skipped = |step: &Step| {
             let is_drill = wish.kind == Kind::Drill;
-            let away = !is_drill && wish.to.as_ref().unwrap_or(&plan.place) == &Place::Export;
+            let away = !is_drill && wish.to.as_ref().unwrap_or(&plan.place) != &Place::Box;
             match step {
-                Step::Start | Step::Volumes | Step::Address | Step::Applications | Step::Picture if away => true,
+                Step::Volumes | Step::Address | Step::Applications | Step::Picture if away => true,
                 Step::HookBefore => is_drill || plan.hooks.before.is_none(),
                 Step::HookAfter => is_drill || plan.hooks.after.is_none(),
                 Step::Fence => is_drill,

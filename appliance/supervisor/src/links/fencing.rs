@@ -1,11 +1,11 @@
 //! What an agent says of leases, of its plan and of probes, and what the box says to it of them.
 
 use super::{Agent, Links, refusal};
-use crate::ownership::LINE_MAX;
+use crate::ownership::{LINE_MAX, nothing_for};
 use model::HostId;
 use std::sync::Arc;
 use tokio::sync::mpsc;
-use wire::{Message, Refusal, RefuseCode};
+use wire::{LeaseEnd, LeaseRequest, Message, Refusal, RefuseCode};
 
 /// A control connection is there: what is to be sent over it, as long as it stands.
 pub async fn connected(links: &Arc<Links>, agent: &Agent, version: u16) -> mpsc::Receiver<Message> {
@@ -15,7 +15,7 @@ pub async fn connected(links: &Arc<Links>, agent: &Agent, version: u16) -> mpsc:
     said
 }
 
-/// Who has no word in another host's ownership is refused.
+/// Who has no word in another host's ownership is told that it stands by for nobody; what else it says of it is refused.
 pub async fn heard(links: &Arc<Links>, agent: &Agent, message: Message) -> Result<Option<Message>, Refusal> {
     let host = agent.host;
     let own = |whose: HostId| {
@@ -23,6 +23,22 @@ pub async fn heard(links: &Arc<Links>, agent: &Agent, message: Message) -> Resul
         if whose == host { Ok(()) } else { Err(stranger()) }
     };
     match message {
+        Message::Lease(LeaseRequest { whose, .. }) | Message::LeaseReleased(LeaseEnd { whose, .. })
+            if whose != host && !links.ownership.is_standby(whose, host) =>
+        {
+            return Ok(Some(Message::HostPlan(nothing_for(whose))));
+        }
+        Message::Lease(request) if request.whose != host => {
+            blocking(links, move |links| links.ownership.standby_asks(request.whose, host, request)).await;
+        }
+        Message::LeaseReleased(end) if end.whose != host => {
+            blocking(links, move |links| links.ownership.standby_released(end.whose, host, end)).await;
+        }
+        Message::HostPlanTaken { whose, version, refused } if whose != host => {
+            if links.ownership.is_standby(whose, host) {
+                blocking(links, move |links| links.ownership.standby_took_plan(whose, version, refused)).await;
+            }
+        }
         Message::Lease(request) => {
             own(request.whose)?;
             blocking(links, move |links| links.ownership.request(host, request)).await;

@@ -15,8 +15,8 @@ use std::path::Path;
 use takeover::plan::Lease;
 use tokio::sync::mpsc;
 use wire::{
-    Holding, HostPlan, LeaseRequest, LeaseRules, Message, PlanBeat, PlanProbe, ProbeKind, VERSION_OWNERSHIP,
-    VERSION_PROBES,
+    Holding, HostPlan, LeaseEnd, LeaseRequest, LeaseRules, Message, PlanAddress, PlanBeat, PlanProbe, PlanService,
+    ProbeKind, VERSION_OWNERSHIP, VERSION_PROBES,
 };
 
 /// A plan that was sent and not answered is sent again.
@@ -30,6 +30,16 @@ pub(super) struct Context<'a> {
     pub events: &'a Events,
     pub clock: Clock,
     pub name: String,
+    pub lines: &'a super::Lines,
+}
+
+impl Context<'_> {
+    /// Says something to another host's agent, as far as it is there.
+    fn say_to(&self, host: HostId, message: Message) {
+        if let Some((_, to)) = crate::lock(self.lines).get(&host) {
+            let _ = to.try_send(message);
+        }
+    }
 }
 
 /// What a plan wants of a host.
@@ -40,6 +50,23 @@ pub struct Want {
     pub probes: Vec<PlanProbe>,
     /// Port and period of the datagrams.
     pub beat: Option<(u16, u64)>,
+    pub standby: Option<StandbyWant>,
+}
+
+/// Who stands by for it, and what that one has to start.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StandbyWant {
+    pub host: HostId,
+    pub addresses: Vec<PlanAddress>,
+    pub services: Vec<PlanService>,
+}
+
+/// What went to a standby's agent, over which line, and what it said to that.
+#[derive(Default)]
+struct StandbySide {
+    sent: Option<(u64, mpsc::Sender<Message>)>,
+    taken: bool,
+    refused: Option<String>,
 }
 
 /// What survives the daemon.
@@ -118,6 +145,7 @@ pub(super) struct Desk {
     key: [u8; 32],
     line: Option<Line>,
     refused: Option<String>,
+    standby: StandbySide,
 }
 
 impl Desk {
@@ -137,6 +165,7 @@ impl Desk {
             key: [0; 32],
             line: None,
             refused: None,
+            standby: StandbySide::default(),
         };
         this.reload(context);
         this.renew_plan(context);
@@ -224,8 +253,12 @@ impl Desk {
                 }
                 GrantorAction::Answer { to: Owner::Host, answer } => self.say(Message::LeaseAnswer(answer)),
                 GrantorAction::Revoke { to: Owner::Host, end } => self.say(Message::LeaseRevoke(end)),
-                // No standby is known to this box.
-                GrantorAction::Answer { .. } | GrantorAction::Revoke { .. } => {}
+                GrantorAction::Answer { to: Owner::Standby(id), answer } => {
+                    context.say_to(id, Message::LeaseAnswer(answer));
+                }
+                GrantorAction::Revoke { to: Owner::Standby(id), end } => context.say_to(id, Message::LeaseRevoke(end)),
+                // The box asks nobody.
+                GrantorAction::Answer { to: Owner::Box, .. } | GrantorAction::Revoke { to: Owner::Box, .. } => {}
                 GrantorAction::Owned { owner, term, by } => {
                     let text = format!("{owner} owns it now, term {}: {by}", term.0);
                     context.events.note(Event::OwnerChanged, &context.name, text);
@@ -323,6 +356,62 @@ impl Desk {
         }
     }
 
+    // ------------------------------------------------------------ its standby
+
+    /// Whether this host has a word in the ownership here.
+    pub fn has_standby(&self, host: HostId) -> bool {
+        self.kept.record.owner == Owner::Standby(host) || self.want.standby.as_ref().is_some_and(|s| s.host == host)
+    }
+    pub fn standby_asks(&mut self, context: &Context<'_>, from: HostId, request: LeaseRequest) {
+        self.send_standby_plan(context);
+        self.on(context, GrantorEvent::Request { from: Owner::Standby(from), request });
+    }
+    pub fn standby_released(&mut self, context: &Context<'_>, from: HostId, end: LeaseEnd) {
+        self.on(context, GrantorEvent::Released { from: Owner::Standby(from), end });
+    }
+    pub fn standby_took_plan(&mut self, context: &Context<'_>, version: u64, refused: Option<String>) {
+        if self.standby.sent.as_ref().is_none_or(|(sent, _)| *sent != version) {
+            return;
+        }
+        let refused = refused.map(|why| why.chars().filter(|c| !c.is_control()).take(WHY_MAX).collect::<String>());
+        if let Some(why) = &refused {
+            let text = format!("plan {}, by the standby: {why}", self.want.plan);
+            context.events.note(Event::HostPlanRefused, &context.name, text);
+        }
+        self.standby.taken = refused.is_none();
+        self.standby.refused = refused;
+    }
+    /// Whether the standby would know what to start; else why not.
+    pub fn standby_knows(&self) -> Result<(), String> {
+        match (&self.standby.refused, self.standby.taken) {
+            (Some(why), _) => Err(format!("the standby's agent refuses the plan: {why}")),
+            (None, true) => Ok(()),
+            (None, false) => Err("the standby's agent has not taken the plan as it is now".into()),
+        }
+    }
+    fn standby_plan(&self, standby: &StandbyWant) -> HostPlan {
+        HostPlan {
+            addresses: standby.addresses.clone(),
+            services: standby.services.clone(),
+            version: self.version,
+            ..nothing_for(self.host)
+        }
+    }
+    /// Over each new line, and when it has changed.
+    pub fn send_standby_plan(&mut self, context: &Context<'_>) {
+        let Some(standby) = &self.want.standby else { return };
+        let line = crate::lock(context.lines).get(&standby.host).cloned();
+        let Some((_, to)) = line.filter(|(version, _)| *version >= VERSION_OWNERSHIP) else { return };
+        let has_it =
+            |(version, line): &(u64, mpsc::Sender<Message>)| *version == self.version && line.same_channel(&to);
+        if self.standby.sent.as_ref().is_some_and(has_it) {
+            return;
+        }
+        if to.try_send(Message::HostPlan(self.standby_plan(standby))).is_ok() {
+            self.standby = StandbySide { sent: Some((self.version, to)), taken: false, refused: None };
+        }
+    }
+
     // ------------------------------------------------------------ the plan
 
     pub fn set_want(&mut self, context: &Context<'_>, want: Option<Want>, is_busy: bool, all_read: bool) {
@@ -335,9 +424,15 @@ impl Desk {
         let want = want.unwrap_or_default();
         // After a start in the middle of a takeover it is the one that was there before: plans in use are not changed.
         if want != self.want && (!is_busy || self.want == Want::default()) {
+            let before = self.want.standby.as_ref().map(|s| s.host);
             self.want = want;
             self.renew_plan(context);
+            self.standby = StandbySide::default();
+            if let Some(gone) = before.filter(|host| !self.has_standby(*host)) {
+                context.say_to(gone, Message::HostPlan(nothing_for(self.host)));
+            }
         }
+        self.send_standby_plan(context);
         self.settle(context);
     }
 
@@ -513,6 +608,26 @@ impl Desk {
         })
     }
 
+    /// From the box, which does not serve, to the standby of the plan. By lease from the first moment on.
+    pub fn give_to_standby(&mut self, context: &Context<'_>) -> Result<(), String> {
+        let (Some(standby), Some(lease)) = (&self.want.standby, &self.want.lease) else {
+            return Err("its plan has no standby".into());
+        };
+        let (to, rules) = (Owner::Standby(standby.host), lease.rules);
+        let record = self.kept.record;
+        match (record.owner, record.hold) {
+            (owner, _) if owner == to => return Ok(()),
+            (Owner::Box, Hold::Moving { to: under_way, .. }) if under_way == to => {}
+            (Owner::Box, _) => self.change(context, |g| g.begin_move(to, Some(rules)))?,
+            (owner, _) => return Err(format!("{owner} owns it, and not the box")),
+        }
+        self.on(context, GrantorEvent::BoxStopped);
+        if self.kept.record.owner == to {
+            return Ok(());
+        }
+        Err(self.trouble.clone().unwrap_or_else(|| "it could not be stored".into()))
+    }
+
     pub fn give_back(&mut self, context: &Context<'_>, rules: Option<LeaseRules>) -> Result<(), String> {
         let record = self.kept.record;
         match (record.owner, record.hold) {
@@ -613,6 +728,11 @@ impl Desk {
         }
         alerts
     }
+}
+
+/// For who stands by no more.
+pub fn nothing_for(whose: HostId) -> HostPlan {
+    HostPlan { whose, version: 0, addresses: Vec::new(), services: Vec::new(), probes: Vec::new(), beat: None }
 }
 
 fn is_empty(plan: &HostPlan) -> bool {

@@ -26,7 +26,7 @@ mod desk;
 #[cfg(test)]
 mod tests;
 
-pub use desk::{Fencing, Report, Want};
+pub use desk::{Fencing, Report, StandbyWant, Want, nothing_for};
 
 use crate::{
     catalog::Catalog,
@@ -57,7 +57,11 @@ pub struct Ownership {
     catalog: Arc<Catalog>,
     clock: Clock,
     desks: Mutex<BTreeMap<HostId, Arc<Mutex<Desk>>>>,
+    lines: Lines,
 }
+
+/// Every agent's control connection, with the version it speaks: a standby is told of another host's ownership.
+type Lines = Mutex<BTreeMap<HostId, (u16, mpsc::Sender<Message>)>>;
 
 /// What the plans want, all of it.
 #[derive(Default, Debug)]
@@ -87,7 +91,7 @@ impl Ownership {
                 name.strip_suffix(".a").or_else(|| name.strip_suffix(".b")).and_then(|id| id.parse().ok());
             hosts.extend(host);
         }
-        let this = Self { disk, events, catalog, clock, desks: Mutex::default() };
+        let this = Self { disk, events, catalog, clock, desks: Mutex::default(), lines: Mutex::default() };
         for host in hosts {
             this.desk(host);
         }
@@ -96,7 +100,14 @@ impl Ownership {
 
     fn context(&self, host: HostId) -> Context<'_> {
         let name = self.catalog.data().host(host).map_or_else(|| host.to_string(), |h| h.name.clone());
-        Context { disk: &*self.disk, dir: Path::new(DIR), events: &self.events, clock: self.clock, name }
+        Context {
+            disk: &*self.disk,
+            dir: Path::new(DIR),
+            events: &self.events,
+            clock: self.clock,
+            name,
+            lines: &self.lines,
+        }
     }
     fn find(&self, host: HostId) -> Option<Arc<Mutex<Desk>>> {
         crate::lock(&self.desks).get(&host).cloned()
@@ -119,8 +130,14 @@ impl Ownership {
     /// Its control connection is there; what the box has to say goes to `to`.
     pub fn connected(&self, host: HostId, version: u16, to: mpsc::Sender<Message>) {
         // An agent whose box lost everything still has its lease: it is told the truth, which is that nobody knows.
+        crate::lock(&self.lines).insert(host, (version, to.clone()));
         let desk = self.desk(host);
         crate::lock(&desk).connected(&self.context(host), version, to);
+        // It may stand by for others.
+        let known: Vec<HostId> = crate::lock(&self.desks).keys().copied().collect();
+        for other in known.into_iter().filter(|other| *other != host) {
+            self.at(other, |desk, context| desk.send_standby_plan(context));
+        }
     }
     pub fn request(&self, host: HostId, request: LeaseRequest) {
         self.at(host, |desk, context| desk.request(context, request));
@@ -130,6 +147,30 @@ impl Ownership {
     }
     pub fn plan_taken(&self, host: HostId, version: u64, refused: Option<String>) {
         self.at(host, |desk, context| desk.plan_taken(context, version, refused));
+    }
+
+    // ------------------------------------------------------------ standbys' agents
+
+    /// Whether an agent has a word in another host's ownership.
+    pub fn is_standby(&self, whose: HostId, agent: HostId) -> bool {
+        self.at(whose, |desk, _| desk.has_standby(agent)).unwrap_or(false)
+    }
+    pub fn standby_asks(&self, whose: HostId, from: HostId, request: LeaseRequest) {
+        self.at(whose, |desk, context| desk.standby_asks(context, from, request));
+    }
+    pub fn standby_released(&self, whose: HostId, from: HostId, end: LeaseEnd) {
+        self.at(whose, |desk, context| desk.standby_released(context, from, end));
+    }
+    pub fn standby_took_plan(&self, whose: HostId, version: u64, refused: Option<String>) {
+        self.at(whose, |desk, context| desk.standby_took_plan(context, version, refused));
+    }
+    /// Whether the standby would know what to start.
+    pub fn standby_knows(&self, whose: HostId) -> Result<(), String> {
+        self.at(whose, |desk, _| desk.standby_knows()).unwrap_or_else(|| Err("no plan has a standby for it".into()))
+    }
+    /// From the box, which does not serve.
+    pub fn give_to_standby(&self, whose: HostId) -> Result<(), String> {
+        self.at(whose, Desk::give_to_standby).unwrap_or_else(|| Err("no plan has a standby for it".into()))
     }
 
     // ------------------------------------------------------------ plans

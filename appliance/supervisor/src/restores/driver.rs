@@ -135,6 +135,9 @@ impl<'a> Driver<'a> {
         if state.wish.keep_old && !state.kept {
             driver.prepare_keeping(state)?;
         }
+        if state.wish.collect && !state.kept {
+            driver.keepers = driver.parts.iter().map(|part| Keeper::into(app, part)).collect::<Result<_, _>>()?;
+        }
         Ok(driver)
     }
 
@@ -437,7 +440,14 @@ impl<'a> Driver<'a> {
             return;
         }
         self.next_try = Instant::now() + RETRY;
-        let begun = if state.wish.keep_old && !state.kept { self.begin_keeping() } else { self.begin_pass(&state) };
+        let begun = match state.kept {
+            false if state.wish.keep_old || state.wish.collect => self.begin_keeping(),
+            true if state.wish.collect => {
+                self.done();
+                Ok(())
+            }
+            _ => self.begin_pass(&state),
+        };
         match begun {
             Ok(()) => self.waits = None,
             Err(e) => match e.remedy() {
@@ -616,6 +626,15 @@ impl<'a> Driver<'a> {
         changed.is_ok()
     }
 
+    fn following(&self, left_bytes: u64) -> RestorePhase {
+        let unproved: u64 = self.disks.iter().map(|d| d.unproved.covered().bytes()).sum();
+        RestorePhase::Following {
+            pass: self.pass,
+            behind_bytes: left_bytes.max(self.behind_bytes).max(unproved),
+            lsns: self.lsns.clone(),
+        }
+    }
+
     fn show(&mut self) {
         let state = self.run.state();
         let progress = self.progress();
@@ -632,12 +651,10 @@ impl<'a> Driver<'a> {
             (Some(why), _) => RestorePhase::Waiting { why },
             (None, Some(Pass::Keep)) => RestorePhase::Keeping { done_bytes, total_bytes },
             (None, _) if state.finish && self.pass > 1 => RestorePhase::Finishing { left_bytes: progress.left_bytes },
+            // A first pass that found all of it the same is followed by none until something is written.
+            (None, None) if self.pass == 1 => self.following(progress.left_bytes),
             (None, _) if self.pass <= 1 => RestorePhase::Copying { done_bytes, total_bytes },
-            (None, _) => RestorePhase::Following {
-                pass: self.pass,
-                behind_bytes: progress.left_bytes.max(self.behind_bytes),
-                lsns: self.lsns.clone(),
-            },
+            (None, _) => self.following(progress.left_bytes),
         };
         self.run.say(Said {
             phase: phase.clone(),

@@ -32,8 +32,9 @@ use crate::{
     files::{self, FileError},
     links::TargetInfo,
 };
-use model::{HostId, SECTOR};
-use state::{Run, Stage, State};
+use journal::ResolvedPoint;
+use model::{GroupId, HostId, SECTOR};
+use state::{Run, Stage, State, StoredPoint};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -199,6 +200,33 @@ impl Restores {
             Ok(())
         })?;
         Ok(run.status())
+    }
+
+    /// The disks end at just these moments, newer or older than what they were brought to. Blocking.
+    pub fn finish_at(
+        &self,
+        id: &str,
+        points: &BTreeMap<GroupId, ResolvedPoint>,
+    ) -> Result<RestoreStatus, RestoreFault> {
+        let run = self.get(id)?;
+        let points: BTreeMap<GroupId, StoredPoint> = points.iter().map(|(group, at)| (*group, (*at).into())).collect();
+        run.change(&self.dir, |state| match state.stage {
+            Stage::Cancelled | Stage::Failed { .. } => Err(RestoreFault::Over),
+            _ if state.finish && state.points == points => Ok(()),
+            Stage::Working if state.points.is_empty() => {
+                state.points = points;
+                state.finish = true;
+                Ok(())
+            }
+            _ => Err(RestoreFault::Pinned),
+        })?;
+        Ok(run.status())
+    }
+    /// Those that standbys follow by and that are not over.
+    pub fn of_plans(&self) -> Vec<(String, RestoreWish)> {
+        let runs: Vec<Arc<State>> = crate::lock(&self.runs).values().map(|run| run.state()).collect();
+        let of = runs.into_iter().filter(|s| s.wish.plan.is_some() && !s.is_over());
+        of.map(|s| (s.id.clone(), s.wish.clone())).collect()
     }
 
     /// The machine lets its disks go, and starts anew if so asked. Only of a restore that is done. Blocking.

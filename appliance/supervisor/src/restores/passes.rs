@@ -5,8 +5,8 @@ use crate::{
     App,
     vault::{Group, GroupError},
 };
-use journal::{OpenViewError, ReadError, ReadViewError, ResolvedPoint, ViewHandle};
-use model::{Extent, GroupId, Lsn, SECTOR, Sectors, VolumeId};
+use journal::{OpenViewError, ReadError, ReadViewError, ResolveError, ResolvedPoint, ViewHandle};
+use model::{Extent, GroupId, HistoryTime, Lsn, RecoveryPoint, SECTOR, Sectors, VolumeId};
 use nbd::client::{Client, ClientError, ConnectError};
 use replication::{GranuleMap, restore::SourceDisk};
 use std::{collections::BTreeMap, io, os::unix::net::UnixStream, sync::Arc, time::Duration};
@@ -25,6 +25,8 @@ pub enum PassError {
     /// From here on it may be another time.
     #[error("group {name:?}")]
     Group { name: String, source: GroupError },
+    #[error("group {name:?} has no moment yet that is as old as its standby is to be")]
+    Early { name: String, source: Box<ResolveError> },
     #[error("group {name:?} cannot be opened")]
     View { name: String, source: OpenViewError },
     #[error("group {name:?}: its changes cannot be listed")]
@@ -126,14 +128,30 @@ impl Part {
         let life = group.shared.life();
         group.wait_durable().map_err(self.trouble())?;
         let reader = group.reader().map_err(self.trouble())?;
-        let view = reader.head_view();
+        let pinned = points.points.get(&group.id()).map(|at| ResolvedPoint::from(*at));
+        let at = match (pinned, points.wish.lag_seconds) {
+            (Some(at), _) => Some(at),
+            (None, 0) => None,
+            (None, lag) => {
+                let then = app.clock.wall_us().saturating_sub(lag * 1_000_000);
+                let at = reader.resolve(&RecoveryPoint::Time(HistoryTime(then)));
+                Some(at.map_err(|source| PassError::Early { name: self.name.clone(), source: Box::new(source) })?)
+            }
+        };
+        let view = match at {
+            None => reader.head_view(),
+            Some(at) => reader.view(at).map_err(|e| match e {
+                e @ OpenViewError::BeforeFloor { .. } => PassError::Folded(e),
+                source => PassError::View { name: self.name.clone(), source },
+            })?,
+        };
         if life != group.shared.life() {
             return Err(self.trouble()(GroupError::Opening));
         }
         let head = view.point().lsn;
         self.view = Some(ViewHandle::new(view));
         // In another life the same numbers may be other writes.
-        let since = self.last.replace(head).filter(|last| life == self.life && *last <= head);
+        let since = self.last.replace(head).filter(|last| life == self.life && (pinned.is_some() || *last <= head));
         self.life = life;
         Ok((since, head))
     }
@@ -146,7 +164,9 @@ impl Part {
         upto: Lsn,
         map: &mut GranuleMap,
     ) -> Result<(), PassError> {
-        if after >= upto {
+        // A moment that lies before what the disks were brought to: what came between them is undone.
+        let (after, upto) = (after.min(upto), after.max(upto));
+        if after == upto {
             return Ok(());
         }
         let reader = self.group(app)?.reader().map_err(self.trouble())?;
@@ -251,6 +271,14 @@ impl Keeper {
         let trunk = app.vault.get(on.group).ok_or(PassError::Gone(on.group))?;
         let at = ResolvedPoint { timeline: on.timeline, lsn: on.lsn, time: model::HistoryTime(0) };
         Ok(Self { trunk, at, late, view: None, clients: BTreeMap::new() })
+    }
+    /// One that brings what the disks hold into the group itself.
+    pub fn into(app: &App, part: &Part) -> Result<Self, PassError> {
+        let group = part.group(app)?;
+        let late = Late { of: group.id(), branch: group.id(), name: group.name().to_owned() };
+        // Never asked for: the group is there, and its newest state is what is compared.
+        let at = ResolvedPoint { timeline: model::TimelineId(0), lsn: Lsn(0), time: HistoryTime(0) };
+        Ok(Self { trunk: group, at, late, view: None, clients: BTreeMap::new() })
     }
     fn trouble(&self, source: GroupError) -> PassError {
         PassError::Group { name: self.late.name.clone(), source }

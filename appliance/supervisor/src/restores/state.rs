@@ -51,6 +51,15 @@ pub struct RestoreWish {
     /// What the disks hold that differs from the moment the branches began at is kept, before anything is overwritten.
     #[serde(default)]
     pub keep_old: bool,
+    /// So old is what the disks are brought to, as long as it is not finished.
+    #[serde(default)]
+    pub lag_seconds: u64,
+    /// The other way round: what the disks hold that the groups do not is written there, and nothing to the disks.
+    #[serde(default)]
+    pub collect: bool,
+    /// Whose standby follows by it.
+    #[serde(default)]
+    pub plan: Option<String>,
 }
 
 /// A machine that waits.
@@ -168,6 +177,8 @@ pub enum RestoreFault {
     Smaller { target: String, path: String, has: ByteLen, needs: ByteLen },
     #[error("{path} of {target:?} is not the disk it was when the restore began; nothing more is written to it")]
     OtherDisk { target: String, path: String },
+    #[error("the restore goes to one moment already, and that is another one")]
+    Pinned,
     #[error("the restore is over")]
     Over,
     #[error("the restore is not done: finish it first, or cancel it")]

@@ -61,6 +61,10 @@ impl Takeovers {
             Asked::Promote { .. } if state.kind == Kind::Failover => {
                 refuse("it is not promoted", "it is a takeover already")
             }
+            Asked::Promote { .. } if matches!(state.place, Place::Standby(_)) => refuse(
+                "it is not promoted",
+                "its plan's place is a standby, which has disks of its own: take it over instead",
+            ),
             Asked::Promote { .. } if !rests => refuse("it is not promoted", "the drill works; hold it with --hold"),
             Asked::Promote { source_is_off } => {
                 one_at_most(app, runs, state)?;

@@ -1,6 +1,6 @@
 //! What the box does for a run.
 
-use super::{DRAIN_MAX, END, GO_ON, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep, ship};
+use super::{DRAIN_MAX, END, GO_ON, KEEP_MIB, OPEN_MAX, PAUSE, Run, RunFault, keep, ship, standby};
 use crate::{
     App,
     ownership::Fencing,
@@ -22,6 +22,10 @@ use takeover::{
     run::{Asked, Hands, HandsError, LeaseWait, Member, Shipping, Wanted},
     state::{BackDisk, Failback, Kind, PointTaken, RunState},
 };
+use wire::Holding;
+
+/// It says what it does each second.
+const HOLDING_MS_MAX: u64 = 5_000;
 
 pub(super) struct BoxHands<'a> {
     pub app: &'a Arc<App>,
@@ -240,6 +244,37 @@ impl Hands for BoxHands<'_> {
             .collect()
     }
 
+    fn standby_ready(&self, state: &RunState) -> Result<String, HandsError> {
+        standby::ready(self.app, state)
+    }
+    fn standby_follows(&self, state: &RunState) -> Result<(String, Vec<BackDisk>), HandsError> {
+        standby::follows(self.app, state)
+    }
+    fn standby_finish(&self, restore: &str, points: &[PointTaken]) -> Result<(), HandsError> {
+        standby::finish(self.app, restore, points)
+    }
+    fn let_disks_go(&self, restore: &str) -> Result<bool, HandsError> {
+        standby::let_go(self.app, restore)
+    }
+    fn give_to_standby(&self, plan: &Plan) -> Result<(), HandsError> {
+        self.app.ownership.give_to_standby(self.leased(plan)?).map_err(owner_trouble)
+    }
+    fn standby_serves(&self, plan: &Plan) -> Result<Option<bool>, HandsError> {
+        let report = self.app.ownership.report(self.leased(plan)?);
+        let report = report.filter(|r| matches!(r.owner, Owner::Standby(_)));
+        Ok(report
+            .map(|r| r.holding == Some(Holding::Serving) && r.holding_age_ms.is_some_and(|ms| ms < HOLDING_MS_MAX)))
+    }
+    fn fresh_restore(&self) -> Result<String, HandsError> {
+        self.app.takeovers.fresh_id().map_err(|e| HandsError::new(crate::chain(&e), "try again"))
+    }
+    fn collect(&self, state: &RunState, restore: &str) -> Result<(), HandsError> {
+        for point in &state.points {
+            let branch = self.group(point.branch)?;
+            branch.reader().map_err(|e| group_trouble(branch.name(), &e))?;
+        }
+        standby::collect(self.app, state, restore)
+    }
     fn clients(&self, points: &[PointTaken]) -> Vec<String> {
         super::clients(self.app, points)
     }

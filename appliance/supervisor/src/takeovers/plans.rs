@@ -4,13 +4,13 @@ use super::{PLAN_NAME_MAX, PLANS_MAX, PlanFault, Takeovers, names_in};
 use crate::{
     App,
     files::{self, FileError},
-    ownership::{Want, Wants},
+    ownership::{StandbyWant, Want, Wants},
 };
 use model::HostId;
 use std::{collections::BTreeSet, fs, io, path::PathBuf, sync::Arc};
 use takeover::{
     detect::Channel,
-    plan::{Detect, Plan, Subject},
+    plan::{Detect, Place, Plan, Standby, Subject},
     state::{Kind, RunState},
 };
 use wire::HostPlan;
@@ -95,6 +95,17 @@ impl Takeovers {
         let read = Arc::clone(&crate::lock(&self.read));
         read.plans.iter().filter_map(|(name, plan)| Some((name.clone(), plan.drill?.every_hours.into()))).collect()
     }
+    /// Those with a standby: name, plan, the standby's name, what is wanted of it.
+    pub(super) fn standby_plans(&self) -> Vec<(String, Arc<Plan>, String, Standby)> {
+        let read = Arc::clone(&crate::lock(&self.read));
+        let of = |(name, plan): &(String, Arc<Plan>)| match (&plan.place, &plan.standby) {
+            (Place::Standby(who), Some(standby)) => {
+                Some((name.clone(), Arc::clone(plan), who.clone(), standby.clone()))
+            }
+            _ => None,
+        };
+        read.plans.iter().filter_map(of).collect()
+    }
     /// Plans that cannot be read: what they armed stays armed.
     pub fn plan_faults(&self) -> Vec<String> {
         crate::lock(&self.read).faults.clone()
@@ -175,7 +186,16 @@ impl Takeovers {
                 continue;
             }
             let beat = plan.detect.as_ref().and_then(|d| d.policy.channels.iter().find(|c| c.channel == Channel::Beat));
+            let standby = match (&plan.place, &plan.standby) {
+                (Place::Standby(who), Some(standby)) => data.find_host(who).map(|h| StandbyWant {
+                    host: h.id,
+                    addresses: standby.addresses.clone(),
+                    services: standby.services.clone(),
+                }),
+                _ => None,
+            };
             let want = Want {
+                standby,
                 plan: name.clone(),
                 lease: plan.lease.clone(),
                 probes: plan.detect.as_ref().map(|d| d.probes.clone()).unwrap_or_default(),

@@ -59,6 +59,9 @@ pub fn begin(app: &Arc<App>, state: &RunState, failback: &Failback) -> Result<Ve
         from: state.points.iter().map(|p| RestoreFrom::Branch { group: p.branch }).collect(),
         disks: maps.collect::<Result<_, HandsError>>()?,
         keep_old: true,
+        lag_seconds: 0,
+        collect: false,
+        plan: None,
     };
     app.restores.begin(app, &failback.restore, wish).map_err(|e| trouble(&e))?;
     Ok(disks)

@@ -6,7 +6,7 @@ use crate::{
     support::{Control, Inside, Outside, Rng, wait_for},
     takeovers::EndMachines,
 };
-use model::{ByteLen, GroupId, MonoTime, SourceSeq};
+use model::{ByteLen, GroupId, HostId, MonoTime, SourceSeq};
 use replication::ownership::{Holder, HolderAction, HolderEvent, HolderRecord, HolderState};
 use serde_json::{Value, json};
 use std::{
@@ -27,50 +27,58 @@ fn wall_us() -> u64 {
 }
 
 /// What the host is, to be looked at and changed by a test.
-struct Shared {
-    at: SocketAddr,
+pub struct Shared {
+    pub at: SocketAddr,
     /// The network to the box is cut.
-    is_cut: bool,
+    pub is_cut: bool,
     ends: bool,
     /// Every plan is refused with this.
-    refuses: Option<String>,
-    plan: Option<HostPlan>,
-    holding: Holding,
+    pub refuses: Option<String>,
+    pub plan: Option<HostPlan>,
+    pub holding: Holding,
     term: u64,
     /// When it was seen to serve last.
     served_us: u64,
 }
 
 /// A host that holds a lease as the real agent does, in a thread of its own.
-struct Leased {
+pub struct Leased {
     shared: Arc<Mutex<Shared>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Leased {
-    fn start((identity, group): (Identity, GroupId), at: SocketAddr) -> Self {
+    pub fn start((identity, group): (Identity, GroupId), at: SocketAddr) -> Self {
+        let whose = identity.host;
+        Self::of(identity, whose, Some(group), at)
+    }
+    /// Stands by for another host.
+    pub fn stand_by(identity: Identity, whose: HostId, at: SocketAddr) -> Self {
+        Self::of(identity, whose, None, at)
+    }
+    fn of(identity: Identity, whose: HostId, group: Option<GroupId>, at: SocketAddr) -> Self {
         let shared = Shared {
             at,
             is_cut: false,
             ends: false,
             refuses: None,
             plan: None,
-            holding: Holding::Unfenced,
+            holding: if group.is_some() { Holding::Unfenced } else { Holding::Down },
             term: 0,
             served_us: 0,
         };
         let shared = Arc::new(Mutex::new(shared));
         let of_thread = Arc::clone(&shared);
-        let thread = thread::spawn(move || Life::new(identity, group, of_thread).run());
+        let thread = thread::spawn(move || Life::new(identity, whose, group, of_thread).run());
         Self { shared, thread: Some(thread) }
     }
-    fn see(&self) -> MutexGuard<'_, Shared> {
+    pub fn see(&self) -> MutexGuard<'_, Shared> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    fn serves(&self) -> bool {
+    pub fn serves(&self) -> bool {
         !matches!(self.see().holding, Holding::Down | Holding::Stopping)
     }
-    fn wait(&self, what: &str, is: impl Fn(&Shared) -> bool) {
+    pub fn wait(&self, what: &str, is: impl Fn(&Shared) -> bool) {
         wait_for(what, || is(&self.see()).then_some(()));
     }
 }
@@ -86,7 +94,7 @@ impl Drop for Leased {
 
 struct Life {
     identity: Identity,
-    group: GroupId,
+    group: Option<GroupId>,
     shared: Arc<Mutex<Shared>>,
     holder: Holder,
     conn: Option<Conn>,
@@ -95,10 +103,12 @@ struct Life {
 }
 
 impl Life {
-    fn new(identity: Identity, group: GroupId, shared: Arc<Mutex<Shared>>) -> Self {
-        let (holder, actions) = Holder::new(identity.host, HolderRecord::UNFENCED, None, 7_000, 500, MonoTime(1));
-        assert!(actions.is_empty(), "{actions:?}");
-        Self { identity, group, shared, holder, conn: None, began: Instant::now(), asked: None }
+    fn new(identity: Identity, whose: HostId, group: Option<GroupId>, shared: Arc<Mutex<Shared>>) -> Self {
+        let record = if group.is_some() { HolderRecord::UNFENCED } else { HolderRecord::STANDBY };
+        let (holder, actions) = Holder::new(whose, record, None, 7_000, 500, MonoTime(1));
+        let mut this = Self { identity, group, shared, holder, conn: None, began: Instant::now(), asked: None };
+        this.act(actions);
+        this
     }
     fn now(&self) -> MonoTime {
         MonoTime(self.began.elapsed().as_nanos() as u64 + 1)
@@ -145,7 +155,9 @@ impl Life {
             self.asked = Some(Instant::now());
             let request = self.holder.request(self.now());
             self.say(&Message::Lease(request))?;
-            self.say(&Message::Status(all_is_in(self.group)))?;
+            if let Some(group) = self.group {
+                self.say(&Message::Status(all_is_in(group)))?;
+            }
         }
         let Some(conn) = &mut self.conn else { return Ok(()) };
         let heard = match conn.try_hear() {
@@ -247,10 +259,10 @@ fn protected(inside: &Inside) -> (Identity, GroupId) {
     (host.identity().clone(), host.spec.id)
 }
 
-fn status(control: &impl Control) -> Value {
+pub fn status(control: &impl Control) -> Value {
     control.get("plan-status")[0].clone()
 }
-fn wait_fences(control: &impl Control) {
+pub fn wait_fences(control: &impl Control) {
     wait_for("the lease to be held", || (status(control)["ownership"]["fences"] == true).then_some(()));
 }
 fn settled(control: &impl Control, id: &str) -> Value {

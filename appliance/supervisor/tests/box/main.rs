@@ -15,5 +15,6 @@ mod hostile;
 mod ingest;
 mod notices;
 mod restores;
+mod standby;
 mod support;
 mod takeovers;

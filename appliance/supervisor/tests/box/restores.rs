@@ -49,7 +49,10 @@ pub struct Machine {
 impl Machine {
     pub fn start(control: &impl Control, at: SocketAddr, name: &str, disks: Vec<Vec<u8>>) -> Self {
         let token = control.ok("POST", "tokens", "{}")["token"].as_str().unwrap().to_owned();
-        let identity = Identity::enrol(at, &token, name).unwrap();
+        Self::of(Identity::enrol(at, &token, name).unwrap(), at, disks, false)
+    }
+    /// `steady`: always the same agent, as one that does more than this.
+    pub fn of(identity: Identity, at: SocketAddr, disks: Vec<Vec<u8>>, steady: bool) -> Self {
         let shared = Arc::new(Shared {
             box_at: Mutex::new(at),
             disks: Mutex::new(disks),
@@ -68,7 +71,7 @@ impl Machine {
                 while !shared.stop.load(Ordering::Acquire) {
                     let _ = Life::new(&shared).live(&identity);
                     // Now and then another agent, which may have lost what was not flushed.
-                    if shared.connections.load(Ordering::Acquire) % 3 == 2 {
+                    if !steady && shared.connections.load(Ordering::Acquire) % 3 == 2 {
                         identity = identity.of_instance([shared.connections.load(Ordering::Acquire) as u8 | 1; 16]);
                     }
                     std::thread::sleep(Duration::from_millis(20));
@@ -79,6 +82,10 @@ impl Machine {
     }
     pub fn disk(&self, n: usize) -> Vec<u8> {
         self.shared.disks.lock().unwrap()[n].clone()
+    }
+    /// As what runs on the machine does, when nothing restores it.
+    pub fn write(&self, n: usize, at: usize, data: &[u8]) {
+        self.shared.disks.lock().unwrap()[n][at..][..data.len()].copy_from_slice(data);
     }
     /// Whether it was told to restart.
     pub fn rebooted(&self) -> bool {

@@ -19,6 +19,8 @@ const LEASE_MS: u64 = 10_000;
 const STOP_MS: u64 = 4_000;
 /// Addresses that prove the uplink, beside the gateway.
 pub const OTHERS_MAX: usize = 16;
+/// A week: what is followed later than that is a copy, and no standby.
+const LAG_SECONDS_MAX: u64 = 604_800;
 const DAY_MS: u64 = 86_400_000;
 
 /// The host serves only as long as it hears the box.
@@ -42,6 +44,42 @@ pub struct Detect {
     pub others: Vec<IpAddr>,
     /// Made by the host's agent.
     pub probes: Vec<PlanProbe>,
+}
+
+/// Which disk of a standby gets a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StandbyDisk {
+    /// None: of the host's only group.
+    #[serde(default)]
+    pub group: Option<String>,
+    pub volume: String,
+    pub disk: String,
+}
+
+/// What a standby has to serve with, and how it follows.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Standby {
+    /// So old is what its disks are brought to: time to stop what should not have been written.
+    pub lag_seconds: u64,
+    /// Empty: found by size.
+    pub disks: Vec<StandbyDisk>,
+    /// As the standby has them: put up last.
+    pub addresses: Vec<PlanAddress>,
+    /// Started in this order, mounts among them; stopped in the other.
+    pub services: Vec<PlanService>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileStandby {
+    lag_seconds: Option<Spanned<u64>>,
+    #[serde(default)]
+    disks: Vec<Spanned<StandbyDisk>>,
+    #[serde(default)]
+    addresses: Vec<Spanned<PlanAddress>>,
+    #[serde(default)]
+    services: Vec<Spanned<PlanService>>,
 }
 
 #[derive(Deserialize)]
@@ -136,35 +174,7 @@ impl Checker<'_> {
         let lease_ms = self.given(file.lease_ms.as_ref(), "lease_ms", LEASE_MS, LEASE_MS_MIN, LEASE_MS_MAX);
         let most = lease_ms.saturating_sub(RENEWING_MS);
         let stop_ms = self.given(file.stop_ms.as_ref(), "stop_ms", STOP_MS.min(most), STOP_MS_MIN, most);
-        let mut addresses = Vec::new();
-        for item in &file.addresses {
-            let address = item.get_ref();
-            match address.address.parse::<Address>().and_then(|_| agent_says(std::slice::from_ref(address), &[], &[])) {
-                Err(why) => self.fault(item, why, "give { address = \"192.0.2.10/24\", device = \"eth0\" }"),
-                Ok(()) if addresses.contains(address) => {
-                    self.fault(item, format!("{} is there twice", address.address), "take one out");
-                }
-                Ok(()) => addresses.push(address.clone()),
-            }
-        }
-        let mut services = Vec::new();
-        for item in &file.services {
-            match agent_says(&[], std::slice::from_ref(item.get_ref()), &[]) {
-                Err(why) => {
-                    let remedy = "give { unit = \"name.service\" }, or { configured = \"name\" } of the agent's [fence.services.name]";
-                    self.fault(item, why, remedy);
-                }
-                Ok(()) if services.contains(item.get_ref()) => {
-                    self.fault(item, "this service is there twice", "take one out");
-                }
-                Ok(()) => services.push(item.get_ref().clone()),
-            }
-        }
-        for (count, what) in [(file.addresses.len(), "addresses"), (file.services.len(), "services")] {
-            if count > PLAN_ITEMS_MAX {
-                self.fault(at, format!("more than {PLAN_ITEMS_MAX} {what}"), "take some out");
-            }
-        }
+        let (addresses, services) = self.stopped_and_started(at, &file.addresses, &file.services);
         if file.addresses.is_empty() && file.services.is_empty() {
             let remedy = "name the services, and the addresses they answer at";
             self.fault(at, "a lease that stops nothing keeps no two from serving", remedy);
@@ -181,6 +191,76 @@ impl Checker<'_> {
             self.fault(at, what, "add it to addresses here, with the host's device");
         }
         Lease { rules: LeaseRules { lease_ms, stop_ms }, addresses, services }
+    }
+
+    pub(super) fn standby(&mut self, at: &Spanned<FileStandby>, lease: Option<&Lease>) -> Standby {
+        let file = at.get_ref();
+        let lag_seconds = self.given(file.lag_seconds.as_ref(), "lag_seconds", 0, 0, LAG_SECONDS_MAX);
+        let mut disks: Vec<StandbyDisk> = Vec::new();
+        for item in &file.disks {
+            let disk = item.get_ref();
+            if !disk.disk.starts_with("/dev/") {
+                self.fault(item, format!("{:?} is no disk", disk.disk), "give its path on the standby, as /dev/vdb");
+            }
+            let same = |d: &StandbyDisk| d.disk == disk.disk || (d.group == disk.group && d.volume == disk.volume);
+            if disks.iter().any(same) {
+                self.fault(item, "this volume or this disk is there twice", "take one out");
+            }
+            disks.push(disk.clone());
+        }
+        let (addresses, services) = self.stopped_and_started(at, &file.addresses, &file.services);
+        if services.is_empty() {
+            let remedy = "name its mounts and services, in the order they are started: { unit = \"srv.mount\" }";
+            self.fault(at, "a standby that starts nothing serves nobody", remedy);
+        }
+        // Else it would answer at both, or at none.
+        let ip = |a: &PlanAddress| a.address.parse::<Address>().ok().map(|a| a.ip);
+        for address in lease.iter().flat_map(|l| &l.addresses) {
+            if !addresses.iter().any(|a| ip(a) == ip(address)) {
+                let what = format!("the host's {} would answer nowhere", address.address);
+                self.fault(at, what, "add it to addresses here, with the standby's device");
+            }
+        }
+        Standby { lag_seconds, disks, addresses, services }
+    }
+
+    /// What an agent takes down and puts up again.
+    fn stopped_and_started<T>(
+        &mut self,
+        at: &Spanned<T>,
+        given_addresses: &[Spanned<PlanAddress>],
+        given_services: &[Spanned<PlanService>],
+    ) -> (Vec<PlanAddress>, Vec<PlanService>) {
+        let mut addresses = Vec::new();
+        for item in given_addresses {
+            let address = item.get_ref();
+            match address.address.parse::<Address>().and_then(|_| agent_says(std::slice::from_ref(address), &[], &[])) {
+                Err(why) => self.fault(item, why, "give { address = \"192.0.2.10/24\", device = \"eth0\" }"),
+                Ok(()) if addresses.contains(address) => {
+                    self.fault(item, format!("{} is there twice", address.address), "take one out");
+                }
+                Ok(()) => addresses.push(address.clone()),
+            }
+        }
+        let mut services = Vec::new();
+        for item in given_services {
+            match agent_says(&[], std::slice::from_ref(item.get_ref()), &[]) {
+                Err(why) => {
+                    let remedy = "give { unit = \"name.service\" }, or { configured = \"name\" } of the agent's [fence.services.name]";
+                    self.fault(item, why, remedy);
+                }
+                Ok(()) if services.contains(item.get_ref()) => {
+                    self.fault(item, "this service is there twice", "take one out");
+                }
+                Ok(()) => services.push(item.get_ref().clone()),
+            }
+        }
+        for (count, what) in [(given_addresses.len(), "addresses"), (given_services.len(), "services")] {
+            if count > PLAN_ITEMS_MAX {
+                self.fault(at, format!("more than {PLAN_ITEMS_MAX} {what}"), "take some out");
+            }
+        }
+        (addresses, services)
     }
 
     /// `fenced`: whether something of the plan makes sure that the host is off.

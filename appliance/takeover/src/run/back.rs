@@ -119,6 +119,7 @@ impl<H: Hands> Driver<'_, H> {
             BackStep::Target => self.look_at_target().map(Some),
             BackStep::Copy => self.copy().map(Some),
             BackStep::Pause if *self.state.place() == Place::Export => self.wait_until_off().map(Some),
+            BackStep::Pause if self.at_standby() => self.fetch_from_standby().map(Some),
             BackStep::Pause => {
                 let clean = self.take_down(true)?;
                 let text =
@@ -232,8 +233,16 @@ impl<H: Hands> Driver<'_, H> {
     fn undo(&mut self, why: String) -> Result<(), HandsError> {
         let restore = self.state.failback.as_ref().map(|f| f.restore.clone()).unwrap_or_default();
         self.hands.cancel_shipping(&restore)?;
+        // The standby needs its disks back.
+        if let Some(collects) = self.state.collects.take() {
+            self.hands.cancel_shipping(&collects)?;
+        }
         let begun = |step| self.state.failback.iter().flat_map(|f| &f.steps).any(|s| s.step == step);
         let (paused, given) = (begun(BackStep::Pause), begun(BackStep::Own));
+        // A standby that is just being stopped has stopped before it is given the host anew.
+        if paused && !given && self.at_standby() && self.take_from_standby()?.is_none() {
+            return Ok(());
+        }
         if given {
             // It may be the host's: taken from it anew.
             self.state.fenced = None;

@@ -27,6 +27,7 @@ impl<H: Hands> Driver<'_, H> {
         match self.state.phase {
             // What runs at another hypervisor only people see.
             Phase::Serving if *self.state.place() == Place::Export => Ok(()),
+            Phase::Serving if self.at_standby() => self.look_at_standby(),
             Phase::Serving => self.look_at_machine(),
             Phase::Returned { until_us } => self.look_at_return(until_us),
             Phase::Committed => self.look_at_history(),
@@ -135,6 +136,15 @@ impl<H: Hands> Driver<'_, H> {
     }
 
     fn again(&mut self, source_is_off: Option<String>) -> Result<(), HandsError> {
+        if self.at_standby() {
+            // While it owns the host nobody else does.
+            if self.hands.standby_serves(&self.state.plan)?.is_none() {
+                self.state.source_is_off = source_is_off;
+                self.state.steps.retain(|s| s.step != Step::Fence);
+            }
+            self.make_anew();
+            return self.hands.keep(&self.state);
+        }
         let found = self.found();
         let runs = matches!(found, Found::StandsStill | Found::Runs | Found::Unknown) && self.state.started;
         if !runs && self.state.kind == Kind::Failover {

@@ -31,6 +31,7 @@ mod back;
 mod fence;
 mod hook;
 mod life;
+mod standby;
 
 use crate::{
     machine::{self, DRILL, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
@@ -197,6 +198,22 @@ pub trait Hands {
     fn fresh_group_id(&self) -> Result<GroupId, HandsError>;
     /// Makes the branch, or finds it made; its disks as exports.
     fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError>;
+    /// Whether the plan's standby has all it needs, and how far behind it is; for people.
+    fn standby_ready(&self, state: &RunState) -> Result<String, HandsError>;
+    /// The restore that it follows by, and its disks.
+    fn standby_follows(&self, state: &RunState) -> Result<(String, Vec<BackDisk>), HandsError>;
+    /// Its disks shall end at just these moments.
+    fn standby_finish(&self, restore: &str, points: &[PointTaken]) -> Result<(), HandsError>;
+    /// Has the disks let go; whether they are.
+    fn let_disks_go(&self, restore: &str) -> Result<bool, HandsError>;
+    /// The standby may serve from here on. The box owns the host, and serves nothing.
+    fn give_to_standby(&self, plan: &Plan) -> Result<(), HandsError>;
+    /// Whether the standby serves; none: it does not own the host.
+    fn standby_serves(&self, plan: &Plan) -> Result<Option<bool>, HandsError>;
+    /// Eight hexadecimal digits that no restore has.
+    fn fresh_restore(&self) -> Result<String, HandsError>;
+    /// Brings what the standby's disks hold into the branches, or finds that begun.
+    fn collect(&self, state: &RunState, restore: &str) -> Result<(), HandsError>;
     /// Who has disks of these branches open.
     fn clients(&self, points: &[PointTaken]) -> Vec<String>;
     /// Closes the disks of these branches to everybody, for as long as the run is sealed.
@@ -431,6 +448,10 @@ impl<'a, H: Hands> Driver<'a, H> {
                 Ok(Some(text))
             }
             Step::Point => self.choose().map(Some),
+            Step::Machine if self.at_standby() => self.finish_standby().map(Some),
+            Step::Start if self.at_standby() => self.give_to_standby().map(Some),
+            Step::Boot if self.at_standby() => self.wait_for_standby().map(Some),
+            Step::Volumes | Step::Address | Step::Applications | Step::Picture if self.at_standby() => Ok(None),
             Step::Machine if *self.state.place() == Place::Export => self.open_disks().map(Some),
             Step::Boot if *self.state.place() == Place::Export => self.wait_for_word().map(Some),
             Step::Start | Step::Volumes | Step::Address | Step::Applications | Step::Picture
@@ -466,6 +487,10 @@ impl<'a, H: Hands> Driver<'a, H> {
         if *self.state.place() == Place::Export {
             self.check_fence()?;
             return Ok("its disks will be open to another hypervisor".into());
+        }
+        if self.at_standby() {
+            self.check_fence()?;
+            return Ok(self.hands.standby_ready(&self.state)?);
         }
         machine::missing(plan.machine.firmware)?;
         if self.state.kind == Kind::Failover {
@@ -781,6 +806,10 @@ impl<'a, H: Hands> Driver<'a, H> {
         self.take_down(self.state.kind == Kind::Failover)?;
         if *self.state.place() == Place::Export {
             self.close_for_good()?;
+        }
+        if self.at_standby() && !self.leave_standby()? {
+            // The daemon ends; the next one goes on here.
+            return Ok(());
         }
         // The machine has ended: before what may take long, for the host serves from here on.
         if self.state.kind == Kind::Failover {
