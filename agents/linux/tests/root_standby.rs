@@ -6,7 +6,7 @@ mod common;
 use agent_linux::{
     clock,
     config::FenceCommands,
-    fence::{Fence, Orders, Services, Store, addresses},
+    fence::{Fence, Gate, Orders, Services, Store, addresses},
 };
 use common::{root, run};
 use model::{HostId, Owner};
@@ -133,7 +133,8 @@ fn root_a_standby_serves_by_grant_only_and_not_where_its_address_answers() {
     };
     let (tell, heard) = mpsc::channel();
     let store = Store::of_other(dir.path(), dir.path(), "boot", HOST).unwrap();
-    let fence = Fence::start(HOST, plan, store, services, Box::new(move |m| drop(tell.send(m)))).unwrap();
+    let kept = (store, Gate::new(dir.path(), dir.path(), None));
+    let fence = Fence::start(HOST, plan, kept, services, Box::new(move |m| drop(tell.send(m)))).unwrap();
     let record = OwnershipRecord { owner: Owner::Box, ..OwnershipRecord::new(HOST) };
     let mut rig = Rig { grantor: Grantor::new(record, clock::boot()).unwrap(), heard, fence };
     let up = || addresses::is_up(&address).unwrap();
