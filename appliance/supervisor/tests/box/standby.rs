@@ -195,7 +195,7 @@ fn a_standby_follows_serves_by_lease_and_what_it_wrote_comes_back() {
     assert_same(&cast.disks.disk(0), &want, "the standby's disk");
     // Ended: the host is its own, and the standby follows it again.
     running.ok("POST", &format!("runs/{id}/end"), "{\"confirm\":\"p\"}");
-    assert_eq!(settled(&running, &cast, &id)["phase"]["how"], "discarded");
+    assert_eq!(phase(&running, &id, "ended")["phase"]["how"], "discarded");
     cast.host().wait("the host to serve once more", |h| h.holding == Holding::Serving);
     wait_for("it to follow again", || (cast.disks.disk(0) == newest).then_some(()));
     drop((metal, cast));
