@@ -309,17 +309,7 @@ impl Running {
                         }
                     }
                 }
-                Action::Send { first, last } => {
-                    if let Some(generation) = self.up {
-                        let items: Vec<(Numbered, Body)> = self.spool.range(first, last).collect();
-                        let whole = items.len() as u64 == last.0 + 1 - first.0;
-                        self.link.records(generation, items);
-                        if !whole {
-                            // The machine believes them sent; what the box has is settled when the connection is made anew.
-                            self.link.close(generation, "the spool could not keep what was to be sent".to_owned());
-                        }
-                    }
-                }
+                Action::Send { first, last } => self.send(first, last),
                 Action::Release { through } => {
                     self.spool.release(through);
                     self.durable(through);
@@ -364,18 +354,7 @@ impl Running {
                 Action::Compare { id, read, volume, block_sectors, runs } => {
                     self.compare(id, read, volume, block_sectors, runs);
                 }
-                Action::Survey => {
-                    let on_disk = |v: &VolumeAt| OnDisk {
-                        id: v.id,
-                        device: v.device.clone(),
-                        disk: v.disk.clone(),
-                        range: v.range,
-                    };
-                    self.survey = ctx.survey(group, self.volumes.iter().map(on_disk).collect());
-                    if self.survey.is_none() {
-                        events.push_back(Event::Surveyed { unused: Vec::new() });
-                    }
-                }
+                Action::Survey => self.begin_survey(ctx, group, events),
                 Action::ReadFinished { read } => drop(self.reads.remove(&read)),
                 Action::ReleaseFlush { id, .. } => ctx.sync.release(id),
                 Action::Persist { serial, state } => {
@@ -401,6 +380,26 @@ impl Running {
                 Action::Gate(state) => self.gate(group, state),
                 Action::Alarm(alarm) => self.raise(group, &alarm),
             }
+        }
+    }
+
+    fn send(&mut self, first: model::SourceSeq, last: model::SourceSeq) {
+        let Some(generation) = self.up else { return };
+        let items: Vec<(Numbered, Body)> = self.spool.range(first, last).collect();
+        let whole = items.len() as u64 == last.0 + 1 - first.0;
+        self.link.records(generation, items);
+        if !whole {
+            // The machine believes them sent; what the box has is settled when the connection is made anew.
+            self.link.close(generation, "the spool could not keep what was to be sent".to_owned());
+        }
+    }
+
+    fn begin_survey(&mut self, ctx: &mut Ctx, group: GroupId, events: &mut VecDeque<Event>) {
+        let on_disk =
+            |v: &VolumeAt| OnDisk { id: v.id, device: v.device.clone(), disk: v.disk.clone(), range: v.range };
+        self.survey = ctx.survey(group, self.volumes.iter().map(on_disk).collect());
+        if self.survey.is_none() {
+            events.push_back(Event::Surveyed { unused: Vec::new() });
         }
     }
 
