@@ -122,9 +122,9 @@ mod tests {
         let at = listener.local_addr().unwrap();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut hello = [0; 42];
+            let mut hello = [0; 41];
             stream.read_exact(&mut hello).unwrap();
-            assert_eq!(hello[..8], [0, 0, 0, 42, 0, 3, 0, 0]);
+            assert_eq!(hello[..8], [0, 0, 0, 41, 0, 3, 0, 0]);
             stream.write_all(&message(b'R', &[0; 4])).unwrap();
             stream.write_all(&message(b'Z', b"I")).unwrap();
             let mut query = [0; 14];

@@ -55,8 +55,8 @@ fn a_wrong_configuration_ends_the_box_before_it_touches_anything() -> Result<()>
     let wrong = dir.path().join("wrong.toml");
     let nowhere = dir.path().join("wrong.toml").join("data");
     for (text, says) in [
-        (format!("{good}listne = \"127.0.0.1:1\"\n"), vec!["listne", "line 6"]),
-        (format!("{good}[journal]\nsegment_mib = \"big\"\n"), vec!["line 7"]),
+        (format!("{good}listne = \"127.0.0.1:1\"\n"), vec!["listne", "line 7"]),
+        (format!("{good}[journal]\nsegment_mib = \"big\"\n"), vec!["line 8"]),
         (format!("{good}[journal]\nsegment_mib = 1\n"), vec!["journal.segment_mib = 1", "4 to 1024"]),
         (
             good.replace("metrics_listen = \"127.0.0.1", "metrics_listen = \"0.0.0.0"),

@@ -257,6 +257,7 @@ impl Daemon {
     /// Stops in good order: sessions are told, everything taken is durable, threads are joined.
     pub async fn stop(self) {
         self.app.events.note(Event::Stopping, &self.app.box_name, "");
+        self.app.takeovers.ask_pause();
         self.app.stop.send_replace(true);
         for task in self.tasks {
             let _ = task.await;

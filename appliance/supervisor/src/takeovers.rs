@@ -230,12 +230,17 @@ impl Takeovers {
         }
     }
 
-    /// Has every driver stop where it is; the machines run on. Blocking.
-    pub fn pause(&self) {
-        let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
-        for run in &runs {
+    /// Has every driver stop where it is. Before anything that a step needs goes away: its failure then is none.
+    pub fn ask_pause(&self) {
+        for run in crate::lock(&self.runs).values() {
             let _ = run.wanted.compare_exchange(GO_ON, PAUSE, Ordering::AcqRel, Ordering::Acquire);
         }
+    }
+
+    /// Waits until every driver has stopped; the machines run on. Blocking.
+    pub fn pause(&self) {
+        self.ask_pause();
+        let runs: Vec<Arc<Run>> = crate::lock(&self.runs).values().cloned().collect();
         for run in runs {
             if let Some(thread) = crate::lock(&run.thread).take() {
                 let _ = thread.join();

@@ -835,7 +835,8 @@ mod tests {
     #[test]
     fn the_best_common_version_is_taken() {
         assert_eq!(negotiate(&[9, 1]), Some(1), "an agent of last year");
-        assert_eq!(negotiate(&[6, 5, 4, 3, 2, 1]), Some(5), "an agent of next year");
+        assert_eq!(negotiate(&[7, 6, 5, 4, 3, 2, 1]), Some(6), "an agent of next year");
+        assert_eq!(negotiate(&[5, 4, 3, 2, 1]), Some(5), "an agent that makes no probes by HTTPS");
         assert_eq!(negotiate(&[4, 3, 2, 1]), Some(4), "an agent that takes no restores");
         assert_eq!(negotiate(&[2, 1]), Some(2), "an agent that tells no notices");
         assert_eq!(negotiate(&[9]), None);

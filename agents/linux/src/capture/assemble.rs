@@ -22,7 +22,7 @@ use super::bpf::layout::{
     OP_SECURE_ERASE, OP_WRITE, OP_WRITE_ZEROES,
 };
 use super::{Captured, LostWhy, Op, Position, Request, RequestId, TargetId};
-use model::{Extent, MonoTime};
+use model::{Extent, ExtentSet, MonoTime};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Requests whose last chunk has not come: a driver takes them one by one per hardware queue, so more than this means that
@@ -72,6 +72,14 @@ pub struct Assembler {
     unseen_last: VecDeque<(TargetId, Vec<Extent>)>,
     /// Targets whose disk has reported a write error.
     failed: HashSet<TargetId>,
+    /// Places of losses that were told ahead of records which lie before them in time; sorted.
+    ///
+    /// A scan of the marks tells of every loss up to now, while there may still be records of what was issued before some of them. Whoever
+    /// copies such a place and then hears of the older write would put its data over what the disk has by now. So it is told as lost once
+    /// more, behind that write.
+    told: HashMap<TargetId, Vec<Extent>>,
+    /// What begins from here on was issued after every loss that was told.
+    told_until: Position,
 }
 
 impl Assembler {
@@ -193,9 +201,25 @@ impl Assembler {
             }
         }
         self.handed_out += 1;
+        let again = self.told_already(&done.request, done.begun);
         if done.request.op == Op::Flush || !done.request.extents.is_empty() {
             out.push(Captured::Request(done.request));
         }
+        if !again.is_empty() {
+            out.push(Captured::Lost { target, extents: again, why: LostWhy::Overflow });
+        }
+    }
+
+    /// What of a request lies where a loss was told that may be younger than it.
+    fn told_already(&mut self, request: &Request, begun: Position) -> Vec<Extent> {
+        if begun >= self.told_until {
+            if !self.told.is_empty() && self.pending.values().all(|p| p.begun >= self.told_until) {
+                self.told.clear();
+            }
+            return Vec::new();
+        }
+        let Some(told) = self.told.get(&request.target) else { return Vec::new() };
+        request.extents.iter().filter(|e| touches(told, e)).copied().collect()
     }
 
     /// An unfinished request is dropped; its sectors must be read again.
@@ -335,6 +359,7 @@ impl Assembler {
     /// What is in flight or unfinished of a target that is captured no longer.
     pub fn drop_target(&mut self, target: TargetId) {
         self.failed.remove(&target);
+        self.told.remove(&target);
         self.unseen_last.retain(|(t, _)| *t != target);
         self.in_flight.retain(|_, f| f.target != target);
         self.pending.retain(|_, p| p.request.target != target);
@@ -349,13 +374,18 @@ impl Assembler {
     /// is still in flight has them read once more when it completes.
     pub fn doubt(&mut self, target: TargetId, lost: &[Extent]) {
         // Sorted by the scan that made them, or few.
-        let touches = |e: &Extent| {
-            let after = lost.partition_point(|l| l.end() <= e.start());
-            lost[after..].first().is_some_and(|l| l.intersect(e).is_some())
-        };
         for flight in self.in_flight.values_mut().filter(|f| f.target == target) {
-            flight.doubtful |= flight.extents.iter().any(touches);
+            flight.doubtful |= flight.extents.iter().any(|e| touches(lost, e));
         }
+        let told = self.told.entry(target).or_default();
+        let mut all = ExtentSet::new();
+        told.iter().chain(lost).for_each(|e| all.insert(*e));
+        *told = all.iter().collect();
+    }
+
+    /// All that was lost before `until`, where records end now, has been told.
+    pub fn told_until(&mut self, until: Position) {
+        self.told_until = until;
     }
 
     /// With the ring empty: gives up requests whose last chunk was dropped. Their first chunks would hold the ring for ever.
@@ -370,6 +400,12 @@ impl Assembler {
             self.give_up(rq, LostWhy::Overflow, out);
         }
     }
+}
+
+/// Whether an extent touches one of these, which are sorted and apart.
+fn touches(sorted: &[Extent], extent: &Extent) -> bool {
+    let after = sorted.partition_point(|s| s.end() <= extent.start());
+    sorted[after..].first().is_some_and(|s| s.intersect(extent).is_some())
 }
 
 #[cfg(test)]
@@ -396,6 +432,35 @@ mod tests {
         let data = if e.has(E_DATA) { vec![fill; e.len as usize] } else { Vec::new() };
         a.event(&e, &data, Position(e.sector), &mut out);
         out
+    }
+
+    #[test]
+    fn a_write_that_is_older_than_a_loss_told_before_it_has_its_place_lost_once_more() {
+        let mut a = Assembler::new();
+        let issued = |a: &mut Assembler, rq: u64, sector: u64, at: u64| {
+            let mut out = Vec::new();
+            let event = chunk(rq, sector, 4096, 4096, E_FIRST | E_LAST | E_DATA);
+            a.event(&event, &[1; 4096], Position(at), &mut out);
+            out
+        };
+        // The scan saw a loss at 128..256 that happened anywhere before 100.
+        a.doubt(TargetId(1), &[Extent::new(128, 128)]);
+        a.told_until(Position(100));
+        let lost = |extent| Captured::Lost { target: TargetId(1), extents: vec![extent], why: LostWhy::Overflow };
+        let older = issued(&mut a, 1, 136, 50);
+        assert!(matches!(&older[..], [Captured::Request(_), l] if *l == lost(Extent::new(136, 8))), "{older:?}");
+        let elsewhere = issued(&mut a, 2, 256, 60);
+        assert!(matches!(&elsewhere[..], [Captured::Request(_)]), "{elsewhere:?}");
+        // Begun before and finished after: still perhaps older.
+        let mut out = Vec::new();
+        a.event(&chunk(3, 200, 4096, 8192, E_FIRST | E_DATA), &[1; 4096], Position(90), &mut out);
+        let younger = issued(&mut a, 4, 136, 110);
+        assert!(matches!(&younger[..], [Captured::Request(_)]), "{younger:?}");
+        a.event(&chunk(3, 208, 4096, 8192, E_LAST | E_DATA), &[1; 4096], Position(120), &mut out);
+        assert!(matches!(&out[..], [Captured::Request(_), l] if *l == lost(Extent::new(200, 16))), "{out:?}");
+        // And then all of it is past.
+        issued(&mut a, 5, 136, 130);
+        assert!(a.told.is_empty());
     }
 
     #[test]

@@ -79,6 +79,9 @@ impl Targets {
             let _ = follower.push(FromTarget::Up(Box::new(info.clone())));
         }
     }
+    pub fn is_followed(&self, host: HostId) -> bool {
+        crate::lock(&self.state).followers.contains_key(&host)
+    }
     pub fn leave(&self, host: HostId, follower: &Follower) {
         let mut state = crate::lock(&self.state);
         if state.followers.get(&host).is_some_and(|f| Arc::ptr_eq(f, follower)) {

@@ -21,6 +21,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     path::Path,
     sync::{Arc, atomic::Ordering},
+    thread,
     time::{Duration, Instant},
 };
 use wire::{
@@ -35,6 +36,8 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 /// What cannot be done now is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
 const SHOW_EVERY: Duration = Duration::from_millis(500);
+/// For an earlier restore of the same machine to let its disks go.
+const LET_GO_MAX: Duration = Duration::from_secs(10);
 /// So often in a row blocks that were written and flushed may turn out to be different.
 const UNTRUE_MAX: u32 = 3;
 
@@ -43,6 +46,11 @@ pub fn drive(app: &Arc<App>, run: &Arc<Run>, dir: &Path) {
     let follower = Follower::default();
     match Driver::new(app, run, dir, &state) {
         Ok(mut driver) => {
+            // A restore of the same machine that is over may still be about to say so: its end must come before our beginning.
+            let deadline = Instant::now() + LET_GO_MAX;
+            while app.links.targets.is_followed(state.host) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(5));
+            }
             app.links.targets.follow(state.host, &follower);
             driver.run(&follower);
             app.links.targets.leave(state.host, &follower);

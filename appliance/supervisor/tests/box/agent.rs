@@ -185,18 +185,29 @@ impl Conn {
     }
     /// As an agent that speaks that version at best.
     pub fn hello_as(&mut self, best: u16, host: HostId, purpose: Purpose, instance: [u8; 16]) -> Result<(), Refusal> {
-        self.say(&Message::Hello {
+        self.try_hello_as(best, host, purpose, instance).unwrap()
+    }
+    /// The same where the box may die in between.
+    pub fn try_hello_as(
+        &mut self,
+        best: u16,
+        host: HostId,
+        purpose: Purpose,
+        instance: [u8; 16],
+    ) -> io::Result<Result<(), Refusal>> {
+        self.try_say(&Message::Hello {
             versions: vec![7, best, 1],
             agent_version: "test".into(),
             host,
             boot_id: "boot".into(),
             instance,
             purpose,
-        });
-        match self.hear()? {
+        })?;
+        Ok(match self.try_hear()? {
+            Message::Refuse(refusal) | Message::Declined(refusal) => Err(refusal),
             Message::HelloAck { version, .. } if version == best => Ok(()),
             other => panic!("{other:?}"),
-        }
+        })
     }
     /// Nothing within this is an error of kind `WouldBlock`.
     pub fn set_patience(&mut self, patience: Duration) {

@@ -115,8 +115,8 @@ impl Life {
     }
     fn connect(&self, at: SocketAddr) -> io::Result<Conn> {
         let mut conn = self.identity.dial(at)?;
-        let hello = conn.hello_as(4, self.identity.host, Purpose::Control, self.identity.instance);
-        hello.map_err(|refused| io::Error::other(refused.to_string()))?;
+        let hello = conn.try_hello_as(4, self.identity.host, Purpose::Control, self.identity.instance);
+        hello?.map_err(|refused| io::Error::other(refused.to_string()))?;
         conn.set_patience(LOOK);
         Ok(conn)
     }

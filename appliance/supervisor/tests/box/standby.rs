@@ -116,7 +116,8 @@ fn a_standby_follows_serves_by_lease_and_what_it_wrote_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("d");
     let mut rng = Rng::new(95);
-    let inside = Inside::start(&data, "");
+    // The host in memory says nothing while somebody waits for the standby.
+    let inside = Inside::start(&data, "heartbeat_timeout_ms = 30000\n");
     let mut cast = cast(&inside, &mut rng);
     inside.ok("PUT", "plans/p", &plan(0));
     follows(&inside);

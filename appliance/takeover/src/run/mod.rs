@@ -411,6 +411,8 @@ impl<'a, H: Hands> Driver<'a, H> {
             Ok(Some(text)) => (Outcome::Done { text }, Attempt::Went),
             Ok(None) => (Outcome::Skipped { text: "not part of this run".into() }, Attempt::Went),
             Err(Stop::Wanted) => return Ok(Attempt::Interrupted),
+            // A daemon that stops takes the machine's disks along: what fails for it is done again by the next one.
+            Err(Stop::Failed { .. }) if self.hands.wanted() == Wanted::Pause => return Ok(Attempt::Interrupted),
             Err(Stop::Failed { text, remedy }) => (Outcome::Failed { text, remedy }, Attempt::Failed),
         };
         let now_us = self.hands.now_us();

@@ -720,6 +720,7 @@ impl BpfCapture {
         }
         self.unconfirmed.append(&mut fresh);
         self.scan_big(out)?;
+        self.assembler.told_until(self.ring.barrier().now());
         self.seen_losses = losses;
         self.owed &= !all;
         Ok(())
