@@ -221,8 +221,13 @@ impl Host {
         .map(drop)
     }
     pub fn stalls(&mut self) -> Result<Value> {
-        let text =
-            self.sh("while ! [ -e /tmp/stalls.done ]; do sleep 1; done; rm /tmp/stalls.done; cat /tmp/stalls")?;
+        // A host's write that hangs is what these tests are to find: where it hangs must be said before the limit ends the guest.
+        let waited = "n=0; while ! [ -e /tmp/stalls.done ] && [ $n -lt 90 ]; do sleep 1; n=$((n+1)); done";
+        let where_it_hangs = "for p in /proc/[0-9]*; do case $(cat $p/comm 2>/dev/null) in guest-load|holdfast*|kmirror*|nbd*) \
+            echo \"$p $(cat $p/comm) $(grep State $p/status)\"; cat $p/stack;; esac; done; dmsetup status; dmsetup table";
+        let text = self.sh(&format!(
+            "{waited}; if [ -e /tmp/stalls.done ]; then rm /tmp/stalls.done; cat /tmp/stalls; else {{ {where_it_hangs}; }} 2>&1; false; fi"
+        ))?;
         serde_json::from_str(&text).with_context(|| format!("guest-load said {text:?}"))
     }
 }
