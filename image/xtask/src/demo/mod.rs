@@ -96,7 +96,7 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         appliance.listen(),
         appliance.control().socket().display()
     );
-    let made = appliance.control().post("web/setup-code", &Value::Null)?;
+    let made = appliance.control().post("/web/setup-code", &Value::Null)?;
     println!(
         "its pages: https://localhost:{pages} (the certificate is of its own authority); the code for the first administrator: {}",
         made["code"].as_str().unwrap_or("?")
