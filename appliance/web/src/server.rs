@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
 };
@@ -59,19 +60,33 @@ async fn connection(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     from: SocketAddr,
-    mut stop: watch::Receiver<bool>,
+    stop: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true);
     // Whoever speaks no TLS, or does not trust us, goes without a word from us.
     let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await else { return };
     let ending = stop.clone();
+    let handle = move |request| answer(Arc::clone(&web), request, from.ip(), ending.clone());
+    serve_connection(stream, stop, HEADER_LIMIT, handle).await;
+}
+
+/// HTTP/1.1 on a stream until it ends, is silent for `header_limit` between two requests, or `stop` is true: then what goes on may end.
+pub async fn serve_connection<S, F>(
+    stream: S,
+    mut stop: watch::Receiver<bool>,
+    header_limit: Duration,
+    handle: impl Fn(Request<Incoming>) -> F,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    F: Future<Output = Answer>,
+{
     let service = service_fn(move |request| {
-        let (web, stop) = (Arc::clone(&web), ending.clone());
-        async move { Ok::<_, Infallible>(answer(web, request, from.ip(), stop).await) }
+        let answer = handle(request);
+        async move { Ok::<_, Infallible>(answer.await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_LIMIT)
+        .header_read_timeout(header_limit)
         .max_buf_size(64 * 1024)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);

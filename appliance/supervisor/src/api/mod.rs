@@ -13,16 +13,14 @@ mod takeovers;
 mod web;
 
 use crate::App;
-use ::web::access::{Caller, Role};
+use ::web::{
+    access::{Caller, Role},
+    server::serve_connection,
+};
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
-use hyper::{
-    body::{Body, Frame, Incoming},
-    server::conn::http1,
-    service::service_fn,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::body::{Body, Frame, Incoming};
 use serde_json::{Value, json};
 use std::{
     convert::Infallible,
@@ -33,9 +31,8 @@ use std::{
 };
 use subtle::ConstantTimeEq as _;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::{Semaphore, mpsc, watch},
+    sync::{Semaphore, mpsc},
 };
 
 pub type Answer = Response<BoxBody<Bytes, Infallible>>;
@@ -46,8 +43,6 @@ pub const BODY_MAX: usize = 64 * 1024;
 pub const REQUESTS_MAX: usize = 64;
 const HEADER_LIMIT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How long requests may go on when the daemon stops.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 /// A refusal as the caller reads it.
 #[derive(Debug)]
@@ -140,7 +135,7 @@ pub async fn serve_control(app: Arc<App>, listener: UnixListener) {
         let (app, stop) = (Arc::clone(&app), app.stop.subscribe());
         tokio::spawn(async move {
             let _slot = slot;
-            serve_connection(stream, stop, move |request| {
+            serve_connection(stream, stop, HEADER_LIMIT, move |request| {
                 let app = Arc::clone(&app);
                 async move {
                     match routes::collect(request).await {
@@ -172,7 +167,7 @@ pub async fn serve_metrics(app: Arc<App>, listener: TcpListener, token: String) 
         let (app, token, stop) = (Arc::clone(&app), Arc::clone(&token), app.stop.subscribe());
         tokio::spawn(async move {
             let _slot = slot;
-            serve_connection(stream, stop, move |request| {
+            serve_connection(stream, stop, HEADER_LIMIT, move |request| {
                 let answer = metrics(&app, &token, &request);
                 async move { answer }
             })
@@ -194,28 +189,4 @@ fn metrics(app: &App, token: &str, request: &Request<Incoming>) -> Answer {
         return plain(StatusCode::NOT_FOUND, "text/plain", "only /metrics is here\n");
     }
     plain(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", crate::export_metrics::page(app))
-}
-
-async fn serve_connection<S, F>(stream: S, mut stop: watch::Receiver<bool>, handle: impl Fn(Request<Incoming>) -> F)
-where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
-    F: Future<Output = Answer>,
-{
-    let service = service_fn(move |request| {
-        let answer = handle(request);
-        async move { Ok::<_, Infallible>(answer.await) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_LIMIT)
-        .max_buf_size(64 * 1024)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    tokio::select! {
-        // A client that breaks off is its own business.
-        _ = connection.as_mut() => return,
-        () = crate::raised(&mut stop) => {}
-    }
-    connection.as_mut().graceful_shutdown();
-    let _ = tokio::time::timeout(STOP_LIMIT, connection).await;
 }
