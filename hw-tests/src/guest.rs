@@ -358,7 +358,8 @@ fn unpack_xz(file: &Path) -> Result<Vec<u8>> {
 }
 
 /// Runs as process 1: file systems, modules, network, then commands from the second serial port, one per line:
-/// a number, a space, the command. The answer is its output and a line `HF-END number status`.
+/// a number, a space, the command. The answer is its output and a line `HF-END number status`. `head` reads the line, not the shell's own
+/// `read`: busybox's begins anew when a child of the shell ends meanwhile, and forgets what it has read of the line.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/root
@@ -376,7 +377,8 @@ ip link set eth0 up 2>/dev/null && ip addr add 10.0.2.15/24 dev eth0 && ip route
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo HF-SHELL >&3
-while read -r number line <&3; do
+while command=$(head -n 1 <&3) && [ -n "$command" ]; do
+	number=${command%% *} line=${command#* }
 	eval "$line" >/tmp/output 2>&1 </dev/null
 	status=$?
 	cat /tmp/output >&3
