@@ -187,6 +187,16 @@ impl Drop for Program {
     }
 }
 
+/// Seconds of processor time that a process has used, user and system, all its threads; in steps of 10 ms.
+pub fn cpu_seconds_of(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    // Behind the name in brackets; clock ticks of user and system time are fields 14 and 15, a hundred to the second on Linux.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |n: usize| fields.get(n - 3).and_then(|f| f.parse::<f64>().ok()).context("a short stat line");
+    Ok((ticks(14)? + ticks(15)?) / 100.0)
+}
+
 /// Resident memory of a process in bytes.
 pub fn rss_of(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");

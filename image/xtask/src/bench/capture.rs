@@ -4,6 +4,9 @@
 //! two CPUs of a small machine are not shared with one. Two disks: a loop disk over memory, which answers within some ten microseconds
 //! and shows the cost at its worst; and one that takes 100 µs and more for each write, as a disk array over a network does: a loop disk
 //! over a file that comes through FUSE from QEMU's empty disk with that latency.
+//!
+//! Where the time goes is asked in one more round of each job, in which the kernel takes the times of BPF programs (that costs by itself, so
+//! it is not done in the others): beside what a write took longer stands what our programs ran for it and what the recorder computed for it.
 
 use super::Results;
 use crate::demo::size;
@@ -23,20 +26,21 @@ use std::{
 
 const LIMIT: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 256 << 20;
-const DELAY_US: u32 = 100;
+pub const DELAY_US: u32 = 100;
 /// Of throughput on a disk with that delay.
-const GOAL: f64 = 0.97;
+pub const GOAL: f64 = 0.97;
 
-struct Job {
-    name: &'static str,
-    args: &'static [&'static str],
+pub struct Job {
+    pub name: &'static str,
+    pub args: &'static [&'static str],
+    depth: u32,
 }
 
-const JOBS: &[Job] = &[
-    Job { name: "4 KiB random, depth 1", args: &["--rw=randwrite", "--bs=4k", "--iodepth=1"] },
-    Job { name: "4 KiB random, depth 16", args: &["--rw=randwrite", "--bs=4k", "--iodepth=16"] },
-    Job { name: "64 KiB random, depth 4", args: &["--rw=randwrite", "--bs=64k", "--iodepth=4"] },
-    Job { name: "1 MiB sequential, depth 2", args: &["--rw=write", "--bs=1m", "--iodepth=2"] },
+pub const JOBS: &[Job] = &[
+    Job { name: "4 KiB random, depth 1", args: &["--rw=randwrite", "--bs=4k", "--iodepth=1"], depth: 1 },
+    Job { name: "4 KiB random, depth 16", args: &["--rw=randwrite", "--bs=4k", "--iodepth=16"], depth: 16 },
+    Job { name: "64 KiB random, depth 4", args: &["--rw=randwrite", "--bs=64k", "--iodepth=4"], depth: 4 },
+    Job { name: "1 MiB sequential, depth 2", args: &["--rw=write", "--bs=1m", "--iodepth=2"], depth: 2 },
 ];
 
 pub fn run(dir: &Path, quick: bool, results: &mut Results) -> Result<()> {
@@ -131,6 +135,48 @@ impl Slow {
     }
 }
 
+/// The kernel takes the times of BPF programs while this lives.
+struct BpfStats(String);
+
+const BPF_STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+impl BpfStats {
+    fn on() -> Result<Self> {
+        let before = fs::read_to_string(BPF_STATS).with_context(|| format!("read {BPF_STATS}"))?;
+        fs::write(BPF_STATS, "1").with_context(|| format!("write {BPF_STATS}"))?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for BpfStats {
+    fn drop(&mut self) {
+        if let Err(e) = fs::write(BPF_STATS, &self.0) {
+            eprintln!("{BPF_STATS}: {e}");
+        }
+    }
+}
+
+/// Nanoseconds and runs of all BPF programs that a process holds open.
+fn bpf_time(process: u32) -> Result<(u64, u64)> {
+    let (mut ns, mut runs) = (0, 0);
+    // One program may be held by several descriptors.
+    let mut seen = std::collections::BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fdinfo"))? {
+        // A descriptor may be closed by now.
+        let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
+        let value = |key: &str| -> Option<u64> { text.lines().find_map(|l| l.strip_prefix(key)?.trim().parse().ok()) };
+        let (Some(id), Some(time), Some(count)) = (value("prog_id:"), value("run_time_ns:"), value("run_cnt:")) else {
+            continue;
+        };
+        if seen.insert(id) {
+            ns += time;
+            runs += count;
+        }
+    }
+    ensure!(!seen.is_empty(), "the recorder holds no BPF program");
+    Ok((ns, runs))
+}
+
 /// A run of the recorder.
 struct Recording {
     program: Program,
@@ -154,7 +200,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn disk(&self, what: &str, device: &Path, goal: Option<f64>, results: &mut Results) -> Result<()> {
         // The first pass brings the disk's memory into being.
-        self.fio(&Job { name: "fill", args: &["--rw=write", "--bs=1m", "--iodepth=2"] }, device)?;
+        self.fio(&Job { name: "fill", args: &["--rw=write", "--bs=1m", "--iodepth=2"], depth: 2 }, device)?;
         for job in JOBS {
             let (mut ratios, mut alone, mut cpu, mut rss, mut drops) = (vec![], vec![], vec![], 0, 0);
             for _ in 0..self.rounds {
@@ -186,12 +232,37 @@ impl Bench<'_> {
                     size(rss),
                 ),
             );
+            match self.where_time_goes(job, device, median(&mut alone)) {
+                Ok(text) => results.fact(format!("where the time goes on a {what}: {}", job.name), text),
+                Err(e) => results.failed(&format!("where the time goes: {}", job.name), &e),
+            }
         }
         Ok(())
     }
 
-    /// Writes per second and bytes written.
-    fn fio(&self, job: &Job, device: &Path) -> Result<(f64, u64)> {
+    /// What a write takes longer by capture, and what of it is ours by the kernel's own clocks.
+    fn where_time_goes(&self, job: &Job, device: &Path, alone: f64) -> Result<String> {
+        let recording = self.record(device)?;
+        let stats = BpfStats::on()?;
+        let before = bpf_time(recording.program.id())?;
+        let on = self.fio(job, device)?;
+        let after = bpf_time(recording.program.id())?;
+        drop(stats);
+        let taken = recording.end()?;
+        let writes = on.2.max(1) as f64;
+        let us = |rate: f64| f64::from(job.depth) * 1e6 / rate.max(1.0);
+        Ok(format!(
+            "a write took {:.1} µs alone and {:.1} µs captured and timed; our programs ran {:.1} times and {:.2} µs for it, the reader computed {:.2} µs for it on another CPU",
+            us(alone),
+            us(on.0),
+            (after.1 - before.1) as f64 / writes,
+            (after.0 - before.0) as f64 / 1000.0 / writes,
+            taken.cpu_seconds * 1e6 / writes,
+        ))
+    }
+
+    /// Writes per second, bytes written, writes.
+    fn fio(&self, job: &Job, device: &Path) -> Result<(f64, u64, u64)> {
         let report = self.dir.join("fio.json");
         let mut command = Command::new(tools::need("fio")?);
         command.args(["--name=job", "--ioengine=libaio", "--direct=1", "--time_based", "--randrepeat=0"]);
@@ -205,6 +276,7 @@ impl Bench<'_> {
         Ok((
             side["iops"].as_f64().context("fio reports no rate")?,
             side["io_bytes"].as_u64().context("fio reports no bytes")?,
+            side["total_ios"].as_u64().context("fio reports no count")?,
         ))
     }
 
@@ -229,11 +301,7 @@ impl Bench<'_> {
 
 impl Recording {
     fn end(mut self) -> Result<Taken> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.program.id()))?;
-        // Behind the name in brackets; clock ticks of user and system time are fields 14 and 15.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |n: usize| fields.get(n - 3).and_then(|f| f.parse::<f64>().ok()).context("a short stat line");
-        let cpu_seconds = (ticks(14)? + ticks(15)?) / 100.0;
+        let cpu_seconds = process::cpu_seconds_of(self.program.id())?;
         let rss = self.program.rss()?;
         fs::write(&self.stop, b"")?;
         let status = self.program.wait(LIMIT)?;
@@ -245,7 +313,7 @@ impl Recording {
 }
 
 /// Sorts them, too.
-fn median(values: &mut [f64]) -> f64 {
+pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }

@@ -156,7 +156,7 @@ pub fn lag(bins: &Binaries, dir: &Path, quick: bool, results: &mut Results) -> R
     const BYTES: u64 = 256 << 20;
     let dir = dir.join("lag");
     let config = "ring_mib = 16\nmemory_mib = 48\nspool_memory_mib = 8\nspool_mib = 256\nheed_pressure = false\n";
-    let scene = Scene::set(bins, &dir, BYTES, None, config)?;
+    let mut scene = Scene::set(bins, &dir, BYTES, None, config)?;
     let (half, most) = own_sync_ms(&dir)?;
     results.fact("lag: the disk's own durable write of 4 KiB", format!("{half:.2} ms, 99 % within {most:.2} ms"));
     let rates: &[u32] = if quick { &[4, 64] } else { &[2, 8, 32, 64, 128, 0] };
@@ -182,14 +182,24 @@ struct Lagged {
     in_gap: usize,
     spool_most: u64,
     until_in_step: Duration,
+    /// Of the agent, from before the first write until all is on the box.
+    cpu_seconds: f64,
+    /// Bytes, the most that was seen.
+    agent_rss: u64,
+    written: f64,
 }
 
 impl Lagged {
     fn text(mut self, own_ms: f64) -> String {
+        let agent = format!(
+            "; agent {:.2} s of CPU per 100 MB (compression, TLS and what the bookmarks of this measurement take in it), {} of memory",
+            self.cpu_seconds * 100e6 / self.written.max(1.0),
+            size(self.agent_rss)
+        );
         let all = self.samples.len() + self.in_gap;
         if self.samples.is_empty() {
             return format!(
-                "{:.0} MiB/s reached: more than can be sent; in a gap all the time ({all} samples), in step {:.2} s after the last write",
+                "{:.0} MiB/s reached: more than can be sent; in a gap all the time ({all} samples), in step {:.2} s after the last write{agent}",
                 self.mib_s,
                 self.until_in_step.as_secs_f64()
             );
@@ -201,7 +211,7 @@ impl Lagged {
             String::new()
         };
         format!(
-            "{:.0} MiB/s reached; p50 {half:.1} ms ({:.0} × the disk's own), p99 {most:.1} ms, {all} samples; at most {} in the spool; in step {:.2} s after the last write{gap}",
+            "{:.0} MiB/s reached; p50 {half:.1} ms ({:.0} × the disk's own), p99 {most:.1} ms, {all} samples; at most {} in the spool; in step {:.2} s after the last write{gap}{agent}",
             self.mib_s,
             half / own_ms.max(0.001),
             size(self.spool_most),
@@ -211,7 +221,7 @@ impl Lagged {
 }
 
 impl Scene {
-    fn lag_at(&self, dir: &Path, rate: u32, seconds: u32) -> Result<Lagged> {
+    fn lag_at(&mut self, dir: &Path, rate: u32, seconds: u32) -> Result<Lagged> {
         let report = dir.join("fio.json");
         let mut command = Command::new(tools::need("fio")?);
         command.args(["--name=job", "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=16k", "--iodepth=8"]);
@@ -222,8 +232,18 @@ impl Scene {
             command.arg(format!("--rate={rate}m"));
         }
         let writer = thread::spawn(move || process::run(command, Duration::from_secs(u64::from(seconds) + 60)));
-        let mut lagged =
-            Lagged { mib_s: 0.0, samples: vec![], in_gap: 0, spool_most: 0, until_in_step: Duration::ZERO };
+        let mut lagged = Lagged {
+            mib_s: 0.0,
+            samples: vec![],
+            in_gap: 0,
+            spool_most: 0,
+            until_in_step: Duration::ZERO,
+            cpu_seconds: 0.0,
+            agent_rss: 0,
+            written: 0.0,
+        };
+        let agent = self.agent.program()?.id();
+        let computed = process::cpu_seconds_of(agent)?;
         // The first second is the writer's start.
         thread::sleep(Duration::from_secs(1));
         while !writer.is_finished() {
@@ -233,6 +253,7 @@ impl Scene {
                 None => lagged.in_gap += 1,
             }
             let group = self.group()?;
+            lagged.agent_rss = lagged.agent_rss.max(process::rss_of(agent)?);
             lagged.spool_most = lagged.spool_most.max(group["spool_bytes"].as_u64().unwrap_or(0));
             thread::sleep(Duration::from_millis(20));
         }
@@ -244,6 +265,8 @@ impl Scene {
         let value: Value = serde_json::from_str(text.find("\n{").map_or(text.as_str(), |at| &text[at..]))?;
         let bytes_s = value["jobs"][0]["write"]["bw_bytes"].as_f64().context("fio reports no rate")?;
         lagged.mib_s = bytes_s / f64::from(1 << 20);
+        lagged.written = value["jobs"][0]["write"]["io_bytes"].as_f64().context("fio reports no bytes")?;
+        lagged.cpu_seconds = process::cpu_seconds_of(agent)? - computed;
         Ok(lagged)
     }
 

@@ -7,6 +7,7 @@
 //! over NBD it is a write and an NBD flush, by fio's own engine.
 
 mod capture;
+mod emulated;
 mod fio;
 mod journal;
 mod live;
@@ -28,10 +29,10 @@ pub struct Options {
     /// One short round of everything
     #[arg(long)]
     quick: bool,
-    /// Only this part: ingest, view, agent, capture, lag, cut, sync, journal
+    /// Only this part: ingest, view, agent, capture, emulated, lag, cut, sync, journal
     #[arg(long)]
     only: Option<Part>,
-    /// Everything about capture: the parts capture, lag, cut and sync
+    /// Everything about capture: the parts capture, emulated, lag, cut and sync
     #[arg(long, conflicts_with = "only")]
     capture: bool,
     /// How long the part cut leaves the cable unplugged [default: 60, with --quick 6]
@@ -52,6 +53,8 @@ pub enum Part {
     Agent,
     /// What capture alone costs a host that writes
     Capture,
+    /// The same on null_blk of 100 µs, in an emulated guest
+    Emulated,
     /// How far the box is behind at a sustained rate
     Lag,
     /// What a cut of the network costs
@@ -63,7 +66,7 @@ pub enum Part {
 }
 
 /// What `--capture` runs.
-const OF_CAPTURE: &[Part] = &[Part::Capture, Part::Lag, Part::Cut, Part::Sync];
+const OF_CAPTURE: &[Part] = &[Part::Capture, Part::Emulated, Part::Lag, Part::Cut, Part::Sync];
 
 /// Size of the disk written to: larger than any cache that would hide the device, small enough to be filled first.
 const DISK_BYTES: u64 = 1 << 30;
@@ -109,10 +112,10 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
         Some(only) => only == part,
         None => whole || OF_CAPTURE.contains(&part),
     };
-    if wanted(Part::Capture) {
+    if [Part::Capture, Part::Emulated].into_iter().any(wanted) {
         repo.show(&mut repo.cargo(&["build", "--package", "agent-linux", "--examples"]))?;
     }
-    if options.only != Some(Part::Capture) {
+    if !matches!(options.only, Some(Part::Capture | Part::Emulated)) {
         repo.build_programs()?;
     }
     if wanted(Part::Sync) {
@@ -152,6 +155,10 @@ pub fn run(repo: &Repo, options: &Options) -> Result<()> {
     if wanted(Part::Capture) {
         let done = capture::run(&dir, options.quick, &mut results);
         results.ends("capture", done);
+    }
+    if wanted(Part::Emulated) {
+        let done = emulated::run(&dir, &repo.target_dir()?.join("guest"), options.quick, &mut results);
+        results.ends("capture in an emulated guest", done);
     }
     if wanted(Part::Lag) {
         let done = Binaries::beside_us().and_then(|bins| live::lag(&bins, &dir, options.quick, &mut results));
