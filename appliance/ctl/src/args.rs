@@ -386,6 +386,9 @@ pub enum BookmarkCommand {
         name: String,
         #[arg(short, long)]
         group: Option<String>,
+        /// In each group of this host, or in none: one moment for a takeover of all of them
+        #[arg(long, conflicts_with = "group")]
+        host: Option<String>,
         /// filesystem: the host's file systems are frozen for the moment
         #[arg(long, default_value = "crash")]
         consistency: BookmarkConsistency,

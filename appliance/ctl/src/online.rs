@@ -436,30 +436,86 @@ fn bookmark(client: &Client, command: BookmarkCommand) -> anyhow::Result<()> {
     // Checked here too, so that a wrong name is told before a host freezes its file systems.
     let name: model::BookmarkName = name.parse()?;
     let groups = groups(client)?;
-    let group = pick_group(&groups, wanted.as_deref())?;
     match command {
+        BookmarkCommand::Create { consistency, json, host: Some(host), .. } => {
+            let of_host: Vec<&api::Group> = groups.iter().filter(|g| g.host_name.as_deref() == Some(&*host)).collect();
+            anyhow::ensure!(
+                !of_host.is_empty(),
+                "no group is of a host {host:?}\n  what to do: `holdfast group list` shows them"
+            );
+            bookmark_all(client, &of_host, &name, consistency, json)
+        }
         BookmarkCommand::Create { consistency, json, .. } => {
-            let consistency = match consistency {
-                BookmarkConsistency::Crash => "crash",
-                BookmarkConsistency::Filesystem => "filesystem",
-            };
-            let body = json!({ "name": name, "consistency": consistency });
-            let route = Route::new(&["groups", id_of(group), "bookmarks"]);
-            let answer: Value = client.call(Method::POST, &route, Some(&body))?;
+            let group = pick_group(&groups, wanted.as_deref())?;
+            let answer = bookmark_one(client, group, &name, consistency)?;
             if json {
                 return print_json(&answer);
             }
-            let made: api::Bookmark =
-                serde_json::from_value(answer).context("holdfastd's bookmark is not understood")?;
-            let time = Clock::local().show(made.time_us);
-            print(&format!("bookmark {name} of group {} at LSN {}, {time}\n", group.name, made.lsn))
+            print(&bookmark_line(group, &name, answer)?)
         }
         BookmarkCommand::Delete { .. } => {
-            let route = Route::new(&["groups", id_of(group), "bookmarks", name.as_str()]);
-            let _: Value = client.call(Method::DELETE, &route, None)?;
+            let group = pick_group(&groups, wanted.as_deref())?;
+            forget_bookmark(client, group, &name)?;
             print(&format!("bookmark {name} of group {} is forgotten\n", group.name))
         }
     }
+}
+
+fn bookmark_one(
+    client: &Client,
+    group: &api::Group,
+    name: &model::BookmarkName,
+    consistency: BookmarkConsistency,
+) -> anyhow::Result<Value> {
+    let consistency = match consistency {
+        BookmarkConsistency::Crash => "crash",
+        BookmarkConsistency::Filesystem => "filesystem",
+    };
+    let body = json!({ "name": name, "consistency": consistency });
+    Ok(client.call(Method::POST, &Route::new(&["groups", id_of(group), "bookmarks"]), Some(&body))?)
+}
+
+fn bookmark_line(group: &api::Group, name: &model::BookmarkName, made: Value) -> anyhow::Result<String> {
+    let made: api::Bookmark = serde_json::from_value(made).context("holdfastd's bookmark is not understood")?;
+    let time = Clock::local().show(made.time_us);
+    Ok(format!("bookmark {name} of group {} at LSN {}, {time}\n", group.name, made.lsn))
+}
+
+fn forget_bookmark(client: &Client, group: &api::Group, name: &model::BookmarkName) -> anyhow::Result<()> {
+    let route = Route::new(&["groups", id_of(group), "bookmarks", name.as_str()]);
+    let _: Value = client.call(Method::DELETE, &route, None)?;
+    Ok(())
+}
+
+/// One name in all of these groups, or in none of them.
+fn bookmark_all(
+    client: &Client,
+    groups: &[&api::Group],
+    name: &model::BookmarkName,
+    consistency: BookmarkConsistency,
+    json: bool,
+) -> anyhow::Result<()> {
+    let mut made: Vec<(&api::Group, Value)> = Vec::new();
+    for group in groups {
+        match bookmark_one(client, group, name, consistency) {
+            Ok(answer) => made.push((group, answer)),
+            Err(e) => {
+                for (group, _) in &made {
+                    if let Err(e) = forget_bookmark(client, group, name) {
+                        eprintln!("bookmark {name} of group {} is still there: {e:#}", group.name);
+                    }
+                }
+                return Err(e.context(format!("no group has the bookmark {name}, for {} did not get it", group.name)));
+            }
+        }
+    }
+    if json {
+        let all: Vec<Value> = made.into_iter().map(|(_, answer)| answer).collect();
+        return print_json(&json!(all));
+    }
+    let lines: anyhow::Result<Vec<String>> =
+        made.into_iter().map(|(g, answer)| bookmark_line(g, name, answer)).collect();
+    print(&lines?.concat())
 }
 
 fn view(client: &Client, command: ViewCommand) -> anyhow::Result<()> {

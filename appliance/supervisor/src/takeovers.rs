@@ -48,8 +48,8 @@ use std::{
     time::{Duration, Instant},
 };
 use takeover::{
-    plan::{Place, PlanError, Subject},
-    run::{Asked, Driver, HandsError},
+    plan::{Place, Plan, PlanError, Subject},
+    run::{Asked, Driver, HandsError, one_moment},
     state::{Kind, Measured, Phase, PointTaken, RunState},
 };
 
@@ -279,6 +279,12 @@ impl Takeovers {
     /// The key that records are checked with, in hexadecimal.
     pub fn public_key(&self) -> String {
         HEXLOWER.encode(self.key.public_key().as_ref())
+    }
+
+    /// Refuses a moment that the groups of a plan cannot have in common.
+    pub fn one_moment(&self, app: &App, plan: &Plan, at: &RecoveryPoint) -> Result<(), HandsError> {
+        // Whose groups cannot be found is said by the run's own check.
+        hands::members_of(app, &plan.subject).map_or(Ok(()), |members| one_moment(at, &members))
     }
 
     /// Begins a run. Blocking.

@@ -235,6 +235,11 @@ fn begin(app: &Arc<App>, wish: RunWish) -> Result {
     {
         return Err(bad_request("to", "the plan has no such standby: it must say what that one starts".into()));
     }
+    if let Some(at) = &wish.at {
+        let plan = app.takeovers.plan(&wish.plan).map_err(plan_error)?;
+        let fits = app.takeovers.one_moment(app, &plan, at);
+        fits.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "several-groups", e.text, e.remedy))?;
+    }
     if wish.dry_run {
         let plan = app.takeovers.plan(&wish.plan).map_err(plan_error)?;
         let skipped = |step: &Step| {

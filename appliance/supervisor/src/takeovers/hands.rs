@@ -7,8 +7,8 @@ use crate::{
     pki,
     vault::{CreateGroupError, DeleteGroupError, Group, Phase as GroupPhase},
 };
-use journal::ResolvedPoint;
-use model::{GroupId, HostId, Owner, RecoveryPoint};
+use journal::{ResolveError, ResolvedPoint};
+use model::{BookmarkName, GroupId, HostId, Owner, RecoveryPoint};
 use replication::ownership::EndedBy;
 use std::{
     fs,
@@ -191,20 +191,41 @@ impl Hands for BoxHands<'_> {
     fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError> {
         let group = self.group(group)?;
         let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
-        reader.resolve(at).map_err(|e| group_trouble(group.name(), &e))
+        match (reader.resolve(at), at) {
+            // What writes without an agent waits for each write: after the last one nothing is missing, until now.
+            (Err(ResolveError::AfterEnd { .. }), RecoveryPoint::Time(time))
+                if group.shared.host.is_none() && time.0 <= self.now_us() =>
+            {
+                reader.resolve(&RecoveryPoint::Latest)
+            }
+            (found, _) => found,
+        }
+        .map_err(|e| group_trouble(group.name(), &e))
     }
 
-    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError> {
-        let group = self.group(group)?;
-        let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
-        let newest = reader.points().bookmarks.into_iter().max_by_key(|b| b.lsn);
-        let newest = newest.ok_or_else(|| {
+    fn newest_bookmark(&self, members: &[Member]) -> Result<RecoveryPoint, HandsError> {
+        let (mut common, mut names): (Option<Vec<BookmarkName>>, Vec<&str>) = (None, Vec::new());
+        for member in members {
+            let group = self.group(member.id)?;
+            let reader = group.reader().map_err(|e| group_trouble(group.name(), &e))?;
+            // Newest first, as the first group has them.
+            let its: Vec<BookmarkName> = reader.points().bookmarks.into_iter().rev().map(|b| b.name).collect();
+            common = Some(match common {
+                None => its,
+                Some(had) => had.into_iter().filter(|name| its.contains(name)).collect(),
+            });
+            names.push(&member.name);
+        }
+        let newest = common.unwrap_or_default().into_iter().next();
+        newest.map(RecoveryPoint::Bookmark).ok_or_else(|| {
             HandsError::new(
-                format!("group {:?} has no bookmark", group.name()),
+                match names[..] {
+                    [name] => format!("group {name:?} has no bookmark"),
+                    _ => format!("there is no bookmark that each of these groups has: {}", names.join(", ")),
+                },
                 "make one, or have the plan take the latest moment",
             )
-        })?;
-        Ok(RecoveryPoint::Bookmark(newest.name))
+        })
     }
 
     fn fresh_group_id(&self) -> Result<GroupId, HandsError> {

@@ -11,6 +11,7 @@ mod face;
 mod failback;
 mod fencing;
 mod full;
+mod groups;
 mod hostile;
 mod ingest;
 mod notices;

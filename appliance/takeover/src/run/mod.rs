@@ -31,11 +31,14 @@ mod back;
 mod fence;
 mod hook;
 mod life;
+mod point;
 mod standby;
+
+pub use point::{BOOKMARK_SPREAD_MAX, one_moment};
 
 use crate::{
     machine::{self, DRILL, Machine, MachineDisk, MachineError, MachineNic, MachineSpec, Wire},
-    plan::{Application, Place, Plan, PointRule, Size, Subject},
+    plan::{Application, Place, Plan, Size, Subject},
     port::{Port, PortError},
     state::{
         AppState, BackDisk, Ended, Failback, Kind, Outcome, Phase, PointTaken, Profile, RunState, Step, StepState,
@@ -194,7 +197,8 @@ pub trait Hands {
     fn give_back(&self, plan: &Plan) -> Result<(), HandsError>;
     /// The moment a wish means in a group.
     fn resolve(&self, group: GroupId, at: &RecoveryPoint) -> Result<ResolvedPoint, HandsError>;
-    fn newest_bookmark(&self, group: GroupId) -> Result<RecoveryPoint, HandsError>;
+    /// The newest bookmark that all of these groups have.
+    fn newest_bookmark(&self, members: &[Member]) -> Result<RecoveryPoint, HandsError>;
     fn fresh_group_id(&self) -> Result<GroupId, HandsError>;
     /// Makes the branch, or finds it made; its disks as exports.
     fn branch(&self, point: &PointTaken) -> Result<Vec<MachineDisk>, HandsError>;
@@ -483,6 +487,7 @@ impl<'a, H: Hands> Driver<'a, H> {
     fn check(&mut self) -> Result<String, Stop> {
         let plan = &self.state.plan;
         self.hands.members(&plan.subject)?;
+        self.check_point()?;
         if self.state.planned {
             self.check_source()?;
         }
@@ -528,37 +533,6 @@ impl<'a, H: Hands> Driver<'a, H> {
     fn hook(&self, which: impl Fn(&Plan) -> Option<Vec<String>>) -> Result<Option<String>, Stop> {
         let Some(words) = which(&self.state.plan) else { return Ok(None) };
         run_hook(&words, &self.state, self.state.plan.hooks.hook_seconds_max).map(Some)
-    }
-
-    fn choose(&mut self) -> Result<String, Stop> {
-        if self.state.points.is_empty() {
-            let mut points = Vec::new();
-            for member in self.hands.members(&self.state.plan.subject)? {
-                let wish = match (&self.state.at, self.state.plan.point) {
-                    (Some(at), _) => at.clone(),
-                    (None, PointRule::Latest) => RecoveryPoint::Latest,
-                    (None, PointRule::Bookmark) => self.hands.newest_bookmark(member.id)?,
-                };
-                let at = self.hands.resolve(member.id, &wish)?;
-                points.push(PointTaken {
-                    branch: self.hands.fresh_group_id()?,
-                    branch_name: format!("{} of {}", self.state.id, member.name),
-                    group: member.id,
-                    group_name: member.name,
-                    timeline: at.timeline.0,
-                    lsn: at.lsn.0,
-                    time_us: at.time.0,
-                });
-            }
-            let oldest = points.iter().map(|p| p.time_us).min().unwrap_or(0);
-            self.state.measured.point_age_ms = Some(self.state.begun_us.saturating_sub(oldest) / 1000);
-            self.state.points = points;
-            // Kept before anything is made of it.
-            self.hands.keep(&self.state)?;
-        }
-        let list: Vec<String> =
-            self.state.points.iter().map(|p| format!("{} at LSN {}", p.group_name, p.lsn)).collect();
-        Ok(list.join(", "))
     }
 
     fn make_branches(&mut self) -> Result<String, Stop> {
