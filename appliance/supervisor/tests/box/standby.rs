@@ -7,6 +7,7 @@ use crate::{
     fencing::{Leased, status, wait_fences},
     restores::{Machine, wait_target},
     support::{Control, Inside, Outside, Rng, assert_same, wait_for},
+    takeovers::{EndMachines, machine_runs},
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -255,6 +256,56 @@ fn a_standby_that_cannot_serve_is_refused_in_words_before_the_host_is_touched() 
     assert_same(&cast.disks.disk(0), &view.volumes[0], "the standby's disk");
     inside.close_view(&view);
     assert!(cast.standby.serves() && !cast.host().serves());
+    drop(cast);
+    inside.stop();
+}
+
+#[test]
+fn a_drill_for_a_standby_is_a_machine_on_the_box_and_the_standby_goes_on_following() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("d");
+    let _end = EndMachines(data.clone());
+    let mut rng = Rng::new(97);
+    let inside = Inside::start(&data, "heartbeat_timeout_ms = 30000\n");
+    let mut cast = cast(&inside, &mut rng);
+    cast.writes(&mut rng);
+    // A bridge that there is not: a drill's card leads nowhere.
+    let text = plan(0).replace("memory_mib = 64\n", "memory_mib = 64\nagent = false\n")
+        + "[[network]]\nmac = \"52:54:00:00:00:01\"\nbridge = \"nobridge0\"\n";
+    inside.ok("PUT", "plans/p", &text);
+    follows(&inside);
+    let view = inside.view(&cast.group, "\"latest\"");
+    let before = view.volumes[0].clone();
+    inside.close_view(&view);
+    let wish = json!({ "plan": "p", "kind": "drill", "hold": true });
+    let id = inside.ok("POST", "runs", &wish.to_string())["id"].as_str().expect("an id").to_owned();
+    let run = phase(&inside, &id, "serving");
+    assert!(machine_runs(&data, &id), "{run}");
+    assert_eq!(run["machine"]["nics"][0]["wire"], "Isolated", "{run}");
+    assert_eq!((&run["machine"]["marker"], &run["authority"]), (&json!("drill"), &json!("the host")), "{run}");
+    assert!(
+        run["follows"].is_null() && run["fenced"].is_null(),
+        "neither host nor standby is asked for anything: {run}"
+    );
+    let branch = run["points"][0]["branch"].as_str().expect("a branch");
+    let view = inside.view(branch, "\"latest\"");
+    assert_same(&view.volumes[0], &before, "the drill's disk");
+    inside.close_view(&view);
+    // What the host writes meanwhile is its own history's, and the standby's.
+    cast.writes(&mut rng);
+    let view = inside.view(&cast.group, "\"latest\"");
+    let newest = view.volumes[0].clone();
+    inside.close_view(&view);
+    assert_ne!(newest, before, "something was written");
+    wait_for("the standby's disk to follow", || (cast.disks.disk(0) == newest).then_some(()));
+    assert!(!cast.standby.serves());
+    let promote = json!({ "confirm": "p", "source_is_off": "me" }).to_string();
+    let (status, said) = inside.call("POST", &format!("runs/{id}/promote"), &promote);
+    assert!(status == 409 && said.contains("a standby, which has disks of its own"), "{said}");
+    inside.ok("POST", &format!("runs/{id}/end"), "{}");
+    assert_eq!(phase(&inside, &id, "ended")["phase"]["how"], "discarded");
+    assert!(!machine_runs(&data, &id), "its machine is gone");
+    follows(&inside);
     drop(cast);
     inside.stop();
 }
