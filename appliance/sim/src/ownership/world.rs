@@ -54,10 +54,16 @@ pub enum Broken {
     OneChannelDecides,
     /// Nothing has to prove that the box is not cut off.
     NoUplinkProof,
+    /// A standby boots into serving, whoever owns the host.
+    StandbyUngated,
+    /// A standby begins when the host is being taken from its owner, not when it is granted.
+    StandbyBeginsEarly,
+    /// What a standby holds is not waited for when the host gets its own back.
+    StandbyNotWaitedFor,
 }
 
 impl Broken {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::ClockBeyondBound,
         Self::LeaseFromAnswer,
         Self::GrantReadEarly,
@@ -67,6 +73,9 @@ impl Broken {
         Self::RestartForgetsGrants,
         Self::OneChannelDecides,
         Self::NoUplinkProof,
+        Self::StandbyUngated,
+        Self::StandbyBeginsEarly,
+        Self::StandbyNotWaitedFor,
     ];
 }
 
@@ -99,7 +108,7 @@ macro_rules! summary {
 summary! {
     events cuts lossy pauses freezes agent_crashes crashes_between_actions power_cuts box_crashes box_pauses
     box_power_cuts grants revokes releases ended_by_release ended_by_silence abandoned armed disarmed
-    moves_to_box moves_to_standby moves_to_host leases_ran_out last_resorts gates kernel_ended
+    moves_to_box moves_to_standby moves_to_host from_standby_to_host from_standby_to_box standby_served leases_ran_out last_resorts gates kernel_ended
     partitions_without_takeover box_cut_off deaths deaths_in_six_seconds isolations decisions doubts
 }
 
@@ -492,6 +501,8 @@ const NODES: [Node; 2] = [Node::Host, Node::Standby];
 const NAMES: [&str; 2] = ["host", "standby"];
 
 impl World {
+    const UNGATED: [Broken; 2] = [Broken::NoGate, Broken::StandbyUngated];
+
     fn start_agent(&mut self, who: usize) {
         let nonce = self.work.next();
         let broken = self.broken;
@@ -504,7 +515,7 @@ impl World {
         machine.waiting.clear();
         let now = machine.clock.read(self.now);
         // Without the gate nothing that has come up is taken down again either.
-        let ungated = broken == Some(Broken::NoGate) && machine.run.is_none() && who == 0;
+        let ungated = broken == Some(Self::UNGATED[who]) && machine.run.is_none();
         let stored = if ungated { HolderRecord { fenced: false, ..machine.stored } } else { machine.stored };
         let (holder, actions) = Holder::new(HOST, stored, machine.run, nonce, 1_000, now);
         machine.agent = Some(holder);
@@ -549,12 +560,12 @@ impl World {
             return;
         }
         let origin = self.work.between(1, 100_000);
-        let gate = self.broken != Some(Broken::NoGate);
+        let gate = self.broken != Some(Self::UNGATED[who]);
         let machine = &mut self.machines[who];
         machine.power = true;
         machine.clock = machine.clock.booted(self.now, origin);
         // The gate: what is fenced comes up only when its agent is told so.
-        let opens = !machine.stored.fenced || (!gate && who == 0);
+        let opens = !machine.stored.fenced || !gate;
         machine.address = if opens { Address::Forever } else { Address::Down };
         self.summary.gates += u64::from(!opens);
         self.line(NAMES[who], "power", "on");
@@ -705,6 +716,7 @@ impl World {
             (Work::Up { order }, HolderState::Raising { until, order: current }) if order == current => {
                 if !until.has_ended(now) {
                     self.machines[who].address = self.lasting(until);
+                    self.summary.standby_served += u64::from(who == 1);
                 }
                 HolderEvent::Raised { order }
             }
@@ -898,6 +910,13 @@ impl World {
                 GrantorAction::Persist(record) => {
                     self.line("box", "stores", record);
                     let moves = matches!(record.hold, Hold::Moving { .. });
+                    let from_standby = matches!(self.boxx.stored.owner, Owner::Standby(_));
+                    self.summary.from_standby_to_host += u64::from(from_standby && record.owner == Owner::Host);
+                    self.summary.from_standby_to_box += u64::from(from_standby && record.owner == Owner::Box);
+                    let begins = matches!(record.hold, Hold::Moving { to: Owner::Standby(_), .. });
+                    if begins && self.broken == Some(Broken::StandbyBeginsEarly) && self.machines[1].runs() {
+                        self.machines[1].address = Address::Forever;
+                    }
                     let lost = self.broken == Some(Broken::OwnerNotStored) && record.owner != self.boxx.disk.owner;
                     self.boxx.stored = record;
                     if !lost {
@@ -1110,6 +1129,14 @@ impl World {
             _ => {
                 self.line("operator", "moves to", to);
                 self.change(|g| g.begin_move(to, Some(rules)).ok());
+                let record = self.boxx.stored;
+                if self.broken == Some(Broken::StandbyNotWaitedFor)
+                    && record.owner == STANDBY
+                    && matches!(record.hold, Hold::Moving { to: Owner::Host, .. })
+                {
+                    let end = LeaseEnd { whose: HOST, term: record.term };
+                    self.boxed(self.boxx.life, ForBox::Packet(Packet::Released { from: STANDBY, end }));
+                }
             }
         }
     }
