@@ -31,6 +31,10 @@ pub struct Request {
     pub disk: usize,
     /// Byte ranges.
     pub ranges: Vec<(usize, usize)>,
+    /// The device is to flush its cache before it writes this.
+    pub preflush: bool,
+    /// It is to return when it lies on the medium.
+    pub fua: bool,
     data: (usize, usize),
 }
 
@@ -68,16 +72,23 @@ impl Record {
             let len = quad(&mut at)?;
             let data = (at, len);
             take(&mut at, len)?;
-            let op = match op {
+            ensure!(op != 255, "disk {disk}: {ranges:?} were lost");
+            let (preflush, fua) = (op & 64 != 0, op & 128 != 0);
+            let op = match op & 63 {
                 0 => Op::Write,
                 1 => Op::Zero,
                 2 => Op::Discard,
                 3 => Op::Flush,
-                _ => bail!("disk {disk}: {ranges:?} were lost"),
+                other => bail!("disk {disk}: operation {other}"),
             };
-            requests.push(Request { op, disk, ranges, data });
+            requests.push(Request { op, disk, ranges, preflush, fua, data });
         }
         Ok(Self { bytes, requests })
+    }
+
+    /// What a write carries.
+    pub fn data(&self, request: &Request) -> &[u8] {
+        &self.bytes[request.data.0..request.data.0 + request.data.1]
     }
 
     /// Replays requests `from..to` into the images of the disks.

@@ -11,7 +11,7 @@ use hw_tests::{
     guest::{BOOKWORM_BACKPORTS, BULLSEYE_SECURITY, Guest, Initramfs, Kernel, Release, UBUNTU_4_18},
     process,
     product::Binaries,
-    record::{Record, first_difference, recorder},
+    record::{Op, Record, Request, first_difference, recorder},
     skip, tools,
 };
 use serde_json::Value;
@@ -181,6 +181,87 @@ fn capture_is_the_disk_on_linux_6_12() -> Result<()> {
 #[test]
 fn capture_is_the_disk_on_linux_5_10() -> Result<()> {
     of(&BULLSEYE_SECURITY)
+}
+
+/// What ext4's journal writes with PREFLUSH and FUA at once: the block that makes a transaction count. Where the device has a cache that a
+/// power cut empties, the block layer makes several requests of it. What arrives is, in this order, what the transaction consists of, a flush, the block;
+/// then another flush, if the device knows no FUA.
+#[test]
+fn a_commit_arrives_as_a_flush_and_then_the_block_on_disks_with_and_without_fua() -> Result<()> {
+    let kernel = Kernel::debian("linux-image-amd64", &cache())?;
+    let dir = Scratch::new()?;
+    let mut initramfs = Initramfs::new(&kernel)?;
+    initramfs.module(&kernel, "nvme")?;
+    initramfs.program(&tools::need("mke2fs")?)?;
+    initramfs.program(&recorder()?)?;
+    let drives = Drives::make(dir.path(), &[RECORD_BYTES, DISK_BYTES])?;
+    let nvme = dir.path().join("nvme.img");
+    fs::File::create(&nvme)?.set_len(DISK_BYTES)?;
+    let mut args = drives.args();
+    let drive = format!("file={},if=none,id=fast,format=raw,cache=writeback", nvme.display());
+    args.extend(["-drive", &drive, "-device", "nvme,drive=fast,serial=HF-1"].map(str::to_owned));
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut guest = Guest::boot(&kernel, &initramfs, &dir.path().join("guest"), &args)?;
+    let cache = guest.sh(
+        "cd /sys/block; cat vdb/queue/write_cache vdb/queue/fua nvme0n1/queue/write_cache nvme0n1/queue/fua",
+        STEP_MAX,
+    )?;
+    let cache: Vec<&str> = cache.lines().map(str::trim).collect();
+    ensure!(cache == ["write back", "0", "write back", "1"], "the disks are not as the test wants them: {cache:?}");
+    for disk in ["vdb", "nvme0n1"] {
+        guest.sh(&format!("/programs/mke2fs -q -t ext4 -O ^metadata_csum,^fast_commit /dev/{disk} && q=/sys/block/{disk}/queue/max_sectors_kb && {{ [ $(cat $q) -le 1024 ] || echo 1024 >$q; }}"), STEP_MAX)?;
+    }
+    guest.sh("sync", STEP_MAX)?;
+    begin(&mut guest, "/dev/vdb /dev/nvme0n1")?;
+    guest.sh("for d in vdb nvme0n1; do mkdir -p /mnt/$d; mount -t ext4 /dev/$d /mnt/$d; for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/mnt/$d/f$i bs=4k count=3 conv=fsync 2>/dev/null; done; umount /mnt/$d; done; sync", STEP_MAX)?;
+    let record = end(&mut guest, &drives.0[0])?;
+    guest.power_off()?;
+    for (disk, fua) in [(0, false), (1, true)] {
+        let of_disk: Vec<&Request> = record.requests.iter().filter(|r| r.disk == disk).collect();
+        let commits = commits(&record, &of_disk);
+        println!("disk {disk}: {} requests, {} commits", of_disk.len(), commits.len());
+        ensure!(commits.len() >= 8, "only {} commits were seen on disk {disk}", commits.len());
+        for (begun, at) in commits {
+            let seen = || {
+                format!(
+                    "disk {disk}, commit {at}, its transaction {begun}: {:?}",
+                    &of_disk[begun..(at + 2).min(of_disk.len())]
+                )
+            };
+            ensure!(of_disk[begun + 1..at].iter().any(|r| r.op == Op::Flush), "no flush between: {}", seen());
+            ensure!(of_disk[at].fua == fua, "FUA: {}", seen());
+            if !fua {
+                let next = of_disk[at + 1..].iter().find(|r| r.op == Op::Flush || r.op == Op::Write);
+                ensure!(next.is_some_and(|r| r.op == Op::Flush), "no flush after it: {}", seen());
+            }
+        }
+        ensure!(of_disk.iter().all(|r| r.op == Op::Flush || !r.preflush), "disk {disk}: a write came with PREFLUSH");
+    }
+    dir.done()
+}
+
+/// Where transactions of ext4's journal begin and where they are committed, by what is written: begin's last block before a commit, and the
+/// commit.
+fn commits(record: &Record, requests: &[&Request]) -> Vec<(usize, usize)> {
+    const MAGIC: [u8; 4] = [0xc0, 0x3b, 0x39, 0x98];
+    // A block's kind and the number of its transaction, behind the magic number; journal blocks may be merged into one request.
+    let headers = |r: &Request| -> Vec<(u32, u32)> {
+        let blocks = record.data(r).chunks(1024).filter(|b| b.starts_with(&MAGIC) && b.len() >= 12);
+        let number = |b: &[u8], at: usize| u32::from_be_bytes(std::array::from_fn(|i| b[at + i]));
+        blocks.map(|b| (number(b, 4), number(b, 8))).collect()
+    };
+    let mut begun = std::collections::BTreeMap::new();
+    let mut out = Vec::new();
+    for (at, request) in requests.iter().enumerate().filter(|(_, r)| r.op == Op::Write) {
+        for (kind, transaction) in headers(request) {
+            match kind {
+                1 => drop(begun.insert(transaction, at)),
+                2 => out.extend(begun.get(&transaction).map(|b| (*b, at))),
+                _ => {}
+            }
+        }
+    }
+    out
 }
 
 const LVM: &str = "/programs/lvm";

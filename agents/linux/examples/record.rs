@@ -2,7 +2,7 @@
 //! `STOP.ready`, and writes every request to `OUT` (a file or a whole disk) until the file `STOP` is there; then it prints the
 //! counters as JSON. `HOLDFAST_CAPTURE` names the backend, if not the one that fits this kernel best. The test replays the record and compares it with the disks, outside of the guest.
 //!
-//! Format, all numbers little-endian: per request `fe ed`, operation (0 write, 1 zero, 2 discard, 3 flush; 255: a loss, by range), disk
+//! Format, all numbers little-endian: per request `fe ed`, operation (0 write, 1 zero, 2 discard, 3 flush, and 64 if the request carries PREFLUSH, 128 if FUA; 255: a loss, by range), disk
 //! number, u32 count of extents, each u64 sector and u64 sectors, u64 length of data, data. `ed fe` ends it.
 
 use agent_linux::capture::{Captured, DevNo, Op, Target, bpf, choose};
@@ -60,6 +60,7 @@ fn main() -> anyhow::Result<()> {
                         Op::Discard => 2,
                         Op::Flush => 3,
                     };
+                    let op = op | if r.preflush { 64 } else { 0 } | if r.fua { 128 } else { 0 };
                     write(&mut to, op, ids.iter().position(|id| *id == r.target), &r.extents, &r.data)?;
                 }
                 Captured::Lost { target, extents, .. } => {

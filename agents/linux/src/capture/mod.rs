@@ -78,6 +78,8 @@ pub struct Request {
     pub id: RequestId,
     pub op: Op,
     pub fua: bool,
+    /// Only where a driver takes such writes as they are. Where the device has a cache, the block layer sends a flush of its own, which arrives
+    /// here first, and then the write without this; without FUA too, and then one more flush, if the device knows none.
     pub preflush: bool,
     /// When it was issued.
     pub mono: MonoTime,
