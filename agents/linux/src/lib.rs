@@ -23,6 +23,7 @@ pub mod psi;
 pub mod reader;
 pub mod rescue;
 pub mod schedule;
+pub mod shim;
 pub mod spool;
 pub mod state;
 pub mod survey;

@@ -15,7 +15,7 @@ use agent_linux::{
     engine::Engine,
     enrol, fence, freeze, inside,
     local::{self, Failure},
-    premount, probes, rescue,
+    premount, probes, rescue, shim,
     state::{StateDir, boot_id},
     survey,
     throttle::{Kernel, Throttle},
@@ -128,6 +128,10 @@ enum Command {
     },
     /// Copy a group again
     Resync { group: String },
+    /// Make a plain partition, or a disk that is used whole, ready to be mirrored (`protect --sync`): from the next boot on a volume of the
+    /// device mapper lies over it
+    #[command(subcommand)]
+    Shim(ShimCommand),
     /// Take everything of the agent out of the running kernel (the agent must be stopped)
     Remove {
         /// Remove identity and state too
@@ -163,6 +167,34 @@ enum Command {
     /// Runs one script of the configuration as its user; started by systemd or by the agent, with a connection as standard input and output
     #[command(name = probes::script::GUARD_COMMAND, hide = true)]
     ScriptGuard,
+}
+
+#[derive(Subcommand)]
+enum ShimCommand {
+    /// Note a partition or disk. What is written on it is not touched; without the shim it is mounted as before
+    Add {
+        /// Device or mount point
+        device: String,
+        /// Name of the volume below /dev/mapper [default: holdfast- and where it is mounted]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Strike one out
+    Remove { name: String },
+    /// Show them
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lays a shim over a device that is noted; run by udev
+    #[command(hide = true)]
+    Up { device: PathBuf },
+    /// Says what lies under a shim; run by update-grub
+    #[command(hide = true)]
+    Under { volume: PathBuf },
+    /// Says from what the root is to be mounted; run by the initramfs
+    #[command(hide = true)]
+    Root { device: PathBuf },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -239,10 +271,18 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             None => early(cli.config.as_deref(), sysroot).map(drop),
         };
     }
+    // Nor must a boot.
+    if let Command::Shim(command) = cli.command {
+        return shim_command(command);
+    }
     let config = Config::load(cli.config.as_deref())?;
     let ask = |request| local::ask(&config.socket(), &request);
     match cli.command {
-        Command::ThawGuard { .. } | Command::Early { .. } | Command::Inside | Command::Rescue { .. } => Ok(()),
+        Command::ThawGuard { .. }
+        | Command::Early { .. }
+        | Command::Inside
+        | Command::Rescue { .. }
+        | Command::Shim(_) => Ok(()),
         Command::Gate => close_gate(&config),
         Command::ScriptGuard => {
             let (input, output) = probes::script::stdio()?;
@@ -356,6 +396,12 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
         );
     }
     resolution.notes.iter().chain(&whole).for_each(|note| println!("  {note}"));
+    for choice in choice {
+        let device = disks.find(choice)?;
+        if shim::is_for(&disks, device) {
+            println!("  {}", disks.how_to_mirror(device));
+        }
+    }
     if let Some(why) = disks.why_mirrors() {
         println!("  {why}");
     }
@@ -364,6 +410,73 @@ fn show_disks(config: &Config, choice: &[String], json: bool) -> anyhow::Result<
     backends.dedup();
     backends.iter().for_each(|b| println!("promise  {}: {}", b.name(), b.promise()));
     println!("{cost}");
+    Ok(())
+}
+
+fn shim_command(command: ShimCommand) -> anyhow::Result<()> {
+    let list = shim::List::default();
+    let made = |initramfs: Option<&str>| match initramfs {
+        Some(program) => println!("the initramfs was made anew ({program})"),
+        None => println!("there is no initramfs to be made anew; udev does it once the host is up"),
+    };
+    match command {
+        ShimCommand::Add { device, name } => {
+            let done = shim::add(&list, &device, name.as_deref())?;
+            made(done.initramfs);
+            match done.at_once {
+                true => println!("{} is now /dev/mapper/{}", done.device, done.name),
+                false => println!("from the next boot on {} is mounted as /dev/mapper/{}", done.device, done.name),
+            }
+            println!(
+                "mounts by UUID, label or PARTUUID go there by themselves; should anything not be as it is now, the host boots as before. Then:"
+            );
+            println!("  holdfast-agent protect --sync /dev/mapper/{}", done.name);
+        }
+        ShimCommand::Remove { name } => {
+            let done = shim::remove(&list, &name)?;
+            made(done.initramfs);
+            match done.at_once {
+                true => println!("{} is gone", done.name),
+                false => {
+                    println!("{} is in use, and gone after the next boot; until then it changes nothing", done.name)
+                }
+            }
+        }
+        ShimCommand::List { json } => {
+            let seen = shim::list(&list)?;
+            if json {
+                let all: Vec<_> = seen
+                    .iter()
+                    .map(
+                        |s| serde_json::json!({ "name": s.name, "over": s.over, "device": s.device, "state": s.state }),
+                    )
+                    .collect();
+                println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "shims": all }))?);
+                return Ok(());
+            }
+            if seen.is_empty() {
+                println!("no shims");
+            }
+            for s in seen {
+                println!("/dev/mapper/{:<24} {:<12} {}  ({})", s.name, s.device.unwrap_or_default(), s.state, s.over);
+            }
+        }
+        // By what this prints and returns udev's rule and the initramfs tell what to do.
+        ShimCommand::Up { device } => match shim::up(&list, &device)? {
+            shim::Up::There { name } => println!("{name}"),
+            shim::Up::NotNoted => std::process::exit(i32::from(NOT_HERE)),
+        },
+        ShimCommand::Under { volume } => {
+            if let Some(raw) = shim::under(&volume) {
+                println!("{}", raw.display());
+            }
+        }
+        ShimCommand::Root { device } => {
+            if let Some(volume) = shim::root_of(&device) {
+                println!("{}", volume.display());
+            }
+        }
+    }
     Ok(())
 }
 
@@ -485,6 +598,9 @@ fn remove(config: &Config, purge: bool) -> anyhow::Result<()> {
         for name in mirror::take_out_all(&dm)? {
             println!("/dev/mapper/{name} has its own table again");
         }
+    }
+    for name in shim::remove_all(&shim::List::default())? {
+        println!("/dev/mapper/{name} is in use, and gone after the next boot; until then it changes nothing");
     }
     match state.load_groups() {
         Ok(groups) => groups.iter().for_each(agent_linux::engine::restore_requests),

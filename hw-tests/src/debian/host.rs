@@ -46,10 +46,21 @@ pub struct Host {
 
 impl Host {
     pub fn new(bins: &Binaries, dir: &Path, profile: Profile, options: Options) -> Result<Self> {
+        Self::with_files(bins, dir, profile, options, |_| Ok(Vec::new()))
+    }
+
+    /// With files that are there, and in its initramfs, when it boots for the first time; they may say what the disk is.
+    pub fn with_files<'a>(
+        bins: &Binaries,
+        dir: &Path,
+        profile: Profile,
+        options: Options,
+        files: impl Fn(&Path) -> Result<Vec<install::Put<'a>>>,
+    ) -> Result<Self> {
         let image = DebianImage::get(profile, &repo().join("target/guest"))?;
         let disk = dir.join("host.raw");
         call("cp", &["--sparse=always", &image.path().to_string_lossy(), &disk.to_string_lossy()], STEP_MAX)?;
-        install::install(&disk, &package(bins, &dir.join("packages"))?, CONFIG, &dir.join("mount"))?;
+        install::install(&disk, &package(bins, &dir.join("packages"))?, CONFIG, &files(&disk)?, &dir.join("mount"))?;
         let mut this = Self { guest: None, disk, options, dir: dir.join("guest") };
         this.power_on()?;
         Ok(this)

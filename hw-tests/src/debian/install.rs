@@ -34,6 +34,18 @@ pub fn root(disk: &Path) -> Result<(u64, u64)> {
     bail!("{} has no ext4 in its partition {ROOT}", disk.display())
 }
 
+/// The identifier of the root's partition, as `/dev/disk/by-partuuid` has it.
+pub fn root_partition_id(disk: &Path) -> Result<String> {
+    let said = process::call("sgdisk", &["-i", &ROOT.to_string(), &disk.to_string_lossy()], INSTALL_MAX)?.stdout;
+    let id = said.lines().find_map(|l| l.strip_prefix("Partition unique GUID: "));
+    id.map(|id| id.trim().to_lowercase()).with_context(|| format!("sgdisk said {said:?}"))
+}
+
+/// The size of the root's partition, in sectors of 512 bytes.
+pub fn root_partition_sectors(disk: &Path) -> Result<u64> {
+    Ok(partition(disk, ROOT)?.1 / 512)
+}
+
 /// Where a partition of a raw disk lies, in bytes: begin and length.
 fn partition(disk: &Path, number: usize) -> Result<(u64, u64)> {
     // GPT: 128 bytes for each partition from the third sector on; first and last sector at 32 and 40.
@@ -49,10 +61,16 @@ fn partition(disk: &Path, number: usize) -> Result<(u64, u64)> {
 /// to be seen by what runs there.
 const SCRIPT: &str = r#"set -eu
 disk=$1 at=$2 boot=$3 root=$4 deb=$5 more=$6
+shift 6
 mount -o "loop,$root" "$disk" "$at"
 mount -o "loop,$boot" "$disk" "$at/boot"
 mount -t proc proc "$at/proc"
 mount --bind /dev "$at/dev"
+while [ $# -gt 0 ]; do
+    mkdir -p "$(dirname "$at$1")"
+    printf '%s' "$2" >"$at$1"
+    shift 2
+done
 cp "$deb" "$at/tmp/new.deb"
 DEBIAN_FRONTEND=noninteractive chroot "$at" dpkg --force-unsafe-io -i /tmp/new.deb
 rm "$at/tmp/new.deb"
@@ -64,13 +82,18 @@ rm "$at/tmp/config"
 umount "$at/dev" "$at/proc" "$at/boot" "$at"
 "#;
 
-/// Installs a deb into a raw disk whose root is [`root`], and adds `more` to the agent's configuration. `at`: a folder to mount it on.
-pub fn install(disk: &Path, deb: &Path, more: &str, at: &Path) -> Result<()> {
+/// A file of a host's: where it lies, and its content.
+pub type Put<'a> = (&'a str, String);
+
+/// Installs a deb into a raw disk whose root is [`root`], with `files` put there first, and adds `more` to the agent's configuration. `at`: a folder
+/// to mount it on.
+pub fn install(disk: &Path, deb: &Path, more: &str, files: &[Put<'_>], at: &Path) -> Result<()> {
     std::fs::create_dir_all(at)?;
     let options = |(offset, bytes): (u64, u64)| format!("offset={offset},sizelimit={bytes}");
     let mut command = Command::new(tools::need("unshare")?);
     command.args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT, "install"]).arg(disk).arg(at);
     command.args([options(partition(disk, BOOT)?), options(root(disk)?)]).arg(deb).arg(more);
+    command.args(files.iter().flat_map(|(path, content)| [*path, content]));
     process::run(command, INSTALL_MAX)?.ok().with_context(|| format!("install {}", deb.display()))?;
     Ok(())
 }
@@ -88,6 +111,7 @@ pub fn put_agent(disk: &Path, agent: &Path, at: &Path, more: impl Fn(&Path) -> R
             (agent.to_owned(), "usr/bin/holdfast-agent", 0o755),
             (packaging.join("holdfast-agent.service"), "usr/lib/systemd/system/holdfast-agent.service", 0o644),
             (packaging.join("holdfast-inside.service"), "usr/lib/systemd/system/holdfast-inside.service", 0o644),
+            (packaging.join("59-holdfast-shim.rules"), "usr/lib/udev/rules.d/59-holdfast-shim.rules", 0o644),
             (packaging.join("60-holdfast-inside.rules"), "usr/lib/udev/rules.d/60-holdfast-inside.rules", 0o644),
         ] {
             let to = at.join(to);

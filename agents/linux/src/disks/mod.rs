@@ -131,7 +131,7 @@ pub enum DisksError {
     Zoned { device: String },
     #[error(
         "{device} cannot be captured: {why}, and without BPF only volumes of the device mapper (LVM, LUKS) can be; choose the volumes that lie \
-         on it"
+         on it, or put one over it at the next boot: `holdfast-agent shim add {device}`"
     )]
     NeedsDm { device: String, why: String },
     #[error("{device} cannot be captured: {why}")]

@@ -48,6 +48,7 @@ impl Device {
                 "CRYPT" => "opened encrypted volume".to_owned(),
                 "mpath" => "multipath map".to_owned(),
                 "part" => "partition of a map".to_owned(),
+                "HFSHIM" => "shim over a plain disk or partition".to_owned(),
                 "" => "device-mapper volume".to_owned(),
                 other => format!("device-mapper volume ({other})"),
             },
@@ -207,6 +208,15 @@ impl Disks {
         out
     }
 
+    /// What it takes to mirror a plain disk or partition.
+    pub fn how_to_mirror(&self, d: &Device) -> String {
+        format!(
+            "to be mirrored (protect --sync) {0} needs a volume of the device mapper over it, which is put there at a boot: \
+             `holdfast-agent shim add {0}`",
+            d.title()
+        )
+    }
+
     fn device_json(&self, d: &Device) -> Value {
         let resolved = self.resolve(std::slice::from_ref(&d.name));
         let (captured_on, takes_along, refused) = match &resolved {
@@ -289,6 +299,10 @@ impl fmt::Display for Disks {
         }
         if let Some(why) = self.why_mirrors() {
             write!(f, "\n{why}\n")?;
+        }
+        let plain = |d: &&Device| !d.mounts.is_empty() && crate::shim::is_for(self, d);
+        for device in self.iter().filter(plain) {
+            write!(f, "\n{}\n", self.how_to_mirror(device))?;
         }
         let refused: BTreeSet<String> =
             disks.iter().filter_map(|d| self.backend(d).err()).map(|e| e.to_string()).collect();

@@ -69,7 +69,7 @@ pub(super) enum SyncRefusal {
     Disks(#[from] DisksError),
     #[error(
         "{device} is not a volume of the device mapper (LVM, LUKS): only those can be mirrored while they are in use; protect it without \
-         --sync"
+         --sync, or have a volume put over it at the next boot: `holdfast-agent shim add {device}`"
     )]
     NotDm { device: String },
     #[error(

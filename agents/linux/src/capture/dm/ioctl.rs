@@ -44,6 +44,8 @@ const F_SECURE: u32 = 1 << 15;
 
 /// For udev: a device of ours is nobody's file system, physical volume or swap (upper half of the "cookie").
 const UDEV_LEAVE_ALONE: u32 = (0x02 | 0x04 | 0x08 | 0x40) << 16;
+/// For udev's rules of the device mapper: this comes from who made the device.
+const UDEV_LOOK: u32 = 0x40 << 16;
 
 /// One line of a table.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -345,6 +347,11 @@ impl DeviceMapper {
     /// Brings a new device to life with its loaded table; udev leaves it alone.
     pub fn start(&self, device: DevNo) -> Result<(), DmError> {
         self.short("start", DEV_SUSPEND, Which::Number(device), 0, UDEV_LEAVE_ALONE).map(drop)
+    }
+
+    /// As [`start`](Self::start), for a volume that is to be mounted: udev looks into it and gives it its names.
+    pub fn start_for_all(&self, device: DevNo) -> Result<(), DmError> {
+        self.short("start", DEV_SUSPEND, Which::Number(device), 0, UDEV_LOOK).map(drop)
     }
 
     /// After a change of table that failed: the device must not stay suspended.

@@ -73,10 +73,10 @@
 //!
 //! **Limits.** Kernels before 5.10 are refused: on 4.18 a write under way to a leg whose agent was killed never came back. What is written at boot before the agent runs is not seen. Stacks that keep metadata of their own (thin, cache, snapshot,
 //! dm-raid) are refused. A LUKS volume whose key is in a keyring that the agent's process cannot search is refused by the kernel when its table is loaded. Raw partitions are no
-//! dm volumes and are refused. A disk that fails for the first time *during*
+//! dm volumes and are refused, until a boot has laid a volume over them ([`crate::shim`]). A disk that fails for the first time *during*
 //! the first copy may lose what was written in the second until it is noticed.
 //!
-//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, `sync_power.rs` (power cuts), `root_mirror.rs` (a whole Debian on a mirrored root), and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
+//! **Tests**: everything without a kernel here; with one, in QEMU guests: `hw-tests/tests/sync.rs`, `sync_power.rs` (power cuts), `root_mirror.rs` (a whole Debian on a mirrored root), `shim.rs` (one on a plain partition), and `without_bpf.rs` under kernel lockdown. There, under emulation: a killed agent held
 //! a host's write for 0.2 to 0.7 s, a stopped one for 0.2 s; 50 cuts and a kill of a writing host lost no acknowledged write.
 
 /// As the status shows it.
