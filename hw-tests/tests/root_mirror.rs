@@ -55,6 +55,7 @@ trait Tried {
     fn writes(&mut self) -> Result<Value>;
     fn in_sync(&mut self) -> Result<Value>;
     fn signal(&mut self, signal: &str) -> Result<()>;
+    fn nothing_is_left(&mut self) -> Result<()>;
 }
 
 impl Tried for Host {
@@ -84,6 +85,13 @@ impl Tried for Host {
 
     fn signal(&mut self, signal: &str) -> Result<()> {
         self.sh(&format!("systemctl kill --kill-who=main --signal={signal} holdfast-agent")).map(drop)
+    }
+
+    /// No device of ours, no leg, and nothing in the kernel that watches.
+    fn nothing_is_left(&mut self) -> Result<()> {
+        let left = self.sh("dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; ls /sys/fs/bpf | grep holdfast; true")?;
+        ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
+        Ok(())
     }
 }
 
@@ -204,6 +212,82 @@ fn a_root_volume_is_mirrored_live_and_nothing_of_ours_can_hold_its_host() -> Res
     assert_eq!(host.table()?, plain);
     let left = host.sh("dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; true")?;
     ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
+    host.guest.take().context("the host is switched off")?.shut_down()?;
+    appliance.stop()?;
+    dir.done()
+}
+
+/// Where the kernel lets no BPF program read its memory, now and at every boot.
+fn lock_down(host: &mut Host) -> Result<()> {
+    host.sh("sed -i 's/^linux .*/& lockdown=confidentiality/' /boot/grub/grub.cfg && sync")?;
+    host.sh("echo confidentiality >/sys/kernel/security/lockdown")?;
+    locked_down(host)
+}
+
+fn locked_down(host: &mut Host) -> Result<()> {
+    let said = host.sh("cat /sys/kernel/security/lockdown")?;
+    ensure!(said.contains("[confidentiality]"), "the kernel is not locked down: {said}");
+    Ok(())
+}
+
+/// The host waits for nobody, and each of its writes passes through an agent that lives on the very volume.
+#[test]
+fn a_root_volume_is_captured_at_a_mirror_where_bpf_is_refused() -> Result<()> {
+    if let Some(why) = DebianImage::refused() {
+        hw_tests::skip(format!("a root volume at a mirror where BPF is refused: {why}"));
+        return Ok(());
+    }
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut appliance = Appliance::start(&bins, &dir.path().join("box"))?;
+    let mut host = host(&bins, dir.path(), &dir.path().join("said"))?;
+    let root = install::root(&host.disk)?;
+    let plain = host.table()?;
+    lock_down(&mut host)?;
+    host.join(&appliance)?;
+    let captured = |host: &mut Host| {
+        host.wait_group("capture at a mirror", |g| g["state"] == "replicating" && g["gate"] == "async")
+    };
+
+    host.writes_during(20)?;
+    host.sh(&format!("holdfast-agent protect / --group {GROUP}"))?;
+    ensure!(host.table()?.contains("mirror core"), "{}", host.table()?);
+    println!("put in under a writer: {}", host.writes()?);
+    captured(&mut host)?;
+    host.assert_identical(&appliance, GROUP, root)?;
+
+    // The box hangs: nobody waits for it.
+    host.writes_during(12)?;
+    appliance.program()?.signal(libc::SIGSTOP)?;
+    println!("box stopped: {}", host.writes()?);
+    appliance.program()?.signal(libc::SIGCONT)?;
+    captured(&mut host)?;
+
+    // The agent is killed, and started again by systemd from the very volume: nobody could mark what was written meanwhile.
+    host.writes_during(12)?;
+    host.sh("sleep 2")?;
+    host.signal("KILL")?;
+    println!("agent KILL: {}", host.writes()?);
+    let back = captured(&mut host)?;
+    ensure!(back["compared_whole"].as_str().is_some_and(|t| t.contains("everything is compared")), "{back}");
+    host.assert_identical(&appliance, GROUP, root)?;
+
+    // The power goes while somebody writes. It boots from its own table and is captured again by itself.
+    host.writes_during(60)?;
+    host.sh("sleep 3")?;
+    host.guest.take().context("the host is switched off")?.power_off_hard()?;
+    host.power_on()?;
+    locked_down(&mut host)?;
+    captured(&mut host)?;
+    ensure!(host.table()?.contains("mirror core"), "{}", host.table()?);
+    host.assert_identical(&appliance, GROUP, root)?;
+
+    // Out, under a writer: nothing is left.
+    host.writes_during(6)?;
+    host.sh(&format!("holdfast-agent unprotect {GROUP}"))?;
+    println!("taken out under a writer: {}", host.writes()?);
+    assert_eq!(host.table()?, plain);
+    host.nothing_is_left()?;
     host.guest.take().context("the host is switched off")?.shut_down()?;
     appliance.stop()?;
     dir.done()

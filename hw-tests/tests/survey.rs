@@ -152,7 +152,7 @@ fn what_file_systems_on_volumes_on_luks_on_raid_do_not_use_is_left_out_and_nothi
     println!("of {} bytes on two members {unused} are used by no file system", 2 * MEMBER_BYTES);
     ensure!(unused >= 2 * UNUSED_MIN, "only {unused} bytes were left out: {group}");
     ensure!(
-        unused <= 2 * (EXT4_MIB + XFS_MIB) << 20,
+        unused <= (2 * (EXT4_MIB + XFS_MIB)) << 20,
         "{unused} bytes were left out, more than the file systems have: {group}"
     );
 
