@@ -210,8 +210,7 @@ fn a_root_volume_is_mirrored_live_and_nothing_of_ours_can_hold_its_host() -> Res
     host.sh(&format!("holdfast-agent unprotect {GROUP}"))?;
     println!("taken out under a writer: {}", host.writes()?);
     assert_eq!(host.table()?, plain);
-    let left = host.sh("dmsetup ls; cat /sys/block/nbd*/pid 2>/dev/null; true")?;
-    ensure!(left.lines().filter(|l| !l.trim().is_empty()).count() == 1, "more is left than the volume: {left}");
+    host.nothing_is_left()?;
     host.guest.take().context("the host is switched off")?.shut_down()?;
     appliance.stop()?;
     dir.done()
