@@ -182,3 +182,46 @@ fn a_shim_that_is_not_as_it_was_noted_never_keeps_a_host_from_booting() -> Resul
     host.guest.take().context("the host is switched off")?.shut_down()?;
     dir.done()
 }
+
+#[test]
+fn a_shim_of_the_root_comes_with_a_boot_and_goes_with_one() -> Result<()> {
+    if let Some(why) = DebianImage::refused() {
+        hw_tests::skip(format!("a shim that comes and goes: {why}"));
+        return Ok(());
+    }
+    let dir = Scratch::new()?;
+    let bins = Binaries::beside_us()?;
+    let mut host = Host::new(&bins, dir.path(), Profile::PARTITION, Options::default())?;
+    for asked in ["holdfast-agent disks", "holdfast-agent disks /"] {
+        let said = host.sh(asked)?;
+        ensure!(said.contains("holdfast-agent shim add /dev/vda4"), "{asked}: {said}");
+    }
+    // One that a boot could not mount any more is refused.
+    host.sh("cp /etc/fstab /run/fstab && echo '/dev/vda3 /boot ext4 defaults 0 0' >/etc/fstab")?;
+    let refused = host.sh("! holdfast-agent shim add /boot")?;
+    ensure!(refused.contains("/etc/fstab line 1 mounts /dev/vda3 as /dev/vda3"), "{refused}");
+    host.sh("cp /run/fstab /etc/fstab")?;
+
+    let said = host.slow("holdfast-agent shim add /")?;
+    ensure!(said.contains("from the next boot on") && said.contains("/dev/mapper/holdfast-root"), "{said}");
+    let listed = host.sh("holdfast-agent shim list")?;
+    ensure!(listed.contains("waits for the next boot"), "{listed}");
+    assert_eq!((host.root_source()?, host.volumes()?), ("/dev/vda4".to_owned(), "No devices found".to_owned()));
+    host.boot_anew()?;
+    assert_eq!(host.root_source()?, "/dev/mapper/holdfast-root");
+
+    // Nor may it go while a boot would wait for it.
+    host.sh("cp /etc/fstab /run/fstab && echo '/dev/mapper/holdfast-root / ext4 defaults 0 0' >>/etc/fstab")?;
+    let refused = host.sh("! holdfast-agent shim remove holdfast-root")?;
+    ensure!(refused.contains("/etc/fstab names /dev/mapper/holdfast-root"), "{refused}");
+    host.sh("cp /run/fstab /etc/fstab")?;
+    let said = host.slow("holdfast-agent shim remove holdfast-root")?;
+    ensure!(said.contains("gone after the next boot"), "{said}");
+    host.boot_anew()?;
+    assert_eq!((host.root_source()?, host.volumes()?), ("/dev/vda4".to_owned(), "No devices found".to_owned()));
+    assert_eq!(host.sh("ls /etc/holdfast-agent")?.trim(), "config.toml");
+    let inside = host.sh("lsinitramfs /boot/initrd.img-* | grep -e shim || true")?;
+    assert_eq!(inside.trim(), "", "left in the initramfs");
+    host.guest.take().context("the host is switched off")?.shut_down()?;
+    dir.done()
+}
